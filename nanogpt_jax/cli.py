@@ -1,0 +1,63 @@
+"""`python -m nanogpt_jax COMMAND`, installed as `nanogpt-jax` too, and what all commands share."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from nanogpt_jax.config import UserError, suggestion
+
+Main = Callable[[list[str]], int]
+
+
+def asks_for_help(argv: list[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def guarded(main: Main, argv: list[str] | None = None) -> int:
+    """`main` with errors as a person wants them: the message and what to do on stderr, exit code 2, no traceback."""
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `sample.py | head`; the reader has gone, and Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def door(name: str) -> ModuleType:
+    """The top-level script `name`: beside the package in a clone, inside it in an installed wheel."""
+    here = Path(__file__).parent
+    path = here / "doors" / f"{name}.py"
+    path = path if path.is_file() else here.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"nanogpt_jax_{name}", path)
+    assert spec and spec.loader, f"{path} is missing from this installation"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COMMANDS: dict[str, tuple[str, Main]] = {
+    "train": ("train a GPT-2, or go on with a run (train.py)", lambda argv: door("train").main(argv)),
+    "sample": ("write text with a trained model (sample.py)", lambda argv: door("sample").main(argv)),
+}
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print("usage: nanogpt-jax COMMAND [ARGUMENTS], or nanogpt-jax COMMAND --help\n")
+        print("\n".join(f"  {name:<12}{meaning}" for name, (meaning, _) in COMMANDS.items()))
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]}{suggestion(argv[0], COMMANDS)}\n       see nanogpt-jax --help")
+    return COMMANDS[argv[0]][1](argv[1:])
+
+
+def main() -> int:
+    return guarded(_main)

@@ -1,0 +1,473 @@
+"""Settings: one typed tree, and the one parser for its three sources.
+
+A setting can come from a TOML file, from the command line, or from the `config.json` of a run directory. All three go
+through `coerce` and `validate`, so a wrong key or value gets the same message everywhere. This room imports no jax: a
+typo is reported before XLA starts.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend. The doors print it without a traceback and exit with 2."""
+
+
+# The comment behind a setting is its line in `--help`. 0 means "chosen for you" where the comment says so.
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    block_size: int = 64  # T, the longest context, in tokens
+    vocab_size: int = 0  # V; 0: as many as the tokenizer has
+    n_layer: int = 4  # L, transformer blocks
+    n_head: int = 4  # H, attention heads in a block
+    n_embd: int = 128  # C, channels; a multiple of n_head
+    dropout: float = 0.0  # dropped share of embeddings, attention weights and residual branches
+    bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
+    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"  # back-end; auto: by device and dropout
+    remat: Literal["none", "dots", "block"] = "none"  # recompute in the backward pass: nothing, all but matmuls, blocks
+    scan_unroll: int = 0  # layers unrolled in the layer scan; 0: all on CPU, 1 elsewhere
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """50257 -> 50304: a multiple of 128 fills the matrix unit. losses.py and generate.py mask the padding."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "python-docs"  # python-docs, shakespeare, or the path of a UTF-8 text file
+    tokenizer: Literal["char", "gpt2"] = "char"  # one token a character, or GPT-2's byte pairs
+    val_fraction: float = 0.1  # last share of the text, kept for validation
+    dir: str = "data"  # where prepared tokens are kept
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "lion", "muon", "sgd"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
+    learning_rate: float = 1e-3  # peak learning rate
+    min_learning_rate: float = 0.1  # where the schedule ends, as a share of the peak
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    beta1: float = 0.9  # first moment; momentum of sgd and muon
+    beta2: float = 0.99  # second moment
+    grad_clip: float = 1.0  # longest global gradient norm; 0: no clipping
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = (
+        "cosine"  # after the warm-up; wsd: decays in the last 20 %
+    )
+    warmup_steps: int = 100  # steps of linear warm-up
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 2000  # optimizer steps
+    batch_size: int = 12  # sequences a step, over all devices and micro-batches
+    micro_batch: int = 0  # sequences at a time (gradients accumulate); 0: the whole batch
+    steps_per_dispatch: int = 0  # steps in one call to the device; 0: 8 for a small model on CPU, else 1
+    eval_every: int = 500  # steps between losses on the whole validation split; 0: only at the end
+    save_every: int = 500  # steps between checkpoints; 0: only at the end
+    log_every: int = 10  # steps between lines in metrics.jsonl
+    keep: int = 2  # newest checkpoints kept, besides the best one
+    seed: int = 1337  # of the initial weights, the order of the data and the dropout
+    tensorboard: bool = False  # also write TensorBoard files (pip install 'nanogpt-jax[tensorboard]')
+    wandb: bool = False  # also log to Weights & Biases (pip install 'nanogpt-jax[wandb]')
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = 1  # devices along which the batch is split; -1: all that the other axes leave
+    fsdp: int = 1  # devices that split the batch and the parameters; -1: the rest
+    tensor: int = 1  # devices that split heads and hidden units; -1: the rest
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. Frozen: a changed setting is a new Config (`dataclasses.replace`)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+# How to run, not what is computed: these may differ between a run and its resumption.
+EXECUTION = frozenset(
+    "model.attention model.remat model.scan_unroll data.dir train.steps train.micro_batch train.steps_per_dispatch "
+    "train.eval_every train.save_every train.log_every train.keep train.tensorboard train.wandb "
+    "mesh.data mesh.fsdp mesh.tensor".split()
+)
+
+TYPES: dict[str, Any] = {
+    f"{section}.{name}": hint
+    for section, kind in get_type_hints(Config).items()
+    for name, hint in get_type_hints(kind).items()
+}
+Origin = Mapping[str, str]  # "model.n_embd" -> "default", "configs/x.toml", "command line"
+
+
+def items(cfg: Config) -> Iterator[tuple[str, Any]]:
+    """Every setting as ("model.n_layer", 4), in the order of the classes above."""
+    for section, values in dataclasses.asdict(cfg).items():
+        for name, value in values.items():
+            yield f"{section}.{name}", value
+
+
+def differences(old: Config, new: Config, keys: frozenset[str]) -> list[tuple[str, Any, Any]]:
+    """The settings among `keys` whose values differ, as (name, old value, new value)."""
+    before = dict(items(old))
+    return [(key, before[key], value) for key, value in items(new) if key in keys and before[key] != value]
+
+
+def suggestion(word: str, known: Any) -> str:
+    """A second line for an error: the nearest known word, if one is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"\n       did you mean {near[0]}?" if near else ""
+
+
+def unknown_setting(key: str, where: str) -> UserError:
+    hint = suggestion(key, TYPES)
+    if not hint:  # the right name in the wrong section
+        hint = suggestion(key.split(".")[-1], [k.split(".")[1] for k in TYPES])
+        hint = hint or f"\n       sections are {', '.join(get_type_hints(Config))}; see python train.py --help"
+    return UserError(f"unknown setting {key} ({where}){hint}")
+
+
+def coerce(key: str, value: Any, where: str) -> Any:
+    """`value` as the type of setting `key`. Text from the command line is read as TOML would read it."""
+    hint = TYPES[key]
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if value not in choices:
+            shown = ", ".join(choices)
+            raise UserError(f"{key}={value!r} is not one of {shown} ({where}){suggestion(str(value), choices)}")
+        return value
+    if hint is str:
+        if isinstance(value, str) and value:
+            return value
+        raise UserError(f"{key}={value!r} must be text ({where})")
+    if where == "command line" and isinstance(value, str):
+        value = _parse(hint, value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and type(value) is int:
+        return value
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    wanted = {bool: "true or false", int: "a whole number", float: "a finite number"}[hint]
+    raise UserError(f"{key}={value!r} must be {wanted} ({where})")
+
+
+def _parse(kind: type, text: str) -> Any:
+    """Text as bool, int or float; the text itself where it is not one, so that `coerce` can show it."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def merge(cfg: Config, values: Mapping[str, Any], where: str) -> Config:
+    """`cfg` with `values` ("model.n_layer" -> 4) laid over it."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        if key not in TYPES:
+            raise unknown_setting(key, where)
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = coerce(key, value, where)
+    return dataclasses.replace(
+        cfg, **{s: dataclasses.replace(getattr(cfg, s), **changed) for s, changed in sections.items()}
+    )
+
+
+def flatten(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """{"model": {"n_layer": 4}} -> {"model.n_layer": 4}; anything else than sections of settings is refused."""
+    flat = {}
+    for section, values in tree.items():
+        if not isinstance(values, Mapping):
+            near = [key for key in TYPES if key.endswith("." + section.replace("-", "_"))]
+            hint = f"\n       did you mean {near[0]}, in a section [{near[0].split('.')[0]}]?" if near else ""
+            raise UserError(f"unknown setting {section} ({where}): settings stand in sections{hint}")
+        for name, value in values.items():
+            flat[f"{section}.{name.replace('-', '_')}"] = value
+    return flat
+
+
+def validate(cfg: Config, origin: Origin) -> Config:
+    """`cfg` itself, or an error that names the setting, its value, where it came from and what to do."""
+    value = dict(items(cfg))
+
+    def check(good: bool, key: str, wrong: str, remedy: str = "") -> None:
+        if not good:
+            line = f"{key}={value[key]} {wrong} ({origin.get(key, 'default')})"
+            raise UserError(line + (f"; {remedy}" if remedy else ""))
+
+    for key in "model.block_size model.n_layer model.n_head model.n_embd train.steps train.batch_size".split():
+        check(value[key] >= 1, key, "must be at least 1")
+    for key in "train.log_every train.keep".split():
+        check(value[key] >= 1, key, "must be at least 1")
+    for key in (
+        "model.vocab_size model.scan_unroll optim.weight_decay optim.grad_clip optim.warmup_steps train.micro_batch "
+        "train.steps_per_dispatch train.eval_every train.save_every train.seed"
+    ).split():
+        check(value[key] >= 0, key, "must not be negative")
+    for key in "model.dropout optim.beta1 optim.beta2".split():
+        check(0 <= value[key] < 1, key, "must lie in [0, 1)")
+    check(0 < cfg.data.val_fraction < 1, "data.val_fraction", "must lie between 0 and 1", "0.1 keeps a tenth")
+    check(0 <= cfg.optim.min_learning_rate <= 1, "optim.min_learning_rate", "must lie in [0, 1]: a share of the peak")
+    check(cfg.optim.learning_rate > 0, "optim.learning_rate", "must be above 0")
+    check(cfg.train.seed < 2**32, "train.seed", "must be below 2**32")
+
+    m, t = cfg.model, cfg.train
+    if m.n_embd % m.n_head:
+        below = m.n_embd // m.n_head * m.n_head
+        near = " or ".join(str(n) for n in (below, below + m.n_head) if n)
+        check(False, "model.n_embd", f"must be a multiple of model.n_head={m.n_head}", f"nearest: {near}")
+    check(
+        not (m.attention in ("xla", "cudnn") and m.dropout),
+        "model.attention",
+        f"has no dropout, but model.dropout={m.dropout}",
+        "use auto or reference, or set model.dropout=0",
+    )
+    check(
+        not (m.attention == "cudnn" and m.dtype == "float32"),
+        "model.attention",
+        "needs 16-bit numbers",
+        "set model.dtype=bfloat16",
+    )
+    check(m.scan_unroll <= m.n_layer, "model.scan_unroll", f"exceeds model.n_layer={m.n_layer}")
+    if t.micro_batch:
+        check(
+            t.batch_size % t.micro_batch == 0,
+            "train.micro_batch",
+            f"does not divide train.batch_size={t.batch_size}",
+            f"nearest: {max(n for n in range(1, t.micro_batch + 1) if t.batch_size % n == 0)}",
+        )
+    if origin.get("optim.warmup_steps", "default") != "default":  # a short trial with the default is no mistake
+        check(cfg.optim.warmup_steps < t.steps, "optim.warmup_steps", f"leaves nothing of train.steps={t.steps}")
+    axes = {axis: getattr(cfg.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    for axis, size in axes.items():
+        check(size >= 1 or size == -1, f"mesh.{axis}", "must be at least 1, or -1 for the rest")
+    check(list(axes.values()).count(-1) <= 1, "mesh.fsdp", "cannot be worked out", "only one axis can be -1")
+    if m.n_head % max(axes["tensor"], 1):
+        check(False, "mesh.tensor", f"must divide model.n_head={m.n_head}")
+    ways = max(axes["data"], 1) * max(axes["fsdp"], 1)
+    micro = t.micro_batch or t.batch_size
+    check(
+        micro % ways == 0,
+        "train.micro_batch" if t.micro_batch else "train.batch_size",
+        f"must be a multiple of mesh.data * mesh.fsdp = {ways}",
+        f"nearest: {-(-micro // ways) * ways}",
+    )
+    return cfg
+
+
+def with_vocabulary(cfg: Config, n_vocab: int, origin: Origin) -> Config:
+    """`cfg` with the tokenizer's number of tokens filled in, or an error if a smaller vocabulary was set."""
+    size = cfg.model.vocab_size or n_vocab
+    if size < n_vocab:
+        raise UserError(
+            f"model.vocab_size={size} is too small for the tokenizer's {n_vocab} tokens "
+            f"({origin['model.vocab_size']}); leave it out, and it is {n_vocab}"
+        )
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+
+def config_folder() -> Path:
+    """Where the shipped configs lie: inside an installed wheel, or at the top of a clone."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """The path of a config file given by path or, for a shipped one, by name."""
+    shipped = {path.stem: path for path in sorted(config_folder().glob("*.toml"))}
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in shipped:
+        return shipped[name]
+    if path.is_dir():
+        raise UserError(f"{name} is a directory, not a config file\n       to go on with a run: --run-dir {name}")
+    raise UserError(f"no config file {name}{suggestion(name, shipped)}\n       shipped: {', '.join(shipped)}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return flatten(tomllib.load(file), str(path))
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"{path} is not valid TOML: {e}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text, so it cannot be a TOML file") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def to_json(cfg: Config) -> str:
+    return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+
+
+def read_json(path: Path) -> Config:
+    """The settings of a run, from its config.json.
+
+    A setting that the file lacks (an older run) has its default; one that is unknown is refused.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is not a run directory: it has no {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is damaged: {e}") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is damaged: it holds no settings")
+    values = flatten(tree, str(path))
+    cfg = merge(Config(), values, str(path))
+    return validate(cfg, dict.fromkeys(values, str(path)))
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """One `train.py` command: the settings, where each came from, and what to do with the run directory."""
+
+    cfg: Config
+    origin: Origin
+    run_dir: Path
+    resume: Literal["auto", "never", "must"] = "auto"
+    overwrite: bool = False
+    print_config: bool = False
+
+
+USAGE = """usage: python train.py [CONFIG.toml] [--run-dir DIR] [--resume auto|never|must] [--overwrite]
+                       [--print-config] [--SECTION.NAME VALUE ...]
+
+Trains a GPT-2 and keeps everything about it in a run directory. The same command again goes on where it stopped.
+
+  CONFIG.toml     a config file, or the name of a shipped one: {shipped}
+  --run-dir DIR   where the run is kept (default: runs/NAME, after the config file)
+  --resume HOW    auto: go on if there is a run; never: only a new directory; must: only an old one (default: auto)
+  --overwrite     delete the run in the directory and start over
+  --print-config  show each value and where it came from, as TOML; do not train
+"""
+
+
+def split_arguments(argv: list[str], switches: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Positional words, and {"model.n_layer": "8"} from `--model.n-layer 8` or `--model.n-layer=8`.
+
+    Dashes and underscores are the same. `switches` are the flags that take no value.
+    """
+    words: list[str] = []
+    flags: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if word.startswith("-") and len(word) > 1:
+                raise UserError(f"unknown flag {word}\n       flags start with two dashes; see --help")
+            words.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        key = name.replace("-", "_")
+        if key in switches:
+            if equals:
+                raise UserError(f"--{name} takes no value, but was given {value!r}")
+            value = "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{name} needs a value")
+            value = rest.pop(0)
+        if flags.setdefault(key, value) != value:
+            raise UserError(f"--{name} was given twice: {flags[key]} and {value}")
+    return words, flags
+
+
+def load(argv: list[str]) -> Command:
+    """Read a `train.py` command line: defaults, then the TOML file, then the command line."""
+    switches = ("overwrite", "print_config")
+    words, flags = split_arguments(argv, switches)
+    if len(words) > 1:
+        raise UserError(f"one config file at a time, but got {' and '.join(words)}")
+    settings = {key: value for key, value in flags.items() if "." in key}
+    options = {key: value for key, value in flags.items() if "." not in key}
+    known = ("run_dir", "resume", *switches)
+    for key in options:
+        if key not in known:
+            near = suggestion(key, [*known, *TYPES, *(k.split(".")[1] for k in TYPES)])
+            full = [k for k in TYPES if k.endswith("." + key)]
+            near = f"\n       did you mean --{full[0]}?" if full else near
+            near = near or "\n       settings are --SECTION.NAME; see python train.py --help"
+            raise UserError(f"unknown flag --{key.replace('_', '-')} (command line){near}")
+
+    cfg, origin, name = Config(), dict.fromkeys(TYPES, "default"), "default"
+    if words:
+        path = find_config(words[0])
+        values = read_toml(path)
+        cfg = merge(cfg, values, str(path))
+        origin.update(dict.fromkeys(values, str(path)))
+        name = path.stem
+    cfg = merge(cfg, settings, "command line")
+    origin.update(dict.fromkeys(settings, "command line"))
+
+    resume = options.get("resume", "auto")
+    if resume not in ("auto", "never", "must"):
+        raise UserError(f"--resume={resume} is not one of auto, never, must")
+    if resume == "must" and "overwrite" in options:
+        raise UserError("--resume=must and --overwrite exclude each other")
+    return Command(
+        cfg=validate(cfg, origin),
+        origin=origin,
+        run_dir=Path(options.get("run_dir", f"runs/{name}")),
+        resume=resume,  # pyright: ignore[reportArgumentType]
+        overwrite="overwrite" in options,
+        print_config="print_config" in options,
+    )
+
+
+def render(cfg: Config, origin: Origin) -> str:
+    """The settings as TOML with their origins in comments: a config file that gives this run again."""
+    lines: list[str] = []
+    section = ""
+    for key, value in items(cfg):
+        if key.split(".")[0] != section:
+            section = key.split(".")[0]
+            lines.append(f"\n[{section}]" if lines else f"[{section}]")
+        # JSON's text, numbers and booleans are TOML's too
+        setting = f"{key.split('.')[1]} = {json.dumps(value, ensure_ascii=False)}"
+        lines.append(f"{setting:<34}# {origin.get(key, 'default')}")
+    return "\n".join(lines)
+
+
+def help_text() -> str:
+    """The `--help` page. tyro draws the table of settings from the comments behind them."""
+    import contextlib
+    import io
+
+    import tyro
+
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        tyro.cli(Config, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+    shipped = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml")))
+    settings = page.getvalue().partition("\n\n")[2]  # tyro's own usage lines list every flag once more
+    return USAGE.format(shipped=shipped) + "\n" + settings

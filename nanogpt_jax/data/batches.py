@@ -1,0 +1,113 @@
+"""Batches as a pure function of (seed, step): nothing to save, and "resume" is to ask for the next step.
+
+# B batch, T time (block_size), N tokens of a split, n windows of T tokens in an epoch
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from nanogpt_jax.config import UserError
+
+ROUNDS = 6  # of the Feistel network; four would do for large n, small n has few bits to mix
+Item = TypeVar("Item")
+
+
+def n_windows(tokens: np.ndarray, block_size: int) -> int:
+    """Windows in an epoch, at least 1. UserError if `tokens` [N] are too few for one."""
+    if len(tokens) < block_size + 1:
+        raise UserError(
+            f"model.block_size={block_size} needs {block_size + 1} tokens, but the training split has {len(tokens)}\n"
+            f"       set model.block_size to at most {len(tokens) - 1}, or give a longer text"
+        )
+    # as many as fit behind every offset in [0, T): the epochs are equally long, and step -> window stays arithmetic
+    return max(1, (len(tokens) - block_size) // block_size)
+
+
+def batch(
+    tokens: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    block_size: int,
+    rows: slice | np.ndarray = slice(None),
+) -> np.ndarray:
+    """The sequences of a step: int32 [B, T+1], inputs and the targets one to the right.
+
+    `batch_size` is the global one; `rows` picks those of this process. An epoch visits every window once, in an order
+    and from an offset that are new in each epoch, so that a sequence does not always begin at the same tokens.
+    """
+    n = n_windows(tokens, block_size)
+    sequence = np.arange(batch_size, dtype=np.uint64)[rows] + np.uint64(step * batch_size)
+    epoch, position = np.divmod(sequence, np.uint64(n))  # a batch may straddle two epochs
+    key = _mix(_mix(epoch) ^ np.uint64(seed))
+    offset = _mix(key) % np.uint64(min(block_size, len(tokens) - n * block_size))
+    start = offset + shuffle(position, n, key) * np.uint64(block_size)
+    return np.asarray(tokens[start[:, None].astype(np.int64) + np.arange(block_size + 1)], np.int32)
+
+
+def shuffle(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """Where `position` goes in the permutation of range(n) that `key` names; both [B] uint64.
+
+    A Feistel network permutes the next even power of two; what falls outside n goes through it again (cycle walking),
+    fewer than 4 times on average. No table, so an epoch may hold any number of windows.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    round_keys = [_mix(key + np.uint64(r)) for r in range(ROUNDS)]
+
+    def permute(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        return left << half | right
+
+    x = permute(position)
+    while (outside := x >= n).any():
+        x = np.where(outside, permute(x), x)
+    return x
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64: a bijection of uint64 whose every output bit hangs on every input bit. [B] uint64, wraps."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def validation(tokens: np.ndarray, *, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The whole split in fixed windows: (tokens int32 [B, T+1], weights float32 [B, T]) until it is through.
+
+    Every token after the first is predicted once with weight 1. Padding (of the last window, and of the last batch up
+    to B, so that one compiled shape does for all) is token 0 with weight 0.
+    """
+    predictions = len(tokens) - 1
+    assert predictions >= 1, "a split holds at least 2 tokens"
+    for first in range(0, predictions, batch_size * block_size):
+        start = first + block_size * np.arange(batch_size)[:, None]  # [B, 1]
+        index = start + np.arange(block_size + 1)  # [B, T+1]
+        inside = index <= predictions
+        window = np.where(inside, tokens[np.minimum(index, predictions)], 0)
+        yield np.asarray(window, np.int32), inside[:, 1:].astype(np.float32)
+
+
+def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """`items`, made up to `depth` ahead in one thread, which begins with the first item asked for.
+
+    An exception in `items` is raised here, at its place. Closing the generator drops what is queued and waits for the
+    item being made; the thread never waits for the consumer, so none is left behind.
+    """
+    end = object()
+    worker = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        ahead = deque(worker.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(worker.submit(next, items, end))
+            yield item  # pyright: ignore[reportReturnType]
+    finally:
+        worker.shutdown(cancel_futures=True)

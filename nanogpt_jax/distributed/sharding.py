@@ -1,0 +1,54 @@
+"""Where each array lies on the mesh: ordered rules from a parameter's path to a PartitionSpec."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanogpt_jax.config import UserError
+
+# The first rule that matches a path decides. `fsdp` splits what every device would otherwise hold whole; `tensor`
+# splits heads and hidden units, so that each device computes its own and one sum a layer brings them together.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"wte$", P("tensor", "fsdp")),
+    (r"wpe$", P(None, "fsdp")),
+    (r"h/attn/c_attn/kernel$", P(None, "fsdp", None, "tensor", None)),
+    (r"h/attn/c_attn/bias$", P(None, None, "tensor", None)),
+    (r"h/attn/c_proj/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"h/mlp/c_fc/kernel$", P(None, "fsdp", "tensor")),
+    (r"h/mlp/c_fc/bias$", P(None, "tensor")),
+    (r"h/mlp/c_proj/kernel$", P(None, "tensor", "fsdp")),
+    (r"(ln_1|ln_2|ln_f)/(scale|bias)$|c_proj/bias$", P()),
+)
+
+BATCH = P(("data", "fsdp"))  # the first axis of tokens [B, T+1]; micro-batches are cut inside the step
+
+
+def path_name(path: tuple) -> str:
+    """A pytree path as text: h/attn/c_attn/kernel."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The PartitionSpec of the parameter `name`; UserError where no rule matches or a dimension does not divide."""
+    for pattern, spec in RULES:
+        if re.search(rf"(^|/){pattern}", name):
+            break
+    else:
+        raise UserError(f"no sharding rule matches parameter {name} {shape}; add one to distributed/sharding.py")
+    for size, axis in zip(shape, spec, strict=False):
+        if axis and size % mesh.shape[axis]:
+            raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide a dimension of {size} of {name} {shape}")
+    return spec
+
+
+def shard(mesh: Mesh, spec: P = P()) -> NamedSharding:
+    """`spec` on `mesh`; whole on every device by default."""
+    return NamedSharding(mesh, spec)
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """A NamedSharding for each leaf of `params` (arrays or ShapeDtypeStructs)."""
+    return jax.tree_util.tree_map_with_path(lambda p, x: shard(mesh, spec_for(path_name(p), x.shape, mesh)), params)

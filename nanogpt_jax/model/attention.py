@@ -1,0 +1,90 @@
+"""Scaled dot-product attention: softmax(QKᵀ/√d_k)V (Vaswani et al. 2017, equation 1), behind one signature.
+
+Each position asks a question (query); every position it may look at offers a label (key) and a content (value). The
+softmax of the scores gives weights in (0, 1) that sum to 1, and the output is the weighted mean of the values. In
+"El gato persigue al ratón" the causal mask lets *persigue* look at *El*, *gato* and itself, never at *ratón*.
+
+A back-end is a function (q, k, v, *, mask, dropout_rate, dropout_key) -> [B, T, H, D] and an entry in BACKENDS:
+q [B, T, H, D]; k, v [B, S, H, D]; mask [B or 1, 1, T, S] bool, True where a query may look, None for causal (T = S).
+"""
+
+# B batch, T time of the queries, S time of the keys, H heads, D head dim
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from nanogpt_jax.config import ModelConfig
+
+
+def causal_mask(T: int) -> jax.Array:
+    """[1, 1, T, T] bool: position t may look at positions 0..t."""
+    return jnp.tril(jnp.ones((T, T), bool))[None, None]
+
+
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """softmax(QKᵀ/√d_k) in float32: [B, H, T, S], each row a distribution over what its query may look at.
+
+    The scores of independent q and k grow like √d_k; dividing keeps their variance, and so the gradients, in range.
+    """
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    mask = causal_mask(q.shape[1]) if mask is None else mask
+    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def reference(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+    """The equation as it stands. [B, H, T, S] in memory, any mask, dropout on the weights."""
+    weights = attention_weights(q, k, mask)
+    if dropout_key is not None:
+        weights = dropout(weights, dropout_rate, dropout_key)
+    return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zeroes a `rate` share of x and scales up the rest, so that the mean stays (Srivastava et al. 2014)."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def _jax_nn(implementation: str) -> Callable[..., jax.Array]:
+    """`jax.nn.dot_product_attention`; cudnn is flash attention, which never holds the [T, S] weights."""
+
+    def attend(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+        assert dropout_key is None, f"{implementation} attention has no dropout; config.validate refuses it"
+        kind = {"is_causal": True} if mask is None else {"mask": mask}
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **kind)  # pyright: ignore
+
+    return attend
+
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference,
+    "xla": _jax_nn("xla"),
+    "cudnn": _jax_nn("cudnn"),
+}
+
+
+def choose(cfg: ModelConfig, platform: str) -> str:
+    """The back-end that `model.attention = "auto"` means on this platform ("cpu", "gpu", "tpu").
+
+    cuDNN's flash attention needs 16-bit numbers and a recent NVIDIA card, so it is tried on a small case first.
+    """
+    if cfg.attention != "auto":
+        return cfg.attention
+    if cfg.dropout:
+        return "reference"
+    if platform == "gpu" and cfg.dtype == "bfloat16" and _cudnn_runs(cfg.head_dim):
+        return "cudnn"
+    return "reference" if platform == "cpu" else "xla"
+
+
+@functools.cache
+def _cudnn_runs(head_dim: int) -> bool:
+    x = jnp.zeros((1, 64, 1, head_dim), jnp.bfloat16)
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(lambda x: BACKENDS["cudnn"](x, x, x).sum().astype(jnp.float32)))(x))
+    except (RuntimeError, ValueError, NotImplementedError):  # no cuDNN, an old card, an odd head size
+        return False
+    return True

@@ -1,0 +1,234 @@
+"""GPT-2 (Radford et al. 2019): Flax modules for a block, and the pure functions over them.
+
+The parameters are one nested dict, named as OpenAI named them, with the layers stacked along a first axis L:
+
+    wte [V', C]  wpe [T, C]  ln_f {scale, bias} [C]
+    h.ln_1, h.ln_2  {scale, bias} [L, C]
+    h.attn.c_attn   {kernel [L, C, 3, H, D], bias [L, 3, H, D]}     queries, keys and values in one product
+    h.attn.c_proj   {kernel [L, H, D, C],    bias [L, C]}
+    h.mlp.c_fc      {kernel [L, C, 4C],      bias [L, 4C]}
+    h.mlp.c_proj    {kernel [L, 4C, C],      bias [L, C]}
+
+V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `forward` scans over L;
+`prefill` and `decode_step` take `unstack(params)`, where h is a list of layers, and loop over it.
+"""
+
+# B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.model import attention
+from nanogpt_jax.model.linear import linear, project
+
+Params = dict[str, Any]
+INIT_STD = 0.02
+
+
+def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
+    """`cfg` with what was left to choose ("auto", 0) chosen for a platform: "cpu", "gpu" or "tpu"."""
+    # a scan on CPU doubles the temporary memory and gains only compile time
+    unroll = cfg.scan_unroll or (cfg.n_layer if platform == "cpu" else 1)
+    return dataclasses.replace(cfg, attention=attention.choose(cfg, platform), scan_unroll=unroll)
+
+
+class Linear(nn.Module):
+    """x [..., *I] -> [..., *O], kernel [*I, *O] ~ N(0, std²), bias zero."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    bias: bool
+    std: float = INIT_STD
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (*self.inputs, *self.outputs))
+        y = project(x, kernel, len(self.inputs))
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(y.dtype)
+        return y
+
+
+def layer_norm(cfg: ModelConfig, name: str | None = None) -> nn.LayerNorm:
+    # GPT-2's epsilon, and the variance as a mean of squared distances: E[x²] - E[x]² cancels badly
+    return nn.LayerNorm(1e-5, use_bias=cfg.bias, dtype=cfg.dtype, use_fast_variance=False, name=name)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head causal self-attention. x [B, T, C] -> [B, T, C], and the keys and values [B, S, H, D] it looked at.
+
+    With a cache (k, v [B, S, H, D]) the T new positions of row b are written at start[b] .. start[b] + T - 1, and
+    every query looks at its own position and all before it.
+    """
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, cache=None, start=None, train: bool = False):
+        cfg, (B, T, C) = self.cfg, x.shape
+        heads = (cfg.n_head, cfg.head_dim)
+        qkv = Linear((C,), (3, *heads), cfg.bias, name="c_attn")(x)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # Q = X·Wq, K = X·Wk, V = X·Wv: each [B, T, H, D]
+        if cache is None:
+            drop = {"dropout_rate": cfg.dropout, "dropout_key": self.make_rng("dropout")} if train else {}
+            y = attention.BACKENDS[cfg.attention](q, k, v, **drop)
+        else:
+            position = start[:, None] + jnp.arange(T)  # [B, T]
+            row = jnp.arange(B)[:, None]
+            k, v = (old.at[row, position].set(new) for old, new in zip(cache, (k, v), strict=True))
+            mask = jnp.arange(k.shape[1]) <= position[:, None, :, None]  # [B, 1, T, S]
+            y = attention.reference(q, k, v, mask=mask)
+        std = INIT_STD / (2 * cfg.n_layer) ** 0.5
+        return Linear(heads, (C,), cfg.bias, std, name="c_proj")(y), (k, v)
+
+
+class MLP(nn.Module):
+    """x [B, T, C] -> 4C hidden units with GPT-2's tanh GELU -> [B, T, C]."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg, C = self.cfg, self.cfg.n_embd
+        x = Linear((C,), (4 * C,), cfg.bias, name="c_fc")(x)
+        x = nn.gelu(x, approximate=True)
+        return Linear((4 * C,), (C,), cfg.bias, INIT_STD / (2 * cfg.n_layer) ** 0.5, name="c_proj")(x)
+
+
+class Block(nn.Module):
+    """One transformer block, pre-LN: x + attention(ln_1 x), then x + mlp(ln_2 x)."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, cache=None, start=None, train: bool = False):
+        drop = nn.Dropout(self.cfg.dropout, deterministic=not train)
+        y, kv = SelfAttention(self.cfg, name="attn")(layer_norm(self.cfg, "ln_1")(x), cache, start, train)
+        x = x + drop(y)
+        x = x + drop(MLP(self.cfg, name="mlp")(layer_norm(self.cfg, "ln_2")(x)))
+        return x, kv
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
+    """GPT-2's initial weights: N(0, 0.02²), the two projections back into the residual stream scaled by 1/√(2L)."""
+    if cfg.attention == "auto":
+        cfg = resolve(cfg, "cpu")  # the weights do not depend on the back-end
+    wte_key, wpe_key, h_key = jax.random.split(key, 3)
+    normal = nn.initializers.normal(INIT_STD)
+    x = jnp.zeros((1, 1, cfg.n_embd))
+    return {
+        "wte": normal(wte_key, (cfg.padded_vocab_size, cfg.n_embd)),
+        "wpe": normal(wpe_key, (cfg.block_size, cfg.n_embd)),
+        "h": jax.vmap(lambda k: Block(cfg).init(k, x)["params"])(jax.random.split(h_key, cfg.n_layer)),
+        "ln_f": layer_norm(cfg).init(h_key, x)["params"],
+    }
+
+
+def n_params(cfg: ModelConfig) -> int:
+    """Number of parameters, without the padding of the vocabulary."""
+    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    return sum(p.size for p in jax.tree.leaves(params)) - (cfg.padded_vocab_size - cfg.vocab_size) * cfg.n_embd
+
+
+def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:
+    """tokens [B, T] int32, position [T] or [B, T] -> [B, T, C]: what the token is plus where it stands."""
+    return (params["wte"][tokens] + params["wpe"][position]).astype(cfg.dtype)
+
+
+def head(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary, which can neither win nor learn."""
+    x = layer_norm(cfg).apply({"params": params["ln_f"]}, x)
+    logits = linear(x, params["wte"].T).astype(jnp.float32)  # pyright: ignore[reportAttributeAccessIssue]
+    real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
+    return logits if cfg.padded_vocab_size == cfg.vocab_size else jnp.where(real, logits, -jnp.inf)
+
+
+def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    """tokens [B, T] int32 -> [B, T, C], each position's vector after the last block: the word in its context."""
+    train = dropout_key is not None and cfg.dropout > 0
+    x = embed(cfg, params, tokens, jnp.arange(tokens.shape[1]))
+    keys = None
+    if train:
+        keys = jax.random.split(dropout_key, cfg.n_layer + 1)
+        x, keys = attention.dropout(x, cfg.dropout, keys[0]), keys[1:]
+
+    def layer(x, scanned):
+        block, key = scanned
+        rngs = {"dropout": key} if train else None
+        x, _ = Block(cfg).apply({"params": block}, x, train=train, rngs=rngs)  # pyright: ignore
+        return x, None
+
+    # "dots" keeps the results of matrix products and recomputes what is elementwise; "block" keeps only block inputs
+    policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
+    if cfg.remat != "none":
+        layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=cfg.scan_unroll > 1)
+    return lax.scan(layer, x, (params["h"], keys), unroll=cfg.scan_unroll)[0]
+
+
+def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    """tokens [B, T] int32, T <= block_size -> logits [B, T, V'] float32. Dropout is on where a key is given."""
+    B, T = tokens.shape
+    x = hidden(cfg, params, tokens, dropout_key)
+    return head(cfg, params, x.reshape(B * T, cfg.n_embd)).reshape(B, T, -1)
+
+
+# ---- generation: the same blocks, with a cache ----------------------------------------------------------------------
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far."""
+
+    k: list[jax.Array]  # L arrays [B, S, H, D]
+    v: list[jax.Array]
+    length: jax.Array  # [B] int32, filled positions in each row
+
+
+def unstack(params: Params) -> Params:
+    """`params` with h as a list of L layers: a decode step then reads each weight once, where a scan would copy it."""
+    n_layer = jax.tree.leaves(params["h"])[0].shape[0]
+    return {**params, "h": [jax.tree.map(lambda p: p[layer], params["h"]) for layer in range(n_layer)]}
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:
+    """An empty cache for `length` positions, at most block_size."""
+    shape = (batch_size, length, cfg.n_head, cfg.head_dim)
+    empty = [jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layer)]
+    return Cache(empty, list(empty), jnp.zeros(batch_size, jnp.int32))
+
+
+def _extend(cfg: ModelConfig, params: Params, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """tokens [B, T] after what the cache holds -> vectors [B, T, C] and the cache with T more positions a row."""
+    T = tokens.shape[1]
+    x = embed(cfg, params, tokens, cache.length[:, None] + jnp.arange(T))
+    keys, values = [], []
+    for block, k, v in zip(params["h"], cache.k, cache.v, strict=True):
+        x, (k, v) = Block(cfg).apply({"params": block}, x, (k, v), cache.length)  # pyright: ignore
+        keys.append(k)
+        values.append(v)
+    return x, Cache(keys, values, cache.length + T)
+
+
+def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache):
+    """Prompts [B, P] int32 of `lengths` [B], padded on the right -> logits [B, V'] after each prompt, and the cache.
+
+    What the padding wrote into the cache lies behind every row's length, where no query looks before it is replaced.
+    """
+    x, cache = _extend(cfg, params, tokens, cache._replace(length=jnp.zeros_like(lengths)))
+    last = x[jnp.arange(len(tokens)), lengths - 1]
+    return head(cfg, params, last), cache._replace(length=lengths)
+
+
+def decode_step(cfg: ModelConfig, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """One token through the model, reading and extending the cache.
+
+    token [B] int32 -> logits [B, V'] float32 and the grown cache.
+    Equals forward(...)[:, -1] on the whole prefix (tests/test_generate.py).
+    """
+    x, cache = _extend(cfg, params, token[:, None], cache)
+    return head(cfg, params, x[:, 0]), cache

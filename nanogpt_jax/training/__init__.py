@@ -1,0 +1,1 @@
+"""From a batch to a checkpoint: optimizer, step, loop, checkpoints, metrics."""

@@ -1,0 +1,139 @@
+"""Checkpoints through orbax: asynchronous, atomic, the newest and the best kept. The only importer of orbax.
+
+RUN/checkpoints/STEP/ holds three items: `params`, so that sampling restores nothing else; `opt_state`; and `meta`,
+JSON with what else a resumption needs. A save writes into a temporary folder that is renamed when it is whole.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+
+from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.model import gpt2
+from nanogpt_jax.training.run_dir import checkpoint_steps
+from nanogpt_jax.training.step import TrainState, init_state, state_shardings
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every save at warning level
+
+
+def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
+    best = policy.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False)
+    kept = policy.AnyPreservationPolicy([policy.LatestN(keep), best]) if keep else None
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=kept, read_only=keep is None, cleanup_tmp_directories=keep is not None
+    )
+    return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
+
+
+class Checkpointer:
+    """Saves and restores the state of one run. A context manager: leaving it waits for the save under way."""
+
+    def __init__(self, run_dir: Path, keep: int):
+        self._run_dir = run_dir
+        self._manager = _manager(run_dir, keep)
+        steps = checkpoint_steps(run_dir)
+        self.latest = steps[-1] if steps else None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState, step: int, meta: dict[str, Any], val_loss: float | None) -> None:
+        """Begin to save; returns as soon as the state is copied. A step that is already saved is left as it is."""
+        if step == self.latest:
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            meta=ocp.args.JsonSave(meta),
+        )
+        metrics = None if val_loss is None else {"val_loss": val_loss}
+        self._guard(lambda: self._manager.save(step, args=items, metrics=metrics, force=True), step)
+        self.latest = step
+
+    def wait(self) -> None:
+        """Return when everything saved is on disk."""
+        self._guard(self._manager.wait_until_finished, self.latest)
+
+    def _guard(self, call: Any, step: int | None) -> None:
+        try:
+            call()
+        except (OSError, ValueError, RuntimeError) as e:  # tensorstore reports a full disk as a ValueError
+            whole = [s for s in checkpoint_steps(self._run_dir) if s != step]
+            last = f"the last whole checkpoint is step {whole[-1]}" if whole else "there is no earlier checkpoint"
+            folder = self._run_dir / "checkpoints"
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise UserError(
+                f"could not save step {step} in {folder}; {last}\n       {reason[:300]}\n"
+                "       free some space, then go on with the same command"
+            ) from None
+
+    def resume(self, cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+        """The state of the newest whole checkpoint, laid out on `mesh` whatever it was saved on; else a fresh one.
+
+        With it what else resuming needs: {"step": int, "best_val_loss": float or None}.
+        """
+        if self.latest is None:
+            return init_state(cfg, tx, mesh), {"step": 0, "best_val_loss": None}
+        shapes, shardings = state_shardings(cfg, tx, mesh)
+        abstract = jax.tree.map(_abstract, shapes, shardings)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            opt_state=ocp.args.StandardRestore(abstract.opt_state),
+            meta=ocp.args.JsonRestore(),
+        )
+        restored = _restore(self._manager, self._run_dir, self.latest, items)
+        step = jax.device_put(jnp.int32(self.latest), shardings.step)
+        meta = {**restored["meta"], "step": self.latest}
+        return TrainState(step, restored["params"], restored["opt_state"]), meta
+
+
+def _abstract(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: Any) -> Any:
+    try:
+        return manager.restore(step, args=items)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"checkpoint {run_dir / 'checkpoints' / str(step)} is damaged or of another model\n"
+            f"       {reason[:300]}\n       delete that folder to use the checkpoint before it"
+        ) from None
+
+
+def load_params(run_dir: Path, cfg: Config, which: str = "best") -> tuple[gpt2.Params, int]:
+    """The parameters of a checkpoint, on one device, and its step. No optimizer, no data needed.
+
+    `which`: "best" by validation loss (the newest where none was measured), "latest", or a step's number.
+    """
+    steps = checkpoint_steps(run_dir)
+    if not steps:
+        raise UserError(f"{run_dir} has no checkpoint yet")
+    with _manager(run_dir, None) as manager:
+        if which == "latest":
+            step = steps[-1]
+        elif which == "best":
+            losses = {s: (manager.metrics(s) or {}).get("val_loss", float("inf")) for s in reversed(steps)}
+            step = min(losses, key=lambda s: losses[s])
+        elif which.isdigit() and int(which) in steps:
+            step = int(which)
+        else:
+            raise UserError(
+                f"{run_dir} has no checkpoint {which}; it has {', '.join(map(str, steps))}, best and latest"
+            )
+        shapes = jax.eval_shape(lambda: gpt2.init_params(cfg.model, jax.random.key(0)))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda x: _abstract(x, here), shapes)
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return _restore(manager, run_dir, step, items)["params"], step

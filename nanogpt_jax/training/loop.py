@@ -1,0 +1,191 @@
+"""Step, log, evaluate, save, in that order, until the last step or a signal."""
+
+import contextlib
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.data import batches
+from nanogpt_jax.data.prepare import Dataset
+from nanogpt_jax.distributed.mesh import batch_ways
+from nanogpt_jax.distributed.sharding import BATCH, shard
+from nanogpt_jax.evaluation.loss import eval_rows, evaluate
+from nanogpt_jax.model import gpt2
+from nanogpt_jax.training.checkpoint import Checkpointer
+from nanogpt_jax.training.metrics import MetricsLog, Progress
+from nanogpt_jax.training.step import TrainState, make_eval_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: at which step, after how long, by which signal if by one, and the last validation metrics."""
+
+    step: int
+    seconds: float
+    signal: signal.Signals | None
+    validation: dict[str, float]
+
+
+class StopRequest:
+    """Set by the first SIGINT or SIGTERM. A second one acts as if nobody had listened."""
+
+    received: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request that the loop honours after the dispatch under way."""
+    request = StopRequest()
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def listen(number: int, _frame: object) -> None:
+        request.received = signal.Signals(number)
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+    for s in previous:
+        signal.signal(s, listen)
+    try:
+        yield request
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def choose_steps_per_dispatch(cfg: Config, platform: str) -> int:
+    """8 where a step is so small that the call itself costs something: a model on CPU under 40 GFLOP a step."""
+    if cfg.train.steps_per_dispatch:
+        return cfg.train.steps_per_dispatch
+    flops = 6 * gpt2.n_params(cfg.model) * cfg.train.batch_size * cfg.model.block_size
+    return 8 if platform == "cpu" and flops < 40e9 else 1
+
+
+def dispatches(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(first step, number of steps) from `start` to `steps`: at most `most`, never across a multiple of `every`."""
+    while start < steps:
+        n = min([most, steps - start] + [e - start % e for e in every if e])
+        yield start, n
+        start += n
+
+
+def fit(
+    cfg: Config,
+    mesh: Mesh,
+    state: TrainState,
+    train_step: Any,
+    steps_per_dispatch: int,
+    data: Dataset,
+    checkpoints: Checkpointer,
+    log: MetricsLog,
+    meta: dict[str, Any],
+    stop: StopRequest,
+) -> Outcome:
+    """Train from `state` to cfg.train.steps. The state is donated; what it became is in the last checkpoint."""
+    t, K, T = cfg.train, steps_per_dispatch, cfg.model.block_size
+    start, clock = int(state.step), time.monotonic()
+    eval_step = make_eval_step(cfg, mesh)
+    rows = eval_rows(cfg, batch_ways(mesh))
+    layout = shard(mesh, P(None, *BATCH))
+
+    def tokens_of(first: int, n: int) -> jax.Array:
+        stack = np.zeros((K, t.batch_size, T + 1), np.int32)
+        for i in range(n):
+            stack[i] = batches.batch(data.train, seed=t.seed, step=first + i, batch_size=t.batch_size, block_size=T)
+        return jax.device_put(stack, layout)
+
+    plan = list(dispatches(start, t.steps, K, (t.eval_every, t.save_every)))
+    ahead = batches.prefetch(((first, n, tokens_of(first, n)) for first, n in plan), depth=2)
+    progress = Progress(start, t.steps)
+    reader = _Reader(cfg, log, progress)
+    validation: dict[str, float] = {}
+    step = start
+    try:
+        for first, n, tokens in ahead:
+            if stop.received:
+                break
+            state, metrics = train_step(state, tokens, np.int32(n))
+            reader.add(first, n, metrics)
+            step = first + n
+
+            is_last = step == t.steps
+            val_loss = None
+            if is_last or (t.eval_every and step % t.eval_every == 0):
+                reader.drain()
+                began = time.monotonic()
+                scores = evaluate(eval_step, state.params, data.val, cfg, rows, data.manifest["val"]["bytes"])
+                validation = {f"val/{name}": value for name, value in scores.items()}
+                log.write(step, validation)
+                progress.say(
+                    f"step {step}: validation loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} bits per byte"
+                )
+                val_loss = scores["loss"]
+                reader.pause(time.monotonic() - began)
+            best = meta["best_val_loss"]
+            is_best = val_loss is not None and (best is None or val_loss < best)
+            if is_best:
+                meta = {**meta, "best_val_loss": val_loss}
+            if is_last or is_best or (t.save_every and step % t.save_every == 0):
+                reader.drain()  # a loss that is not finite stops the run here, before it is saved
+                checkpoints.save(state, step, meta, val_loss)
+        reader.drain()
+        if stop.received:
+            checkpoints.save(state, step, meta, None)
+        checkpoints.wait()
+    finally:
+        ahead.close()
+        progress.close()
+    return Outcome(step, time.monotonic() - clock, stop.received, validation)
+
+
+class _Reader:
+    """Reads the metrics of an earlier dispatch while the device works on the next, and passes them on."""
+
+    def __init__(self, cfg: Config, log: MetricsLog, progress: Progress):
+        self._cfg, self._log, self._progress = cfg, log, progress
+        self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
+        self._clock = time.monotonic()
+        self._counted = 0  # steps since the clock was read
+
+    def add(self, first: int, n: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append((first, n, metrics))
+        if len(self._pending) > 1:
+            self._read()
+
+    def drain(self) -> None:
+        while self._pending:
+            self._read()
+
+    def pause(self, seconds: float) -> None:
+        """Take `seconds`, spent on something else, out of the measured speed."""
+        self._clock += seconds
+
+    def _read(self) -> None:
+        first, n, metrics = self._pending.popleft()
+        values = jax.device_get(metrics)
+        t = self._cfg.train
+        self._counted += n
+        now = time.monotonic()
+        speed = self._counted * t.batch_size * self._cfg.model.block_size / max(now - self._clock, 1e-9)
+        for i in range(n):
+            step = first + i + 1
+            loss, norm, rate = (float(values[name][i]) for name in ("loss", "grad_norm", "learning_rate"))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UserError(
+                    f"step {step}: the loss is {loss}, the gradient norm {norm}; the run stops here\n"
+                    "       checkpoints from before are kept; try a lower optim.learning_rate or a longer warm-up"
+                )
+            if step % t.log_every == 0 or step == t.steps:
+                row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
+                self._log.write(step, {**row, "tokens_per_second": round(speed, 1)})
+                self._progress.update(step, loss, speed)
+                self._clock, self._counted = now, 0

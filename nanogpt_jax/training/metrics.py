@@ -1,0 +1,109 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for, and the progress bar."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nanogpt_jax.config import TrainConfig, UserError
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. A last line that a crash cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class MetricsLog:
+    """Appends to RUN/metrics.jsonl, one JSON object a line, each with its `step`."""
+
+    def __init__(self, run_dir: Path, cfg: TrainConfig, step: int):
+        """Lines after `step` are dropped: the steps that they tell of will be taken again."""
+        path = run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(beside, path)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard(run_dir, step) if cfg.tensorboard else None
+        self._wandb = _wandb(run_dir) if cfg.wandb else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _tensorboard(run_dir: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("train.tensorboard=true needs pip install 'nanogpt-jax[tensorboard]'") from None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+
+def _wandb(run_dir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb=true needs pip install 'nanogpt-jax[wandb]'") from None
+    # the directory's name is the run's id, so that a resumed run goes on in the same chart
+    return wandb.init(project="nanogpt-jax", id=run_dir.resolve().name, dir=str(run_dir), resume="allow")
+
+
+class Progress:
+    """Step, loss, tokens/s and time left: a bar on a terminal, and a line now and then elsewhere."""
+
+    def __init__(self, step: int, steps: int):
+        self._step, self._steps = step, steps
+        self._started, self._began_at = time.monotonic(), step
+        self._bar = None
+        self._next_line = step
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True, redirect_stdout=True)
+            self._task = self._bar.add_task("", total=steps, completed=step, loss="...", speed="...")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        self._step = step
+        if self._bar:
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
+        elif step >= self._next_line:
+            left = (time.monotonic() - self._started) / max(step - self._began_at, 1) * (self._steps - step)
+            print(
+                f"step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  left {left:.0f} s",
+                file=sys.stderr,
+            )
+            self._next_line = step + max(self._steps // 20, 1)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

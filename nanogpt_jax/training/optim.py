@@ -1,0 +1,115 @@
+"""Optimizers and learning-rate schedules: optax's, in two tables. Adding one is a function and an entry."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from nanogpt_jax.config import OptimConfig
+from nanogpt_jax.distributed.sharding import path_name
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+
+def is_matrix(path: tuple, _leaf: object) -> bool:
+    """Embeddings and kernels decay; biases and layer norms do not. (They too have a layer axis: shape cannot tell.)"""
+    return path_name(path).endswith(("kernel", "wte", "wpe"))
+
+
+def decay_mask(params: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _muon_axes(params: optax.Params) -> optax.Params:
+    """Which axes of each kernel are one matrix to Muon; the others (layers; query, key, value) are a batch."""
+    axes = {
+        "c_attn/kernel": MuonDimensionNumbers(1, (3, 4)),  # [L, C, 3, H, D]
+        "attn/c_proj/kernel": MuonDimensionNumbers((1, 2), 3),  # [L, H, D, C]
+        "mlp/c_fc/kernel": MuonDimensionNumbers(1, 2),
+        "mlp/c_proj/kernel": MuonDimensionNumbers(1, 2),
+    }
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: next((a for name, a in axes.items() if path_name(path).endswith(name)), None), params
+    )
+
+
+def _adamw(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=decay_mask)
+
+
+def _lion(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    return optax.lion(rate, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=decay_mask)
+
+
+def _muon(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the kernels in the blocks, AdamW for embeddings, biases and norms.
+
+    `consistent_rms` gives Muon's updates the size of Adam's (Liu et al. 2025), so that one learning rate serves both.
+    """
+    return muon(
+        rate,
+        beta=cfg.beta1,
+        weight_decay=cfg.weight_decay,
+        adam_b1=cfg.beta1,
+        adam_b2=cfg.beta2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_muon_axes,
+    )
+
+
+def _sgd(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+    decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask)
+    return optax.chain(decay, optax.sgd(rate, cfg.beta1, nesterov=True))
+
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig, Schedule], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+    "muon": _muon,
+    "sgd": _sgd,
+}
+
+
+def _cosine(peak: float, end: float, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(peak, steps, end / peak)
+
+
+def _linear(peak: float, end: float, steps: int) -> optax.Schedule:
+    return optax.linear_schedule(peak, end, steps)
+
+
+def _wsd(peak: float, end: float, steps: int) -> optax.Schedule:
+    """Warm-up, stable, decay: the last fifth goes down in a straight line (Hu et al. 2024)."""
+    return optax.linear_schedule(peak, end, max(steps // 5, 1), transition_begin=steps - max(steps // 5, 1))
+
+
+def _constant(peak: float, end: float, steps: int) -> optax.Schedule:
+    return optax.constant_schedule(peak)
+
+
+SCHEDULES: dict[str, Callable[[float, float, int], optax.Schedule]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "wsd": _wsd,
+    "constant": _constant,
+}
+
+
+def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
+    """Step (0 is the first) -> learning rate: a straight line up to the peak, then the schedule down to the end.
+
+    The first step's rate is peak / warmup_steps, not 0: a step that changes nothing is a step wasted.
+    """
+    peak, end = cfg.learning_rate, cfg.learning_rate * cfg.min_learning_rate
+    after = SCHEDULES[cfg.schedule](peak, end, max(steps - cfg.warmup_steps, 1))
+    if not cfg.warmup_steps:
+        return after  # pyright: ignore[reportReturnType]
+    warmup = optax.linear_schedule(peak / cfg.warmup_steps, peak, max(cfg.warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, after], [cfg.warmup_steps])  # pyright: ignore[reportReturnType]
+
+
+def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The whole chain from gradient to update: clip by global norm, then the optimizer with its schedule."""
+    update = OPTIMIZERS[cfg.name](cfg, make_schedule(cfg, steps))
+    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), update) if cfg.grad_clip else update

@@ -1,0 +1,145 @@
+"""The run directory: whose it is, what is in it, and whether a command may write there.
+
+    RUN/config.json   the settings          RUN/checkpoints/STEP/   orbax
+    RUN/data.json     the data's manifest   RUN/tokenizer/          so that sampling needs no data
+    RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
+
+Nothing here imports jax: a run that must not be touched is refused before XLA starts.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from nanogpt_jax import config
+from nanogpt_jax.config import Command, Config, UserError
+from nanogpt_jax.data.prepare import Dataset
+
+NAMES = ("checkpoints", "tokenizer", "tensorboard", "wandb", "config.json", "data.json", "metrics.jsonl", "sample.txt")
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps with a whole checkpoint, in order. A save cut short has a temporary name and is not among them."""
+    folder = run_dir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+@contextlib.contextmanager
+def claim(command: Command) -> Iterator[Path]:
+    """The run directory, made and locked for this process, or a UserError that says why it may not be used."""
+    run_dir = command.run_dir
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is a file")
+    strangers = [p.name for p in run_dir.iterdir() if p.name not in (*NAMES, "lock")] if run_dir.is_dir() else []
+    if strangers and not (run_dir / "config.json").is_file():
+        raise UserError(
+            f"--run-dir {run_dir} holds other files ({strangers[0]}) and is no run\n       choose a new directory"
+        )
+    if command.resume == "must" and not checkpoint_steps(run_dir):
+        raise UserError(f"--resume=must, but {run_dir} has no checkpoint")
+    if command.resume == "never" and not command.overwrite and (run_dir / "config.json").is_file():
+        raise UserError(
+            f"--resume=never, but {run_dir} holds a run\n       choose another --run-dir, or delete it with --overwrite"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / "lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another process is training in {run_dir}\n       choose another --run-dir") from None
+    except OSError as e:
+        raise UserError(f"cannot write in {run_dir}: {e.strerror}") from None
+    with lock:
+        yield run_dir
+
+
+def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None:
+    """Check that the run in the directory, if there is one, is this run; else write down what the new run is.
+
+    `cfg` is the command's configuration with the vocabulary size filled in.
+    """
+    steps = [] if command.overwrite else checkpoint_steps(run_dir)
+    if steps:
+        before = config.read_json(run_dir / "config.json")
+        changed = config.differences(before, cfg, frozenset(config.TYPES) - config.EXECUTION)
+        if changed:
+            shown = "\n".join(
+                f"       {k}: {old} in the run, {new} now ({command.origin[k]})" for k, old, new in changed
+            )
+            raise UserError(
+                f"{run_dir} holds a run with other settings\n{shown}\n"
+                "       choose another --run-dir, or start over with --overwrite"
+            )
+        recorded = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
+        if recorded["fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"the data of {run_dir} has changed: {cfg.data.source} no longer gives the tokens that it was trained on"
+                "\n       bring the old text back, or choose another --run-dir"
+            )
+    else:
+        for name in NAMES:
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    data.tokenizer.save(run_dir / "tokenizer")
+    recorded = {"fingerprint": data.fingerprint, **data.manifest}
+    write_atomically(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
+    write_atomically(run_dir / "config.json", config.to_json(cfg))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The old content or the new, whatever happens in between."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def is_finished(run_dir: Path, cfg: Config) -> bool:
+    steps = checkpoint_steps(run_dir)
+    return bool(steps) and steps[-1] >= cfg.train.steps
+
+
+def headline(run_dir: Path, cfg: Config, data: Dataset, n_params: int, step: int, devices: str) -> str:
+    """What is about to be trained, on what, and where it goes: two lines."""
+    m, t = cfg.model, cfg.train
+    begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
+    return (
+        f"{begin}: GPT-2 of {n_params:,} parameters ({m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels, "
+        f"context {m.block_size}) on {devices}\n"
+        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.source}: {len(data.train):,} tokens to "
+        f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
+    )
+
+
+def same_command(argv: list[str]) -> str:
+    """The command that goes on with this run: the one that was typed, less --overwrite and --resume."""
+    words, skip = [], False
+    for word in argv:
+        if skip or word == "--overwrite" or word.startswith("--resume"):
+            skip = word == "--resume"
+            continue
+        words.append(word)
+    return shlex.join(["python", "train.py", *words])
+
+
+def next_steps(run_dir: Path, command: Command) -> str:
+    return (
+        f"next: python sample.py {shlex.quote(str(run_dir))} --prompt 'The '\n"
+        f"      or train longer: the same command with --train.steps {2 * command.cfg.train.steps}"
+    )
+
+
+def newest(folder: Path) -> Path:
+    """The run that was trained last among the directories in `folder`."""
+    runs = [p.parent for p in folder.glob("*/config.json") if checkpoint_steps(p.parent)]
+    if not runs:
+        raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: python train.py")
+    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)

