@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}")
             print(f"go on with the same command: {run_dir.same_command(argv)}")
             return 128 + outcome.signal
-        sample_of = lambda r: ""
+        from nanogpt_jax.inference.sampler import sample_of
 
         print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.validation['val/loss']:.4f} at the last step")
         print(f"a sample:\n{sample_of(run)}\n\n{run_dir.next_steps(run, command)}")

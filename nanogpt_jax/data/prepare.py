@@ -107,7 +107,7 @@ def _open(folder: Path) -> Dataset:
         raise damaged(path, "is damaged: it is no manifest") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    if False:
+    if checksum != _sha256(manifest):
         raise damaged(path, "is damaged: its checksum is wrong")
 
     try:

@@ -152,6 +152,8 @@ class GPT2Tokenizer:
             raise UserError(
                 f"character {text[e.start]!r} at position {e.start} is half a character, not text"
             ) from None
+        except ValueError as e:  # the pattern backtracks over a run of spaces, and its stack ends near a million
+            raise UserError(f"data.tokenizer=gpt2 cannot take a run of a million spaces or line ends ({e})") from None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")

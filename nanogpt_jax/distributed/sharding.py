@@ -49,6 +49,14 @@ def shard(mesh: Mesh, spec: P = P()) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
-def param_shardings(mesh: Mesh, params: Any) -> Any:
-    """A NamedSharding for each leaf of `params` (arrays or ShapeDtypeStructs)."""
-    return jax.tree_util.tree_map_with_path(lambda p, x: shard(mesh, spec_for(path_name(p), x.shape, mesh)), params)
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for each leaf of `tree` (arrays or ShapeDtypeStructs): parameters, or a whole training state.
+
+    An optimizer's moments end in their parameter's path (0/mu/h/mlp/c_fc/kernel), so they lie where it lies. Scalars
+    are whole on every device.
+    """
+
+    def lay(path: tuple, x: jax.ShapeDtypeStruct) -> NamedSharding:
+        return shard(mesh, spec_for(path_name(path), x.shape, mesh) if x.ndim else P())
+
+    return jax.tree_util.tree_map_with_path(lay, tree)

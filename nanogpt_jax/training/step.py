@@ -4,7 +4,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -14,8 +13,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from nanogpt_jax.config import Config, ModelConfig
-from nanogpt_jax.distributed.sharding import BATCH, param_shardings, shard
+from nanogpt_jax.config import Config, ModelConfig, UserError
+from nanogpt_jax.distributed.mesh import batch_ways
+from nanogpt_jax.distributed.sharding import BATCH, shard, shardings
 from nanogpt_jax.model import gpt2, losses
 from nanogpt_jax.training.optim import make_schedule
 
@@ -32,12 +32,9 @@ class TrainState:
 
 
 def state_shardings(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """The state's shapes and where each leaf lies: an optimizer's moments lie with their parameters."""
+    """The state's shapes, and where each leaf lies."""
     shapes = jax.eval_shape(lambda: _fresh(cfg, tx))
-    by_params = param_shardings(mesh, shapes.params)
-    whole = shard(mesh)
-    opt = optax.tree.map_params(tx, lambda _, s: s, shapes.opt_state, by_params, transform_non_params=lambda _: whole)
-    return shapes, TrainState(whole, by_params, opt)  # pyright: ignore[reportArgumentType]
+    return shapes, shardings(mesh, shapes)
 
 
 def _fresh(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
@@ -47,8 +44,8 @@ def _fresh(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
 
 def init_state(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state at step 0, born sharded: no device ever holds more than its part. Weights depend on the seed alone."""
-    _, shardings = state_shardings(cfg, tx, mesh)
-    return jax.jit(lambda: _fresh(cfg, tx), out_shardings=shardings)()
+    _, layout = state_shardings(cfg, tx, mesh)
+    return jax.jit(lambda: _fresh(cfg, tx), out_shardings=layout)()
 
 
 def make_train_step(
@@ -60,10 +57,14 @@ def make_train_step(
     step, and every step is computed by the same instructions wherever a run was cut: that makes resuming exact.
     Metrics: loss (nats a token, before the update), grad_norm (before clipping), learning_rate. The state is donated.
     """
-    K = steps_per_dispatch
-    schedule = make_schedule(cfg.optim, cfg.train.steps)
-    _, shardings = state_shardings(cfg, tx, mesh)
-    dropout_key = jax.random.key(cfg.train.seed ^ 0xD409)  # apart from the key of the initial weights
+    K, t = steps_per_dispatch, cfg.train
+    ways = batch_ways(mesh)
+    if (t.micro_batch or t.batch_size) % ways:
+        name = "train.micro_batch" if t.micro_batch else "train.batch_size"
+        raise UserError(f"{name}={t.micro_batch or t.batch_size} must be a multiple of mesh data * fsdp = {ways}")
+    schedule = make_schedule(cfg.optim, t.steps)
+    _, layout = state_shardings(cfg, tx, mesh)
+    dropout_key = jax.random.key(t.seed ^ 0xD409)  # apart from the key of the initial weights
 
     def one_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(dropout_key, state.step) if cfg.model.dropout else None
@@ -77,8 +78,8 @@ def make_train_step(
     @functools.partial(
         jax.jit,
         donate_argnums=0,
-        in_shardings=(shardings, shard(mesh, P(None, *BATCH)), None),
-        out_shardings=(shardings, shard(mesh)),
+        in_shardings=(layout, shard(mesh, P(None, *BATCH)), None),
+        out_shardings=(layout, shard(mesh)),
     )
     def train_step(state: TrainState, tokens: jax.Array, n: jax.Array):
         if K == 1:  # nothing to loop over, and a loop would make a GPU ask the host whether to go on
@@ -131,8 +132,3 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[gpt2.Params, jax.Array,
         return jnp.sum(nats * weights)
 
     return eval_step
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays in a tree."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

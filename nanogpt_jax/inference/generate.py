@@ -1,0 +1,125 @@
+"""Prefill, compiled decode, and the rules by which a token is chosen. Pure: arrays in, arrays out.
+
+Text, stop strings and the sliding of a full context are the host's work, in sampler.py.
+"""
+
+# B batch, P padded prompt length, S cache length, V padded vocabulary
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.model import gpt2
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the next token is drawn from the logits. Hashable: each set of rules compiles to its own program."""
+
+    temperature: float = 0.8  # divides the logits; 0: always the likeliest token
+    top_k: int = 0  # only the k likeliest; 0: all
+    top_p: float = 1.0  # only the smallest set whose probabilities reach p; 1: all
+    min_p: float = 0.0  # only tokens at least min_p times as likely as the likeliest; 0: all
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the output become less likely (CTRL, 2019)
+
+
+def filter_logits(rules: Rules, logits: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """logits [B, V] float32 -> the same with -inf for what may not be drawn. The order is Hugging Face's.
+
+    seen [B, V] bool, the tokens of the prompt and the output; needed only with a repetition penalty.
+    """
+    if rules.repetition_penalty != 1:
+        assert seen is not None, "a repetition penalty needs to know what was seen"
+        penalty = rules.repetition_penalty
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if rules.temperature == 0:  # the filters below always keep the likeliest token
+        return logits
+    logits = logits / rules.temperature
+    if rules.top_k:
+        logits = _drop_below(logits, lax.top_k(logits, min(rules.top_k, logits.shape[-1]))[0][:, -1:])
+    if rules.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(ordered, axis=-1)
+        needed = jnp.cumsum(p, axis=-1) - p < rules.top_p  # those before it do not reach p yet; true of the first
+        logits = _drop_below(logits, jnp.where(needed, ordered, jnp.inf).min(axis=-1, keepdims=True))
+    if rules.min_p:
+        logits = _drop_below(logits, logits.max(axis=-1, keepdims=True) + math.log(rules.min_p))
+    return logits
+
+
+def _drop_below(logits: jax.Array, least: jax.Array) -> jax.Array:
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def choose(rules: Rules, logits: jax.Array, seen: jax.Array | None, keys: jax.Array) -> jax.Array:
+    """logits [B, V], a key for each row [B] -> tokens [B] int32."""
+    logits = filter_logits(rules, logits, seen)
+    if rules.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def row_keys(seed: int, batch_size: int) -> jax.Array:
+    """A key for each row [B]. It depends on the row alone, so a row's text is the same in a batch of any size."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch_size))
+
+
+class State(NamedTuple):
+    """Where generation stands, between two calls."""
+
+    token: jax.Array  # [B] int32, chosen last; not in the cache yet
+    cache: gpt2.Cache
+    seen: jax.Array | None  # [B, V] bool, with a repetition penalty
+
+
+@partial(jax.jit, static_argnames="cfg")
+def for_decoding(cfg: ModelConfig, params: gpt2.Params) -> gpt2.Params:
+    """`params` as `prefill` and `decode` take them: layers apart, matrices in the compute dtype, once for all steps.
+
+    The embedding is cut to cfg's vocabulary, so that ids for which a tokenizer has no text cannot be drawn.
+    """
+    params = gpt2.unstack({**params, "wte": params["wte"][: cfg.padded_vocab_size]})
+    return jax.tree.map(lambda p: p.astype(cfg.dtype) if p.ndim > 1 else p, params)  # vectors cost nothing
+
+
+@partial(jax.jit, static_argnames=("cfg", "rules", "cache_length"))
+def prefill(cfg: ModelConfig, rules: Rules, params, tokens, lengths, seen, keys, count, *, cache_length: int):
+    """The first token after each prompt: tokens [B, P] of `lengths` [B], padded on the right -> [B, 1], and the state.
+
+    `count` () int32 is how many tokens the rows have generated before, and `cache_length` >= P how long they may grow.
+    """
+    cache = gpt2.init_cache(cfg, len(tokens), cache_length)
+    logits, cache = gpt2.prefill(cfg, params, tokens, lengths, cache)
+    state = _next(rules, logits, cache, seen, keys, count)
+    return state.token[:, None], state
+
+
+@partial(jax.jit, static_argnames=("cfg", "rules", "chunk"), donate_argnames="state")
+def decode(cfg: ModelConfig, rules: Rules, params, state: State, keys, count, steps, *, chunk: int):
+    """The next `steps` <= chunk tokens of each row, in one call -> [B, chunk] int32, zeros behind, and the state.
+
+    The caller sees to it that the cache has room; a row that has ended may run over, and then holds nonsense.
+    """
+
+    def step(i, carry):
+        state, tokens = carry
+        logits, cache = gpt2.decode_step(cfg, params, state.token, state.cache)
+        state = _next(rules, logits, cache, state.seen, keys, count + i)
+        return state, tokens.at[:, i].set(state.token)
+
+    tokens = jnp.zeros((len(keys), chunk), jnp.int32)
+    state, tokens = lax.fori_loop(0, steps, step, (state, tokens))
+    return tokens, state
+
+
+def _next(rules: Rules, logits, cache, seen, keys, count) -> State:
+    token = choose(rules, logits, seen, jax.vmap(jax.random.fold_in, (0, None))(keys, count))
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token)), token].set(True)
+    return State(token, cache, seen)

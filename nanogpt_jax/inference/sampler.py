@@ -1,0 +1,169 @@
+"""Text from a model: prompts of any length in one batch, stop strings, streaming, and generation past the context.
+
+GPT-2's positions are learned, so a window that moves by one token moves every token to another position, and nothing
+of the cache can stay. When a row has filled its context, it therefore goes on from its last block_size // 2 tokens,
+read anew: one prefill for half a context of tokens. Rows of one batch fill up at different times and slide apart.
+"""
+
+import codecs
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nanogpt_jax import config
+from nanogpt_jax.config import ModelConfig, UserError
+from nanogpt_jax.data import tokenizer as tokenizers
+from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.inference import generate
+from nanogpt_jax.inference.generate import Rules
+from nanogpt_jax.model import gpt2
+from nanogpt_jax.training import checkpoint
+
+CHUNK = 16  # most tokens in one call to the device: text streams a few times a second even from a slow model
+
+
+def generate_text(
+    cfg: ModelConfig,
+    params: gpt2.Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    rules: Rules,
+    max_new_tokens: int,
+    seed: int,
+    stop: tuple[str, ...] = (),
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """A continuation of each prompt, without the prompt, cut before the first stop string.
+
+    Of a prompt longer than the context the last block_size tokens are used; an empty one begins as a text begins.
+    `on_text(row, piece)` gets the text as it comes; the pieces of a row make up its continuation.
+    """
+    assert prompts, "nothing to continue"
+    assert max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}"
+    assert all(stop), "an empty stop string is in every text"
+    if tokenizer.n_vocab > cfg.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}: they are not of one run"
+        )
+    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
+    params = generate.for_decoding(cfg, params)
+    rows = [_Row(prompt_ids(tokenizer, p)[-cfg.block_size :], max_new_tokens, tokenizer, stop) for p in prompts]
+    S = _bucket(max(len(row.ids) for row in rows) + max_new_tokens, cfg.block_size)
+    keys = generate.row_keys(seed, len(rows))
+    count, state = 0, None
+    while active := [row for row in rows if not row.done]:
+        room = S - max(row.cached for row in active)
+        if state is None or room == 0:
+            tokens, lengths, seen = _windows(cfg, rules, rows, S)
+            tokens, state = generate.prefill(
+                cfg, rules, params, tokens, lengths, seen, keys, np.int32(count), cache_length=S
+            )
+            steps = 1
+        else:
+            steps = min(CHUNK, room, max_new_tokens - count)
+            tokens, state = generate.decode(
+                cfg, rules, params, state, keys, np.int32(count), np.int32(steps), chunk=CHUNK
+            )
+        count += steps
+        for index, (row, new) in enumerate(zip(rows, jax.device_get(tokens)[:, :steps].tolist(), strict=True)):
+            piece = row.add(new)
+            if piece and on_text:
+                on_text(index, piece)
+    return [row.text for row in rows]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids, at least one: an empty prompt is the end of the text before it, or the start of a line."""
+    ids = tokenizer.encode(prompt).tolist()
+    if ids:
+        return ids
+    if tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode("\n").tolist()
+    except UserError:  # a vocabulary without newline
+        return [0]
+
+
+class _Row:
+    """One text as it grows: tokens in, text out."""
+
+    def __init__(self, ids: list[int], max_new_tokens: int, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        self.ids = ids  # prompt and output
+        self.start = 0  # where its window in the context begins
+        self.text = ""
+        self.done = False
+        self._settled = 0  # characters of the text that are no part of a stop string, whatever comes
+        self._left = max_new_tokens
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for the next token
+
+    @property
+    def cached(self) -> int:
+        """Tokens of its window that are in the cache: all but the one chosen last."""
+        return len(self.ids) - 1 - self.start
+
+    def add(self, tokens: list[int]) -> str:
+        """Take tokens until the row is done; the text that is certain now and was not before."""
+        before = self._settled
+        for token in tokens:
+            if self.done:
+                break
+            self._add(token)
+        return self.text[before : self._settled]
+
+    def _add(self, token: int) -> None:
+        self.ids.append(token)
+        self._left -= 1
+        ended = token == self._tokenizer.end_of_text
+        self.done = ended or self._left == 0
+        self.text += self._utf8.decode(b"" if ended else self._tokenizer.decode_bytes([token]), final=self.done)
+        found = [at for s in self._stop if (at := self.text.find(s, self._settled)) >= 0]
+        if found:
+            self.text, self.done = self.text[: min(found)], True
+        # hold back the longest end of the text that may be the beginning of a stop string
+        begun = (n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n]))
+        self._settled = len(self.text) - (0 if self.done else max(begun, default=0))
+
+
+def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int):
+    """What the rows are to be prefilled with: tokens [B, P] padded on the right, lengths [B], seen [B, V] or None."""
+    for row in rows:
+        if row.cached >= S:  # full: slide. The others keep their windows, so no row feels its neighbours
+            row.start = len(row.ids) - max(1, cfg.block_size // 2)
+    windows = [row.ids[-1:] if row.done else row.ids[row.start :] for row in rows]
+    lengths = np.array([len(window) for window in windows], np.int32)
+    tokens = np.zeros((len(rows), _bucket(int(lengths.max()), cfg.block_size)), np.int32)
+    for b, window in enumerate(windows):
+        tokens[b, : len(window)] = window
+    if rules.repetition_penalty == 1:
+        return tokens, lengths, None
+    seen = np.zeros((len(rows), cfg.padded_vocab_size), bool)
+    for b, row in enumerate(rows):
+        seen[b, row.ids] = True
+    return tokens, lengths, seen
+
+
+def _bucket(n: int, most: int) -> int:
+    """The next power of two, from 16 to `most`: a handful of shapes to compile, whatever the prompts."""
+    return min(most, max(16, 1 << (n - 1).bit_length()))
+
+
+def sample_of(run_dir: Path, prompt: str | None = None, max_new_tokens: int = 300) -> str:
+    """One seeded continuation by the best checkpoint of a run: what `train.py` shows at the end.
+
+    Without a prompt it is a new line's, also where the vocabulary has no newline.
+    """
+    cfg = config.read_json(run_dir / "config.json")
+    tokenizer = tokenizers.load(run_dir / "tokenizer")
+    params, _ = checkpoint.load_params(run_dir, cfg)
+    if prompt is None:
+        prompt = "" if tokenizer.end_of_text is None else "\n"  # the empty prompt of a char model is a newline if any
+    return generate_text(
+        cfg.model, params, tokenizer, [prompt], rules=Rules(), max_new_tokens=max_new_tokens, seed=cfg.train.seed
+    )[0]

@@ -1,0 +1,62 @@
+"""Write text with a trained model: `python sample.py [RUN] [--prompt TEXT] [--FLAG VALUE ...]`, see `--help`.
+
+Text goes to stdout as it comes, notes and errors to stderr.
+"""
+
+import io
+import sys
+from pathlib import Path
+
+from nanogpt_jax import cli, config
+from nanogpt_jax.inference import options
+
+
+def main(argv: list[str]) -> int:
+    if cli.asks_for_help(argv):
+        print(options.make_parser().format_help(), end="")
+        return 0
+    wish = options.read(argv)
+    prompt = options.read_prompt(wish)
+
+    from nanogpt_jax.data import tokenizer as tokenizers
+    from nanogpt_jax.training import run_dir
+
+    run = options.existing(wish.run) if wish.run else run_dir.newest(Path("runs"))
+    cfg = config.read_json(run / "config.json")
+    tokenizer = tokenizers.load(run / "tokenizer")
+    if prompt is None:  # a char model begins an empty prompt with a newline, if its vocabulary has one
+        prompt = "" if tokenizer.end_of_text is None else "\n"
+    n, context = len(tokenizer.encode(prompt)), cfg.model.block_size  # encode: words that the vocabulary lacks
+    if n > context:
+        print(f"note: of the prompt's {n} tokens the model sees the last {context}, its context", file=sys.stderr)
+
+    from nanogpt_jax.inference.generate import Rules  # jax takes seconds, so only now
+    from nanogpt_jax.inference.sampler import generate_text
+    from nanogpt_jax.training.checkpoint import load_params
+
+    params, _ = load_params(run, cfg, wish.checkpoint)
+    rules = Rules(wish.temperature, wish.top_k, wish.top_p, wish.min_p, wish.repetition_penalty)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    alone = wish.num_samples == 1
+    if alone:
+        print(prompt, end="", flush=True)
+    texts = generate_text(
+        cfg.model,
+        params,
+        tokenizer,
+        [prompt] * wish.num_samples,
+        rules=rules,
+        max_new_tokens=wish.max_new_tokens,
+        seed=wish.seed,
+        stop=tuple(wish.stop),
+        on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
+    )
+    print() if alone else None
+    for i, text in enumerate([] if alone else texts, start=1):
+        print(f"--- sample {i} ---\n{prompt}{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))

@@ -1,0 +1,103 @@
+"""The rooms and their walls: who may import whom, as data, and read from the code's own imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nanogpt_jax"
+
+# room -> the other rooms it may import. cli is the front door's hinge: the doors at the top may import anything.
+MAY_IMPORT = {
+    "config": set(),
+    "model": {"config"},
+    "data": {"config"},
+    "distributed": {"config"},
+    "training": {"config", "model", "data", "distributed", "evaluation"},
+    "inference": {"config", "model", "data", "training"},
+    "evaluation": {"config", "model", "data", "inference"},
+    "cli": {"config"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+PURE = ["model", "training/step.py", "training/optim.py", "distributed/sharding.py", "inference/generate.py"]
+IMPURE_NAMES = {"print", "open", "input"}
+IMPURE_MODULES = {"time", "os", "sys", "pathlib", "json", "logging", "random", "datetime", "shutil", "socket"}
+TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "nanogpt_jax", "configs", "train.py", "sample.py", "tests"}
+
+
+def modules_of(path: Path) -> list[Path]:
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def imported(path: Path) -> list[str]:
+    """Every module that a file imports, wherever the import stands: "nanogpt_jax.model.gpt2"."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+ROOMS = sorted({room_of(p) for p in modules_of(PACKAGE)})
+
+
+def test_every_room_is_in_the_table():
+    assert set(ROOMS) == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_walls(room):
+    for path in [p for p in modules_of(PACKAGE) if room_of(p) == room]:
+        for name in imported(path):
+            package, _, rest = name.partition(".")
+            other = rest.split(".")[0]
+            if package == "nanogpt_jax" and other in MAY_IMPORT and other != room:
+                assert other in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_only_checkpoint_imports_orbax_and_only_the_model_and_the_state_import_flax():
+    for path in modules_of(PACKAGE):
+        names = {name.split(".")[0] for name in imported(path)}
+        assert "orbax" not in names or path.name == "checkpoint.py", path
+        assert "flax" not in names or room_of(path) == "model" or path.name == "step.py", path
+        assert not names & {"pickle", "torch"}, path
+
+
+def test_settings_are_read_without_jax():
+    for room in ("config", "cli"):
+        for path in [p for p in modules_of(PACKAGE) if room_of(p) == room]:
+            assert not {n.split(".")[0] for n in imported(path)} & {"jax", "flax", "optax", "orbax"}, path
+
+
+@pytest.mark.parametrize("place", PURE)
+def test_pure_rooms_do_no_io(place):
+    for path in modules_of(PACKAGE / place):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        assert not called & IMPURE_NAMES, path
+        assert not {name.split(".")[0] for name in imported(path)} & IMPURE_MODULES, path
+
+
+def test_the_top_level_is_fixed():
+    import subprocess
+
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:  # an unpacked source archive
+        names = {p.name for p in ROOT.iterdir()}
+    else:
+        names = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {n for n in names if not n.startswith(".")} <= TOP_LEVEL
+
+
+def test_the_doors_fit_on_a_screen():
+    for name in ("train.py", "sample.py"):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 80, name

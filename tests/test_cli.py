@@ -1,0 +1,328 @@
+"""The command line as a person meets it: real processes, wrong inputs with their messages, exit code 2, no traceback."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt_jax import config
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--data.source text.txt --model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 "
+    "--optim.warmup-steps 2 --train.batch-size 4 --train.log-every 1 --train.eval-every 10 --train.save-every 5"
+).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, clean_env):
+    """An empty directory with a text, a finished run in runs/done, and ways to spoil things."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("El gato persigue al ratón. " * 100, encoding="utf-8")
+    done = run(folder, clean_env, "train.py", *SMALL, "--train.steps", "10", "--run-dir", "runs/done")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run(folder: Path, env: dict, script: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("error: "), result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+# (what is wrong, command line, words of the message)
+WRONG_SETTINGS = [
+    ("unknown setting", "--model.n-layers 8", ["unknown setting model.n_layers (command line)", "did you mean model.n_layer?"]),
+    ("unknown section", "--modle.n-layer 8", ["unknown setting modle.n_layer", "model.n_layer"]),
+    ("right name, wrong section", "--train.learning-rate 1", ["unknown setting train.learning_rate", "learning_rate"]),
+    ("no section", "--n-layer 8", ["unknown flag --n-layer", "did you mean --model.n_layer?"]),
+    ("unknown flag", "--quiet", ["--quiet needs a value"]),
+    ("flag with one dash", "-q", ["unknown flag -q"]),
+    ("no value", "--model.n-layer", ["--model.n-layer needs a value"]),
+    ("value for a switch", "--overwrite=yes", ["--overwrite takes no value"]),
+    ("twice", "--model.n-layer 2 --model.n_layer 3", ["given twice"]),
+    ("not a number", "--model.n-layer four", ["model.n_layer='four' must be a whole number (command line)"]),
+    ("not whole", "--model.n-layer 1.5", ["must be a whole number"]),
+    ("not finite", "--optim.learning-rate nan", ["must be a finite number"]),
+    ("not a bool", "--model.bias maybe", ["must be true or false"]),
+    ("not a choice", "--model.dtype flaot32", ["not one of float32, bfloat16", "did you mean float32?"]),
+    ("negative", "--train.steps -3", ["train.steps=-3 must be at least 1"]),
+    ("zero", "--train.batch-size 0", ["train.batch_size=0 must be at least 1"]),
+    ("heads", "--model.n-embd 100 --model.n-head 12", ["model.n_embd=100 must be a multiple of model.n_head=12", "nearest: 96 or 108"]),
+    ("dropout", "--model.dropout 1.0", ["model.dropout=1.0 must lie in [0, 1)"]),
+    ("back-end without dropout", "--model.attention xla --model.dropout 0.1", ["has no dropout"]),
+    ("cudnn in float32", "--model.attention cudnn", ["needs 16-bit numbers"]),
+    ("micro-batch", "--train.micro-batch 5", ["train.micro_batch=5 does not divide train.batch_size=12", "nearest: 4"]),
+    ("mesh and batch", "--mesh.data 8", ["must be a multiple of mesh.data * mesh.fsdp = 8", "nearest: 16"]),
+    ("mesh and heads", "--mesh.tensor 3", ["mesh.tensor=3 must divide model.n_head=4"]),
+    ("two rests", "--mesh.data -1 --mesh.fsdp -1", ["only one axis can be -1"]),
+    ("warm-up", "--optim.warmup-steps 50 --train.steps 50", ["leaves nothing of train.steps=50"]),
+    ("resume", "--resume perhaps", ["--resume=perhaps is not one of auto, never, must"]),
+    ("must and overwrite", "--resume must --overwrite", ["exclude each other"]),
+    ("no such config", "shakespeare_chr", ["no config file shakespeare_chr", "did you mean shakespeare_char?"]),
+    ("two configs", "gpt2 gpt2-xl", ["one config file at a time"]),
+    ("a directory for a config", "runs", ["runs is a directory, not a config file"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "words"), [w[1:] for w in WRONG_SETTINGS], ids=[w[0] for w in WRONG_SETTINGS])
+def test_wrong_settings(place, clean_env, arguments, words):
+    refused(run(place, clean_env, "train.py", *arguments.split()), *words)
+
+
+WRONG_FILES = [
+    ("not TOML", "model = {", ["is not valid TOML"]),
+    ("unknown key", "[model]\nn_layers = 3", ["unknown setting model.n_layers (bad.toml)", "did you mean model.n_layer?"]),
+    ("unknown section", "[network]\nn_layer = 3", ["unknown setting network.n_layer (bad.toml)"]),
+    ("no section", "n_layer = 3", ["unknown setting n_layer (bad.toml)", "in a section [model]"]),
+    ("text for a number", '[model]\nn_layer = "3"', ["model.n_layer='3' must be a whole number (bad.toml)"]),
+    ("a number for a bool", "[model]\nbias = 1", ["model.bias=1 must be true or false (bad.toml)"]),
+    ("a bool for a number", "[model]\nn_layer = true", ["model.n_layer=True must be a whole number"]),
+    ("impossible", "[model]\nn_embd = 30", ["model.n_embd=30 must be a multiple of model.n_head=4 (bad.toml)"]),
+    ("not text", b"\xff\xfe\x00", ["is not UTF-8 text"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), [w[1:] for w in WRONG_FILES], ids=[w[0] for w in WRONG_FILES])
+def test_wrong_config_files(tmp_path, clean_env, content, words):
+    (tmp_path / "bad.toml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(run(tmp_path, clean_env, "train.py", "bad.toml"), *words)
+
+
+WRONG_DATA = [
+    ("no file", "--data.source gone.txt", ["data.source=gone.txt"]),
+    ("misspelt corpus", "--data.source python-doc", ["did you mean python-docs?"]),
+    ("a directory", "--data.source runs", ["is a directory"]),
+    ("not UTF-8", "--data.source latin1.txt", ["not UTF-8", "offset"]),
+    ("empty", "--data.source empty.txt", ["is empty"]),
+    ("too short", "--data.source short.txt", ["model.block_size=64", "tokens"]),
+    ("vocabulary too small", "--data.source text.txt --model.vocab-size 3", ["model.vocab_size=3 is too small"]),
+    ("run directory is a file", "--data.source text.txt --run-dir text.txt", ["is a file"]),
+    ("nothing to resume", "--data.source text.txt --run-dir runs/new --resume must", ["has no checkpoint"]),
+    ("somebody's directory", "--data.source text.txt --run-dir home", ["holds other files", "is no run"]),
+    ("somebody's directory, overwrite", "--data.source text.txt --run-dir home --overwrite", ["holds other files"]),
+    ("a run stands there", "--data.source text.txt --run-dir runs/done --resume never", ["holds a run", "--overwrite"]),
+    ("another run's directory", "--data.source text.txt --run-dir runs/done", ["with other settings", "model.n_layer: 1 in the run, 4 now"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "words"), [w[1:] for w in WRONG_DATA], ids=[w[0] for w in WRONG_DATA])
+def test_wrong_data_and_run_directories(place, clean_env, arguments, words):
+    (place / "latin1.txt").write_bytes("ratón".encode("latin-1") * 30)
+    (place / "empty.txt").touch()
+    (place / "short.txt").write_text("corto " * 5)
+    (place / "home").mkdir(exist_ok=True)
+    (place / "home" / "thesis.txt").write_text("mine")
+    refused(run(place, clean_env, "train.py", *arguments.split()), *words)
+    assert (place / "home" / "thesis.txt").read_text() == "mine"
+    assert (place / "runs/done/checkpoints/10").is_dir()
+
+
+def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, clean_env):
+    page = run(tmp_path, clean_env, "train.py", "--help").stdout.replace("-", "_")
+    shown = run(tmp_path, clean_env, "train.py", "gpt2", "--model.n-layer=3", "--model.n_head", "4", "--print-config")
+    for key in config.TYPES:
+        assert key in page
+        assert re.search(rf"^{key.split('.')[1]} = .* # ", shown.stdout, re.M)
+    assert re.search(r"n_layer = 3 +# command line", shown.stdout)
+    assert re.search(r"n_head = 4 +# command line", shown.stdout)
+    assert re.search(r"n_embd = 768 +# .*gpt2.toml", shown.stdout)
+    assert re.search(r"dropout = 0.0 +# default", shown.stdout)
+    (tmp_path / "again.toml").write_text(shown.stdout, encoding="utf-8")
+    again = run(tmp_path, clean_env, "train.py", "again.toml", "--print-config").stdout
+    assert re.sub("#.*", "", again) == re.sub("#.*", "", shown.stdout)
+    code = "import sys; from nanogpt_jax import cli, config; config.load(['gpt2']); assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_config_loads_by_name_and_tells_its_story(path):
+    command = config.load([path.stem])
+    assert command.run_dir == Path("runs") / path.stem
+    story = path.read_text(encoding="utf-8")
+    assert story.startswith("# ")
+    assert f"python train.py {path.stem}" in story
+    # it lists only what differs from the default, or what it wants to show: no key twice, none unknown
+    assert config.load([str(path)]).cfg == command.cfg
+
+
+def test_sizes_of_gpt2():
+    """Radford et al. 2019, table 2, as counted from the released weights."""
+    from dataclasses import replace
+
+    from nanogpt_jax.model import gpt2
+
+    sizes = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    for name, size in sizes.items():
+        assert gpt2.n_params(replace(config.load([name]).cfg.model, vocab_size=50257)) == size
+
+
+def test_the_package_is_a_command_too(place, clean_env):
+    def command(*arguments):
+        words = [sys.executable, "-m", "nanogpt_jax", *arguments]
+        return subprocess.run(words, cwd=place, env=clean_env, capture_output=True, text=True)
+
+    assert "train" in command("--help").stdout
+    refused(command("trian"), "unknown command trian", "did you mean train?")
+    refused(command("train", "--model.n-layers", "3"), "did you mean model.n_layer?")
+    assert "[model]" in command("train", "shakespeare_char", "--print-config").stdout
+
+
+def test_a_finished_run_is_left_alone(place, clean_env):
+    before = {p: p.stat().st_mtime_ns for p in (place / "runs/done/checkpoints").rglob("*")}
+    again = run(place, clean_env, "train.py", *SMALL, "--train.steps", "10", "--run-dir", "runs/done")
+    assert again.returncode == 0
+    assert "is finished: step 10 of 10" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in (place / "runs/done/checkpoints").rglob("*")} == before
+
+
+def start(place: Path, env: dict, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--train.steps", "100000", *arguments]
+    process = subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = place / arguments[-1] / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") > 20):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on_and_a_second_process_is_refused(place, clean_env, number):
+    run_dir = f"runs/{number.name}"
+    process = start(place, clean_env, "--run-dir", run_dir)
+    if number == signal.SIGINT:
+        second = run(place, clean_env, "train.py", *SMALL, "--train.steps", "100000", "--run-dir", run_dir)
+        refused(second, f"another process is training in {run_dir}")
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = int(re.search(rf"{number.name}: saved step (\d+) of 100000", out)[1])
+    assert (place / run_dir / "checkpoints" / str(step)).is_dir()
+    assert "go on with the same command: python train.py --data.source text.txt" in out
+    # the lock of a process that is gone does not count, and the same command goes on
+    process = start(place, clean_env, "--run-dir", run_dir)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert f"going on in {run_dir} from step {step}" in out
+
+
+def test_overwrite_starts_over(place, clean_env):
+    flags = [*SMALL, "--train.steps", "5", "--run-dir", "runs/over"]
+    assert run(place, clean_env, "train.py", *flags).returncode == 0
+    result = run(place, clean_env, "train.py", *flags, "--overwrite", "--train.seed", "7")
+    assert result.returncode == 0
+    assert "training in runs/over" in result.stdout
+    assert '"seed": 7' in (place / "runs/over/config.json").read_text()
+
+
+def test_changed_text_is_refused_on_resume(place, clean_env):
+    flags = [*SMALL, "--run-dir", "runs/changed", "--data.source", "own.txt"]
+    flags = [f for f in flags if f != "text.txt"]
+    flags.remove("--data.source")
+    (place / "own.txt").write_text("uno dos tres " * 100)
+    assert run(place, clean_env, "train.py", *flags, "--train.steps", "5").returncode == 0
+    (place / "own.txt").write_text("uno dos tres " * 101)
+    refused(run(place, clean_env, "train.py", *flags, "--train.steps", "9"), "the data of runs/changed has changed")
+
+
+def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(place, clean_env):
+    flags = [*SMALL, "--train.steps", "20", "--run-dir", "runs/cut"]
+    assert run(place, clean_env, "train.py", *flags, "--train.steps=20").returncode == 0
+    big = max((place / "runs/cut/checkpoints/20").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    os.truncate(big, 10)
+    longer = [f if f != "20" else "30" for f in flags]
+    refused(run(place, clean_env, "train.py", *longer), "checkpoints/20 is damaged", "delete that folder")
+    subprocess.run(["rm", "-r", str(place / "runs/cut/checkpoints/20")], check=True)
+    result = run(place, clean_env, "train.py", *longer)
+    assert result.returncode == 0, result.stderr
+    assert "from step 15" in result.stdout
+
+
+def test_a_disk_without_room_is_an_error_and_keeps_what_was_saved(place, clean_env):
+    """A limit on the size of files stands in for a full disk: writes fail in the same place."""
+    flags = [*SMALL, "--train.steps", "10", "--run-dir", "runs/full"]
+    assert run(place, clean_env, "train.py", *flags).returncode == 0
+    limited = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path.insert(0, {str(ROOT)!r})
+import jax, orbax.checkpoint, train
+from nanogpt_jax import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+sys.exit(cli.guarded(train.main))
+"""
+    longer = [f if f != "10" else "20" for f in flags]
+    command = [sys.executable, "-c", limited, *longer]
+    result = subprocess.run(command, cwd=place, env=clean_env, capture_output=True, text=True, timeout=120)
+    refused(result, "could not save step 1", "the last whole checkpoint is step 10")
+    result = run(place, clean_env, "train.py", *longer)
+    assert result.returncode == 0, result.stderr
+    assert "from step 10" in result.stdout
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, clean_env):
+    """20 times SIGKILL, some of them during a save: losses and parameters equal the uninterrupted run's, bit for bit."""
+    import json
+    import random
+
+    import jax
+    import numpy as np
+
+    from nanogpt_jax.training.checkpoint import load_params
+
+    (tmp_path / "text.txt").write_text("El gato persigue al ratón. " * 200, encoding="utf-8")
+    flags = [*SMALL, "--train.steps", "400", "--model.dropout", "0.1", "--train.save-every", "7"]
+    flags = [f for i, f in enumerate(flags) if not (f == "--train.save-every" and flags[i + 1] == "5")]
+    flags.remove("5")
+
+    def outcome(run_dir):
+        lines = (tmp_path / run_dir / "metrics.jsonl").read_text().splitlines()
+        rows = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+        return rows, load_params(tmp_path / run_dir, config.read_json(tmp_path / run_dir / "config.json"), "latest")
+
+    assert run(tmp_path, clean_env, "train.py", *flags, "--run-dir", "whole").returncode == 0
+    expected_rows, (expected, expected_step) = outcome("whole")
+    assert expected_step == 400
+    chance = random.Random(0)
+    kills, during_save = 0, 0
+    for trial in range(20):
+        run_dir = f"cut{trial}"
+        # the first seconds are imports and compilation; then wait for a step, and perhaps for a save under way
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *flags, "--run-dir", run_dir],
+            cwd=tmp_path, env=clean_env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        at, want_save = chance.randrange(1, 350), trial % 2
+        while process.poll() is None:
+            metrics = tmp_path / run_dir / "metrics.jsonl"
+            if metrics.exists() and metrics.read_text().count("\n") >= at:
+                saving = list((tmp_path / run_dir / "checkpoints").glob("*tmp*"))
+                if saving or not want_save:
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    during_save += bool(saving)
+                    break
+            time.sleep(0.001)
+        process.wait()
+        assert run(tmp_path, clean_env, "train.py", *flags, "--run-dir", run_dir).returncode == 0
+        rows, (params, step) = outcome(run_dir)
+        assert (rows, step) == (expected_rows, expected_step), trial
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    print(f"{kills} kills, {during_save} of them during a save")
+    assert kills >= 15
+    assert during_save >= 3

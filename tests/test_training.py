@@ -1,0 +1,353 @@
+"""The laws of the training room: golden losses, sharding, accumulation, resume, checkpoints, schedules, metrics."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt_jax import config
+from nanogpt_jax.cli import door
+from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UserError
+from nanogpt_jax.data import batches
+from nanogpt_jax.distributed.mesh import make_mesh
+from nanogpt_jax.distributed.sharding import spec_for
+from nanogpt_jax.model import gpt2
+from nanogpt_jax.training import loop, metrics
+from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
+from nanogpt_jax.training.run_dir import checkpoint_steps
+from nanogpt_jax.training.step import init_state, make_train_step
+
+GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
+TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60
+TINY = Config(
+    model=ModelConfig(block_size=16, vocab_size=65, n_layer=2, n_head=4, n_embd=32),
+    optim=OptimConfig(warmup_steps=3),
+    train=TrainConfig(steps=10, batch_size=8),
+)
+
+
+def change(cfg: Config, **settings: object) -> Config:
+    """change(cfg, model__dropout=0.1): double underscores stand for dots."""
+    return config.merge(cfg, {key.replace("__", "."): value for key, value in settings.items()}, "test")
+
+
+def take_steps(cfg: Config, n: int, per_dispatch: int = 1):
+    """The state and the losses after n steps on fixed random tokens."""
+    cfg = config.validate(replace(cfg, model=gpt2.resolve(cfg.model, "cpu")), {})
+    mesh = make_mesh(cfg.mesh)
+    tx = make_optimizer(cfg.optim, cfg.train.steps)
+    state = init_state(cfg, tx, mesh)
+    step = make_train_step(cfg, tx, mesh, per_dispatch)
+    stream = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 2000)
+    t, losses = cfg.train, []
+    for first, count in loop.dispatches(0, n, per_dispatch, ()):
+        stack = np.zeros((per_dispatch, t.batch_size, cfg.model.block_size + 1), np.int32)
+        for i in range(count):
+            stack[i] = batches.batch(
+                stream, seed=1, step=first + i, batch_size=t.batch_size, block_size=cfg.model.block_size
+            )
+        state, values = step(state, stack, np.int32(count))
+        losses += [float(x) for x in values["loss"][:count]]
+    return state, losses
+
+
+def assert_trees_close(a, b, tolerance: float) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tolerance, rtol=0), a, b)
+
+
+def assert_trees_equal(a, b) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+def test_golden_losses():
+    """A refactor keeps these; a change of the numbers renews the file in the same commit and says why."""
+    _, losses = take_steps(TINY, 10)
+    # other processors sum in another order: hence a tolerance, far below what any change of the algorithm makes
+    np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), rtol=2e-5)
+
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (4, 2, 1), (1, 2, 4)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_sharding_is_a_layout_not_an_algorithm(dropout):
+    cfg = change(TINY, model__dropout=dropout)
+    expected, expected_losses = take_steps(cfg, 3)
+    for data, fsdp, tensor in MESHES:
+        state, losses = take_steps(change(cfg, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor), 3)
+        np.testing.assert_allclose(losses, expected_losses, atol=2e-6, err_msg=f"{data} {fsdp} {tensor}")
+        # Adam divides by the root of a tiny second moment: rounding in a gradient near zero grows to 1e-4 of a step
+        assert_trees_close(state.params, expected.params, 2e-5)
+        whole = state.params["h"]["mlp"]["c_fc"]["kernel"]
+        part = whole.addressable_shards[0].data
+        assert whole.size == part.size * fsdp * tensor
+        moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == whole.shape]
+        assert len(moments) == 2
+        assert all(m.sharding == whole.sharding for m in moments)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "lion", "sgd"])
+def test_every_optimizer_shards(optimizer):
+    cfg = change(TINY, optim__name=optimizer)
+    expected, _ = take_steps(cfg, 2)
+    state, _ = take_steps(change(cfg, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), 2)
+    # lion takes the sign of what may be zero to rounding: one step's length apart is then all that can be said
+    assert_trees_close(state.params, expected.params, 2.1e-3 if optimizer == "lion" else 5e-5)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 1)])
+def test_accumulated_micro_batches_equal_one_batch(mesh):
+    expected, expected_losses = take_steps(TINY, 3)
+    sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
+    state, losses = take_steps(change(TINY, train__micro_batch=4, **sizes), 3)
+    np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
+    assert_trees_close(state.params, expected.params, 2e-5)
+
+
+@pytest.mark.parametrize("per_dispatch", [3, 8])
+def test_steps_per_dispatch_changes_no_number(per_dispatch):
+    expected, expected_losses = take_steps(change(TINY, model__dropout=0.1), 10)
+    state, losses = take_steps(change(TINY, model__dropout=0.1), 10, per_dispatch)
+    np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
+    assert_trees_close(state.params, expected.params, 2e-5)
+
+
+def test_training_learns_and_the_step_is_donated():
+    state, losses = take_steps(change(TINY, optim__learning_rate=1e-2, train__steps=60), 60)
+    assert losses[-1] < losses[0] - 0.2
+    assert int(state.step) == 60
+    cfg = replace(TINY, model=gpt2.resolve(TINY.model, "cpu"))
+    mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
+    old = init_state(cfg, tx, mesh)
+    make_train_step(cfg, tx, mesh)(old, np.zeros((1, 8, 17), np.int32), np.int32(1))
+    assert all(x.is_deleted() for x in jax.tree.leaves(old))
+
+
+def test_initial_state_depends_on_the_seed_alone():
+    tx = make_optimizer(TINY.optim, 10)
+    one = init_state(TINY, tx, make_mesh(TINY.mesh))
+    assert_trees_equal(one.params, init_state(TINY, tx, make_mesh(config.MeshConfig(2, 2, 2))).params)
+    other = init_state(change(TINY, train__seed=1), tx, make_mesh(TINY.mesh))
+    assert not np.array_equal(one.params["wte"], other.params["wte"])
+
+
+# ---- optimizer and schedule -----------------------------------------------------------------------------------------
+
+
+def test_only_matrices_decay():
+    mask = decay_mask(jax.eval_shape(lambda: gpt2.init_params(TINY.model, jax.random.key(0))))
+    decayed = {jax.tree_util.keystr(p, simple=True, separator="/") for p, m in jax.tree.leaves_with_path(mask) if m}
+    assert decayed == {
+        "wte", "wpe", "h/attn/c_attn/kernel", "h/attn/c_proj/kernel", "h/mlp/c_fc/kernel", "h/mlp/c_proj/kernel",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
+def test_decay_shrinks_matrices_and_leaves_norms(name):
+    cfg = OptimConfig(name=name, weight_decay=0.5, warmup_steps=0, schedule="constant", learning_rate=0.1)
+    params = gpt2.init_params(TINY.model, jax.random.key(0))
+    tx = make_optimizer(cfg, 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    kernel = params["h"]["mlp"]["c_fc"]["kernel"]
+    np.testing.assert_allclose(after["h"]["mlp"]["c_fc"]["kernel"], kernel * (1 - 0.1 * 0.5), rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(after["ln_f"]["scale"], params["ln_f"]["scale"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("wsd", 1, 0.1), ("constant", 1, 1)]
+)
+def test_schedules(schedule, middle, last):
+    rate = make_schedule(OptimConfig(learning_rate=2.0, warmup_steps=10, schedule=schedule), 110)
+    np.testing.assert_allclose([float(rate(s)) for s in (0, 4, 9)], [0.2, 1.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose([float(rate(60)), float(rate(110))], [2 * middle, 2 * last], rtol=1e-6)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    params = {"a": jnp.zeros(3), "kernel": jnp.zeros(4)}
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 100.0), params)
+    cfg = OptimConfig(name="sgd", beta1=0.0, weight_decay=0.0, warmup_steps=0, learning_rate=1.0, grad_clip=0.5)
+    updates, _ = make_optimizer(cfg, 10).update(grads, make_optimizer(cfg, 10).init(params), params)
+    assert math.isclose(float(optax.tree.norm(updates)), 0.5, rel_tol=1e-5)
+
+
+# ---- mesh and sharding ----------------------------------------------------------------------------------------------
+
+
+def test_mesh_sizes():
+    assert dict(make_mesh(config.MeshConfig(data=-1, tensor=2)).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    with pytest.raises(
+        UserError, match=r"mesh data=2 fsdp=4 tensor=2 needs 16 devices, 8 are visible; set mesh.fsdp=2"
+    ):
+        make_mesh(config.MeshConfig(2, 4, 2))
+
+
+def test_unknown_parameters_and_odd_dimensions_are_refused():
+    mesh = make_mesh(config.MeshConfig(2, 2, 2))
+    with pytest.raises(UserError, match="no sharding rule matches parameter h/extra/kernel"):
+        spec_for("h/extra/kernel", (2, 3), mesh)
+    with pytest.raises(UserError, match=r"mesh.fsdp=2 does not divide a dimension of 33 of wpe \(16, 33\)"):
+        spec_for("wpe", (16, 33), mesh)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    start=st.integers(0, 50), steps=st.integers(0, 60), most=st.integers(1, 9),
+    every=st.lists(st.integers(0, 13), max_size=3),
+)  # fmt: skip
+def test_dispatches_cover_every_step_once_and_stop_where_something_happens(start, steps, most, every):
+    plan = list(loop.dispatches(start, steps, most, tuple(every)))
+    assert [s for first, n in plan for s in range(first, first + n)] == list(range(start, steps))
+    assert all(1 <= n <= most for _, n in plan)
+    inside = {s for first, n in plan for s in range(first + 1, first + n)}
+    assert not any(s % e == 0 for s in inside for e in every if e)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(*flags) runs train.py's main in an empty directory on a small text and returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    base = (
+        "--data.source text.txt --model.block-size 16 --model.n-layer 2 --model.n-head 2 --model.n-embd 16 "
+        "--model.dropout 0.1 --optim.warmup-steps 5 --train.batch-size 4 --train.eval-every 10 --train.save-every 4 "
+        "--train.log-every 1"
+    ).split()
+    return lambda *flags: door("train").main([*base, *flags])
+
+
+def rows(run: str) -> list[dict]:
+    return metrics.read_metrics(Path(run) / "metrics.jsonl")
+
+
+def numbers(run: str) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(run)]
+
+
+def final_params(run: str):
+    from nanogpt_jax.training.checkpoint import load_params
+
+    return load_params(Path(run), config.read_json(Path(run) / "config.json"), "latest")
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch, capsys):
+    assert train("--train.steps", "20", "--run-dir", "whole") == 0
+    raise_signal_at(monkeypatch, 7)
+    assert train("--train.steps", "20", "--run-dir", "cut") == 130
+    assert "SIGINT: saved step" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert checkpoint_steps(Path("cut"))[-1] < 20
+    # a line after the checkpoint, as a crash leaves it, and one that it cut short
+    with open("cut/metrics.jsonl", "a") as file:
+        file.write('{"step": 19, "train/loss": 9.0}\n{"step": 2')
+    assert train("--train.steps", "20", "--run-dir", "cut", "--resume", "must") == 0
+    assert numbers("cut") == numbers("whole")
+    assert [row["step"] for row in rows("whole") if "train/loss" in row] == list(range(1, 21))
+    assert_trees_equal(final_params("cut"), final_params("whole"))
+
+
+def raise_signal_at(monkeypatch, call: int) -> None:
+    """Send this process a SIGINT when the loop makes its `call`-th batch."""
+    import os
+    import signal
+
+    make, calls = batches.batch, []
+
+    def batch(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(batches, "batch", batch)
+
+
+def test_resume_on_another_mesh_is_the_same_to_rounding(train):
+    assert train("--train.steps", "12", "--run-dir", "one") == 0
+    assert train("--train.steps", "8", "--run-dir", "two", "--optim.schedule", "constant") == 0
+    assert train("--train.steps", "12", "--run-dir", "a", "--optim.schedule", "constant") == 0
+    more = ("--train.steps", "12", "--optim.schedule", "constant", "--mesh.data", "2", "--mesh.fsdp", "2")
+    assert train(*more, "--run-dir", "two") == 0
+    assert_trees_close(final_params("two")[0], final_params("a")[0], 2e-5)
+    assert [r["step"] for r in rows("two") if "train/loss" in r] == list(range(1, 13))
+
+
+def test_a_save_is_a_copy_of_its_moment(train):
+    """The state is donated to the next step while orbax still writes: the checkpoint must not see that step."""
+    assert train("--train.steps", "12", "--run-dir", "kept", "--train.keep", "9") == 0
+    params = {}
+    for steps in (4, 8):
+        run = f"only{steps}"
+        flags = ("--optim.schedule", "constant", "--train.keep", "9", "--run-dir")
+        assert train("--train.steps", str(steps), *flags, run) == 0
+        params[steps] = final_params(run)[0]
+    assert train("--train.steps", "12", "--optim.schedule", "constant", "--train.keep", "9", "--run-dir", "long") == 0
+    from nanogpt_jax.training.checkpoint import load_params
+
+    cfg = config.read_json(Path("long/config.json"))
+    for steps, expected in params.items():
+        assert_trees_equal(load_params(Path("long"), cfg, str(steps))[0], expected)
+
+
+def test_newest_and_best_checkpoints_are_kept(train):
+    # a rate this high makes the loss go up again, so that the best is not among the newest
+    flags = "--train.steps 60 --train.keep 2 --optim.learning-rate 1.0 --optim.schedule constant".split()
+    assert train(*flags, "--run-dir", "r") == 0
+    losses = {row["step"]: row["val/loss"] for row in rows("r") if "val/loss" in row}
+    assert list(losses) == [10, 20, 30, 40, 50, 60]
+    best = min(losses, key=lambda s: losses[s])
+    assert checkpoint_steps(Path("r")) == sorted({best, 56, 60})
+    from nanogpt_jax.training.checkpoint import load_params
+
+    assert load_params(Path("r"), config.read_json(Path("r/config.json")))[1] == best
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train):
+    flags = "--train.steps 60 --optim.learning-rate 1e30 --optim.schedule constant --optim.grad-clip 0".split()
+    assert train("--train.steps", "4", *flags[2:], "--optim.learning-rate=1e-9", "--run-dir", "ok") == 0
+    with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf)"):
+        train(*flags, "--run-dir", "r")
+    assert all(math.isfinite(row.get("train/loss", 0)) for row in rows("r"))
+    for step in checkpoint_steps(Path("r")):
+        from nanogpt_jax.training.checkpoint import load_params
+
+        params, _ = load_params(Path("r"), config.read_json(Path("r/config.json")), str(step))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_a_run_moves_and_samples_without_its_data(train, tmp_path):
+    from nanogpt_jax.inference.sampler import sample_of
+
+    assert train("--train.steps", "4", "--run-dir", "here/run") == 0
+    before = sample_of(Path("here/run"))
+    (tmp_path / "elsewhere").mkdir()
+    Path("here/run").rename("elsewhere/moved")
+    for gone in ("text.txt", "data"):
+        Path(gone).rename(tmp_path / f"hidden-{gone}")
+    assert sample_of(Path("elsewhere/moved")) == before
+
+
+def test_metrics_hold_every_promised_key(train):
+    assert train("--train.steps", "10", "--run-dir", "r") == 0
+    trained, validated = rows("r")[0], rows("r")[-1]
+    assert set(trained) == {"step", "train/loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert set(validated) == {"step", "val/loss", "val/perplexity", "val/bits_per_byte"}
+    assert math.isclose(validated["val/perplexity"], math.exp(validated["val/loss"]))
+
+
+def test_tensorboard_files(train):
+    assert train("--train.steps", "4", "--run-dir", "r", "--train.tensorboard", "true") == 0
+    assert list(Path("r/tensorboard").glob("events.*"))
