@@ -47,11 +47,11 @@ def main(argv: list[str]) -> int:
             mesh = make_mesh(cfg.mesh)
             tx = make_optimizer(cfg.optim, cfg.train.steps)
             state, meta = checkpoints.resume(cfg, tx, mesh)  # born sharded, or the newest whole checkpoint
-            log = MetricsLog(run, cfg.train, meta["step"])
             print(run_dir.headline(run, cfg, data, gpt2.n_params(cfg.model), meta["step"], f"{mesh.size} {platform}"))
             K = choose_steps_per_dispatch(cfg, platform)
             step = make_train_step(cfg, tx, mesh, K)
-            outcome = fit(cfg, mesh, state, step, K, data, checkpoints, log, meta, stop)
+            with MetricsLog(run, cfg.train, meta["step"]) as log:
+                outcome = fit(cfg, mesh, state, step, K, data, checkpoints, log, meta, stop)
 
         if outcome.signal:
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}")

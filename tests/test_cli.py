@@ -1,4 +1,4 @@
-"""The command line as a person meets it: real processes, wrong inputs with their messages, exit code 2, no traceback."""
+"""The command line as a person meets it: real processes, and for each wrong input its message and exit code 2."""
 
 import os
 import re

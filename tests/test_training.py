@@ -39,14 +39,14 @@ def change(cfg: Config, **settings: object) -> Config:
     return config.merge(cfg, {key.replace("__", "."): value for key, value in settings.items()}, "test")
 
 
-def take_steps(cfg: Config, n: int, per_dispatch: int = 1):
-    """The state and the losses after n steps on fixed random tokens."""
+def take_steps(cfg: Config, n: int, per_dispatch: int = 1, stream: np.ndarray | None = None):
+    """The state and the losses after n steps on fixed tokens, random ones by default."""
     cfg = config.validate(replace(cfg, model=gpt2.resolve(cfg.model, "cpu")), {})
     mesh = make_mesh(cfg.mesh)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     state = init_state(cfg, tx, mesh)
     step = make_train_step(cfg, tx, mesh, per_dispatch)
-    stream = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 2000)
+    stream = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 2000) if stream is None else stream
     t, losses = cfg.train, []
     for first, count in loop.dispatches(0, n, per_dispatch, ()):
         stack = np.zeros((per_dispatch, t.batch_size, cfg.model.block_size + 1), np.int32)
@@ -77,7 +77,7 @@ def test_golden_losses():
     np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), rtol=2e-5)
 
 
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (4, 2, 1), (1, 2, 4)]
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -124,8 +124,10 @@ def test_steps_per_dispatch_changes_no_number(per_dispatch):
 
 
 def test_training_learns_and_the_step_is_donated():
-    state, losses = take_steps(change(TINY, optim__learning_rate=1e-2, train__steps=60), 60)
-    assert losses[-1] < losses[0] - 0.2
+    flags = {"optim__learning_rate": 1e-2, "train__steps": 60}
+    state, losses = take_steps(change(TINY, **flags), 60, stream=np.arange(2000) % 7)
+    assert losses[0] > 4
+    assert losses[-1] < 0.5
     assert int(state.step) == 60
     cfg = replace(TINY, model=gpt2.resolve(TINY.model, "cpu"))
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
@@ -222,11 +224,16 @@ def train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT, encoding="utf-8")
     base = (
-        "--data.source text.txt --model.block-size 16 --model.n-layer 2 --model.n-head 2 --model.n-embd 16 "
-        "--model.dropout 0.1 --optim.warmup-steps 5 --train.batch-size 4 --train.eval-every 10 --train.save-every 4 "
+        "--data.source text.txt --model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 "
+        "--model.dropout 0.1 --optim.warmup-steps 2 --train.batch-size 4 --train.eval-every 10 --train.save-every 4 "
         "--train.log-every 1"
     ).split()
-    return lambda *flags: door("train").main([*base, *flags])
+
+    def main(*flags: str) -> int:
+        merged = dict(zip(base[::2], base[1::2], strict=True)) | dict(zip(flags[::2], flags[1::2], strict=True))
+        return door("train").main([word for pair in merged.items() for word in pair])
+
+    return main
 
 
 def rows(run: str) -> list[dict]:
@@ -245,7 +252,7 @@ def final_params(run: str):
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch, capsys):
     assert train("--train.steps", "20", "--run-dir", "whole") == 0
-    raise_signal_at(monkeypatch, 7)
+    raise_signal_at(monkeypatch, 3)
     assert train("--train.steps", "20", "--run-dir", "cut") == 130
     assert "SIGINT: saved step" in capsys.readouterr().out
     monkeypatch.undo()
@@ -317,7 +324,6 @@ def test_newest_and_best_checkpoints_are_kept(train):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train):
     flags = "--train.steps 60 --optim.learning-rate 1e30 --optim.schedule constant --optim.grad-clip 0".split()
-    assert train("--train.steps", "4", *flags[2:], "--optim.learning-rate=1e-9", "--run-dir", "ok") == 0
     with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf)"):
         train(*flags, "--run-dir", "r")
     assert all(math.isfinite(row.get("train/loss", 0)) for row in rows("r"))

@@ -4,7 +4,7 @@
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -31,23 +31,24 @@ def batch(
     tokens: np.ndarray,
     *,
     seed: int,
-    step: int,
+    step: int | np.ndarray,
     batch_size: int,
     block_size: int,
     rows: slice | np.ndarray = slice(None),
 ) -> np.ndarray:
-    """The sequences of a step: int32 [B, T+1], inputs and the targets one to the right.
+    """The sequences of a step: int32 [B, T+1], inputs and the targets one to the right; of K steps: [K, B, T+1].
 
     `batch_size` is the global one; `rows` picks those of this process. An epoch visits every window once, in an order
     and from an offset that are new in each epoch, so that a sequence does not always begin at the same tokens.
     """
     n = n_windows(tokens, block_size)
-    sequence = np.arange(batch_size, dtype=np.uint64)[rows] + np.uint64(step * batch_size)
+    first = np.asarray(step, np.uint64)[..., None] * np.uint64(batch_size)
+    sequence = first + np.arange(batch_size, dtype=np.uint64)[rows]
     epoch, position = np.divmod(sequence, np.uint64(n))  # a batch may straddle two epochs
     key = _mix(_mix(epoch) ^ np.uint64(seed))
     offset = _mix(key) % np.uint64(min(block_size, len(tokens) - n * block_size))
     start = offset + shuffle(position, n, key) * np.uint64(block_size)
-    return np.asarray(tokens[start[:, None].astype(np.int64) + np.arange(block_size + 1)], np.int32)
+    return np.asarray(tokens[start[..., None].astype(np.int64) + np.arange(block_size + 1)], np.int32)
 
 
 def shuffle(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
@@ -96,7 +97,7 @@ def validation(tokens: np.ndarray, *, block_size: int, batch_size: int) -> Itera
         yield np.asarray(window, np.int32), inside[:, 1:].astype(np.float32)
 
 
-def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+def prefetch(items: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
     """`items`, made up to `depth` ahead in one thread, which begins with the first item asked for.
 
     An exception in `items` is raised here, at its place. Closing the generator drops what is queued and waits for the

@@ -31,12 +31,14 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def rule_for(name: str) -> P | None:
+    return next((spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})", name)), None)
+
+
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The PartitionSpec of the parameter `name`; UserError where no rule matches or a dimension does not divide."""
-    for pattern, spec in RULES:
-        if re.search(rf"(^|/){pattern}", name):
-            break
-    else:
+    spec = rule_for(name)
+    if spec is None:
         raise UserError(f"no sharding rule matches parameter {name} {shape}; add one to distributed/sharding.py")
     for size, axis in zip(shape, spec, strict=False):
         if axis and size % mesh.shape[axis]:
@@ -52,11 +54,13 @@ def shard(mesh: Mesh, spec: P = P()) -> NamedSharding:
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for each leaf of `tree` (arrays or ShapeDtypeStructs): parameters, or a whole training state.
 
-    An optimizer's moments end in their parameter's path (0/mu/h/mlp/c_fc/kernel), so they lie where it lies. Scalars
-    are whole on every device.
+    An optimizer's moments end in their parameter's path (0/mu/h/mlp/c_fc/kernel), so they lie where it lies. What is
+    no parameter's (counters, coefficients) is whole on every device.
     """
 
     def lay(path: tuple, x: jax.ShapeDtypeStruct) -> NamedSharding:
-        return shard(mesh, spec_for(path_name(path), x.shape, mesh) if x.ndim else P())
+        name = path_name(path)
+        own = name == "step" or (name.startswith("opt_state") and rule_for(name) is None)
+        return shard(mesh, P() if own else spec_for(name, x.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(lay, tree)

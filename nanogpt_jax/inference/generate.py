@@ -65,7 +65,7 @@ def choose(rules: Rules, logits: jax.Array, seen: jax.Array | None, keys: jax.Ar
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def row_keys(seed: int, batch_size: int) -> jax.Array:
+def row_keys(seed: jax.typing.ArrayLike, batch_size: int) -> jax.Array:
     """A key for each row [B]. It depends on the row alone, so a row's text is the same in a batch of any size."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch_size))
 
@@ -78,30 +78,30 @@ class State(NamedTuple):
     seen: jax.Array | None  # [B, V] bool, with a repetition penalty
 
 
-@partial(jax.jit, static_argnames="cfg")
 def for_decoding(cfg: ModelConfig, params: gpt2.Params) -> gpt2.Params:
     """`params` as `prefill` and `decode` take them: layers apart, matrices in the compute dtype, once for all steps.
 
-    The embedding is cut to cfg's vocabulary, so that ids for which a tokenizer has no text cannot be drawn.
+    The embedding is cut to cfg's vocabulary, so that ids for which a tokenizer has no text cannot be drawn. Not jitted:
+    one slice program a shape compiles sooner than L slices of each array.
     """
     params = gpt2.unstack({**params, "wte": params["wte"][: cfg.padded_vocab_size]})
     return jax.tree.map(lambda p: p.astype(cfg.dtype) if p.ndim > 1 else p, params)  # vectors cost nothing
 
 
 @partial(jax.jit, static_argnames=("cfg", "rules", "cache_length"))
-def prefill(cfg: ModelConfig, rules: Rules, params, tokens, lengths, seen, keys, count, *, cache_length: int):
+def prefill(cfg: ModelConfig, rules: Rules, params, tokens, lengths, seen, seed, count, *, cache_length: int):
     """The first token after each prompt: tokens [B, P] of `lengths` [B], padded on the right -> [B, 1], and the state.
 
-    `count` () int32 is how many tokens the rows have generated before, and `cache_length` >= P how long they may grow.
+    `count` is how many tokens the rows have generated before, and `cache_length` >= P how long they may grow.
     """
     cache = gpt2.init_cache(cfg, len(tokens), cache_length)
     logits, cache = gpt2.prefill(cfg, params, tokens, lengths, cache)
-    state = _next(rules, logits, cache, seen, keys, count)
+    state = _next(rules, logits, cache, seen, row_keys(seed, len(tokens)), count)
     return state.token[:, None], state
 
 
 @partial(jax.jit, static_argnames=("cfg", "rules", "chunk"), donate_argnames="state")
-def decode(cfg: ModelConfig, rules: Rules, params, state: State, keys, count, steps, *, chunk: int):
+def decode(cfg: ModelConfig, rules: Rules, params, state: State, seed, count, steps, *, chunk: int):
     """The next `steps` <= chunk tokens of each row, in one call -> [B, chunk] int32, zeros behind, and the state.
 
     The caller sees to it that the cache has room; a row that has ended may run over, and then holds nonsense.
@@ -113,6 +113,7 @@ def decode(cfg: ModelConfig, rules: Rules, params, state: State, keys, count, st
         state = _next(rules, logits, cache, state.seen, keys, count + i)
         return state, tokens.at[:, i].set(state.token)
 
+    keys = row_keys(seed, len(state.token))
     tokens = jnp.zeros((len(keys), chunk), jnp.int32)
     state, tokens = lax.fori_loop(0, steps, step, (state, tokens))
     return tokens, state

@@ -52,21 +52,22 @@ def generate_text(
     cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
     params = generate.for_decoding(cfg, params)
     rows = [_Row(prompt_ids(tokenizer, p)[-cfg.block_size :], max_new_tokens, tokenizer, stop) for p in prompts]
-    S = _bucket(max(len(row.ids) for row in rows) + max_new_tokens, cfg.block_size)
-    keys = generate.row_keys(seed, len(rows))
-    count, state = 0, None
+    longest = max(len(row.ids) for row in rows) + max_new_tokens
+    S = _bucket(longest, cfg.block_size)
+    slides = longest > cfg.block_size
+    random, count, state = np.uint32(seed), 0, None
     while active := [row for row in rows if not row.done]:
         room = S - max(row.cached for row in active)
         if state is None or room == 0:
-            tokens, lengths, seen = _windows(cfg, rules, rows, S)
+            tokens, lengths, seen = _windows(cfg, rules, rows, S, least=cfg.block_size // 2 if slides else 1)
             tokens, state = generate.prefill(
-                cfg, rules, params, tokens, lengths, seen, keys, np.int32(count), cache_length=S
+                cfg, rules, params, tokens, lengths, seen, random, np.int32(count), cache_length=S
             )
             steps = 1
         else:
             steps = min(CHUNK, room, max_new_tokens - count)
             tokens, state = generate.decode(
-                cfg, rules, params, state, keys, np.int32(count), np.int32(steps), chunk=CHUNK
+                cfg, rules, params, state, random, np.int32(count), np.int32(steps), chunk=CHUNK
             )
         count += steps
         for index, (row, new) in enumerate(zip(rows, jax.device_get(tokens)[:, :steps].tolist(), strict=True)):
@@ -131,14 +132,17 @@ class _Row:
         self._settled = len(self.text) - (0 if self.done else max(begun, default=0))
 
 
-def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int):
-    """What the rows are to be prefilled with: tokens [B, P] padded on the right, lengths [B], seen [B, V] or None."""
+def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: int):
+    """What the rows are to be prefilled with: tokens [B, P] padded on the right, lengths [B], seen [B, V] or None.
+
+    P is at least `least`: what slides later is then prefilled by the same program as the prompt.
+    """
     for row in rows:
         if row.cached >= S:  # full: slide. The others keep their windows, so no row feels its neighbours
             row.start = len(row.ids) - max(1, cfg.block_size // 2)
     windows = [row.ids[-1:] if row.done else row.ids[row.start :] for row in rows]
     lengths = np.array([len(window) for window in windows], np.int32)
-    tokens = np.zeros((len(rows), _bucket(int(lengths.max()), cfg.block_size)), np.int32)
+    tokens = np.zeros((len(rows), _bucket(max(least, *lengths.tolist()), cfg.block_size)), np.int32)
     for b, window in enumerate(windows):
         tokens[b, : len(window)] = window
     if rules.repetition_penalty == 1:

@@ -16,6 +16,7 @@ V' is the vocabulary padded to a multiple of 128. The output head is wte again (
 # B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
 
 import dataclasses
+import operator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -61,16 +62,16 @@ def layer_norm(cfg: ModelConfig, name: str | None = None) -> nn.LayerNorm:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention. x [B, T, C] -> [B, T, C], and the keys and values [B, S, H, D] it looked at.
+    """Multi-head causal self-attention. x [B, T, C] -> [B, T, C], and the keys and values [B, T, H, D] it looked at.
 
-    With a cache (k, v [B, S, H, D]) the T new positions of row b are written at start[b] .. start[b] + T - 1, and
-    every query looks at its own position and all before it.
+    With a cache (k, v [B, H, S, D]) the T new positions of row b are written at start[b] .. start[b] + T - 1, every
+    query looks at its own position and all before it, and the extended cache is returned.
     """
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x, cache=None, start=None, train: bool = False):
+    def __call__(self, x, cache=None, start: Any = None, train: bool = False):
         cfg, (B, T, C) = self.cfg, x.shape
         heads = (cfg.n_head, cfg.head_dim)
         qkv = Linear((C,), (3, *heads), cfg.bias, name="c_attn")(x)
@@ -81,9 +82,9 @@ class SelfAttention(nn.Module):
         else:
             position = start[:, None] + jnp.arange(T)  # [B, T]
             row = jnp.arange(B)[:, None]
-            k, v = (old.at[row, position].set(new) for old, new in zip(cache, (k, v), strict=True))
-            mask = jnp.arange(k.shape[1]) <= position[:, None, :, None]  # [B, 1, T, S]
-            y = attention.reference(q, k, v, mask=mask)
+            k, v = (old.at[row, :, position].set(new) for old, new in zip(cache, (k, v), strict=True))
+            mask = jnp.arange(k.shape[2]) <= position[:, None, :, None]  # [B, 1, T, S]
+            y = attention.reference(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask)
         std = INIT_STD / (2 * cfg.n_layer) ** 0.5
         return Linear(heads, (C,), cfg.bias, std, name="c_proj")(y), (k, v)
 
@@ -143,18 +144,17 @@ def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Arr
 
 def head(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary, which can neither win nor learn."""
-    x = layer_norm(cfg).apply({"params": params["ln_f"]}, x)
-    logits = linear(x, params["wte"].T).astype(jnp.float32)  # pyright: ignore[reportAttributeAccessIssue]
+    normed: Any = layer_norm(cfg).apply({"params": params["ln_f"]}, x)
+    logits = linear(normed, params["wte"].T).astype(jnp.float32)
     real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
-    return logits if cfg.padded_vocab_size == cfg.vocab_size else jnp.where(real, logits, -jnp.inf)
+    return jnp.where(real, logits, -jnp.inf) if cfg.vocab_size < cfg.padded_vocab_size else logits
 
 
 def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """tokens [B, T] int32 -> [B, T, C], each position's vector after the last block: the word in its context."""
-    train = dropout_key is not None and cfg.dropout > 0
     x = embed(cfg, params, tokens, jnp.arange(tokens.shape[1]))
-    keys = None
-    if train:
+    keys, train = None, dropout_key is not None and cfg.dropout > 0
+    if dropout_key is not None and train:
         keys = jax.random.split(dropout_key, cfg.n_layer + 1)
         x, keys = attention.dropout(x, cfg.dropout, keys[0]), keys[1:]
 
@@ -174,6 +174,7 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
 def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
     """tokens [B, T] int32, T <= block_size -> logits [B, T, V'] float32. Dropout is on where a key is given."""
     B, T = tokens.shape
+    assert T <= cfg.block_size, f"{T} tokens do not fit into a context of {cfg.block_size}"
     x = hidden(cfg, params, tokens, dropout_key)
     return head(cfg, params, x.reshape(B * T, cfg.n_embd)).reshape(B, T, -1)
 
@@ -184,7 +185,7 @@ def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key:
 class Cache(NamedTuple):
     """Keys and values of the positions seen so far."""
 
-    k: list[jax.Array]  # L arrays [B, S, H, D]
+    k: list[jax.Array]  # L arrays [B, H, S, D]: as the products want them, or each step would transpose the whole cache
     v: list[jax.Array]
     length: jax.Array  # [B] int32, filled positions in each row
 
@@ -192,12 +193,12 @@ class Cache(NamedTuple):
 def unstack(params: Params) -> Params:
     """`params` with h as a list of L layers: a decode step then reads each weight once, where a scan would copy it."""
     n_layer = jax.tree.leaves(params["h"])[0].shape[0]
-    return {**params, "h": [jax.tree.map(lambda p: p[layer], params["h"]) for layer in range(n_layer)]}
+    return {**params, "h": [jax.tree.map(operator.itemgetter(i), params["h"]) for i in range(n_layer)]}
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:
     """An empty cache for `length` positions, at most block_size."""
-    shape = (batch_size, length, cfg.n_head, cfg.head_dim)
+    shape = (batch_size, cfg.n_head, length, cfg.head_dim)
     empty = [jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layer)]
     return Cache(empty, list(empty), jnp.zeros(batch_size, jnp.int32))
 

@@ -99,8 +99,8 @@ def fit(
 
     def tokens_of(first: int, n: int) -> jax.Array:
         stack = np.zeros((K, t.batch_size, T + 1), np.int32)
-        for i in range(n):
-            stack[i] = batches.batch(data.train, seed=t.seed, step=first + i, batch_size=t.batch_size, block_size=T)
+        steps = np.arange(first, first + n)
+        stack[:n] = batches.batch(data.train, seed=t.seed, step=steps, batch_size=t.batch_size, block_size=T)
         return jax.device_put(stack, layout)
 
     plan = list(dispatches(start, t.steps, K, (t.eval_every, t.save_every)))

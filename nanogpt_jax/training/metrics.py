@@ -39,7 +39,10 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(values, step=step)
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -49,7 +52,7 @@ class MetricsLog:
 
 def _tensorboard(run_dir: Path, step: int) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("train.tensorboard=true needs pip install 'nanogpt-jax[tensorboard]'") from None
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -57,7 +60,7 @@ def _tensorboard(run_dir: Path, step: int) -> Any:
 
 def _wandb(run_dir: Path) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("train.wandb=true needs pip install 'nanogpt-jax[wandb]'") from None
     # the directory's name is the run's id, so that a resumed run goes on in the same chart

@@ -59,8 +59,12 @@ def _muon(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
 
 
 def _sgd(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
-    decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask)
-    return optax.chain(decay, optax.sgd(rate, cfg.beta1, nesterov=True))
+    """Nesterov momentum, with the decay decoupled as in the others: it does not go through the momentum."""
+    return optax.chain(
+        optax.trace(cfg.beta1, nesterov=True),
+        optax.add_decayed_weights(cfg.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 OPTIMIZERS: dict[str, Callable[[OptimConfig, Schedule], optax.GradientTransformation]] = {

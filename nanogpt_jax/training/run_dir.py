@@ -79,8 +79,8 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None
         recorded = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
         if recorded["fingerprint"] != data.fingerprint:
             raise UserError(
-                f"the data of {run_dir} has changed: {cfg.data.source} no longer gives the tokens that it was trained on"
-                "\n       bring the old text back, or choose another --run-dir"
+                f"the data of {run_dir} has changed: {cfg.data.source} gives other tokens now than it was trained on\n"
+                "       bring the old text back, or choose another --run-dir"
             )
     else:
         for name in NAMES:
