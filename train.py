@@ -34,8 +34,10 @@ def main(argv: list[str]) -> int:
         import jax  # takes seconds, so only now
 
         from nanogpt_jax.distributed.mesh import make_mesh
+        from nanogpt_jax.inference.generate import Rules
+        from nanogpt_jax.inference.sampler import generate_text
         from nanogpt_jax.model import gpt2
-        from nanogpt_jax.training.checkpoint import Checkpointer
+        from nanogpt_jax.training.checkpoint import Checkpointer, load_params
         from nanogpt_jax.training.loop import choose_steps_per_dispatch, fit, stop_on_signals
         from nanogpt_jax.training.metrics import MetricsLog
         from nanogpt_jax.training.optim import make_optimizer
@@ -57,10 +59,12 @@ def main(argv: list[str]) -> int:
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}")
             print(f"go on with the same command: {run_dir.same_command(argv)}")
             return 128 + outcome.signal
-        from nanogpt_jax.inference.sampler import sample_of
-
         print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.validation['val/loss']:.4f} at the last step")
-        print(f"a sample:\n{sample_of(run)}\n\n{run_dir.next_steps(run, command)}")
+        params, step = load_params(run, cfg)  # the best checkpoint, as sample.py takes it
+        sample = generate_text(
+            cfg.model, params, data.tokenizer, [""], rules=Rules(), max_new_tokens=300, seed=cfg.train.seed
+        )[0]
+        print(f"a sample from step {step}:\n\n{sample.strip()}\n\n{run_dir.next_steps(run, command)}")
         return 0
 
 

@@ -37,7 +37,8 @@ def door(name: str) -> ModuleType:
     path = here / "doors" / f"{name}.py"
     path = path if path.is_file() else here.parent / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"nanogpt_jax_{name}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

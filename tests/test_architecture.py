@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "data": {"config"},
     "distributed": {"config"},
     "training": {"config", "model", "data", "distributed", "evaluation"},
-    "inference": {"config", "model", "data", "training"},
+    "inference": {"config", "model", "data"},
     "evaluation": {"config", "model", "data", "inference"},
     "cli": {"config"},
     "__main__": {"cli"},

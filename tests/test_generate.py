@@ -363,11 +363,6 @@ def test_sample_takes_a_prompt_file_to_the_letter_and_says_what_it_cuts(run, par
     assert err == "note: of the prompt's 22 tokens the model sees the last 16, its context\n"
 
 
-def test_sample_of_a_run(run):
-    assert len(sampler.sample_of(run, max_new_tokens=20)) == 20
-    assert sampler.sample_of(run, "ab", 20) == sampler.sample_of(run, "ab", 20)
-
-
 WRONG = {
     "nowhere": "no run nowhere\n       train one first: python train.py",
     "{run} {run}": "one run at a time, but got {run} and {run}",

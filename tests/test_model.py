@@ -28,14 +28,6 @@ ON_CPU = sorted(set(attention.BACKENDS) - {"cudnn"})
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2_odd.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """XLA's expensive passes change no law, and take most of the time. tests/test_training.py runs with them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{"h/attn/c_attn/kernel": (L, C, 3, H, D)}"""
     tree = jax.eval_shape(lambda: gpt2.init_params(cfg, jax.random.key(0)))
@@ -444,7 +436,7 @@ def plain():
     return run(THREE, PARAMS, TOKENS)
 
 
-@pytest.mark.parametrize(("unroll", "remat"), [(2, "none"), (1, "dots"), (3, "dots"), (1, "block")])
+@pytest.mark.parametrize(("unroll", "remat"), [(3, "none"), (1, "dots"), (2, "block")])
 def test_unrolling_and_recomputing_change_nothing(plain, unroll, remat):
     loss, _, grads = plain
     other_loss, _, other_grads = run(dataclasses.replace(THREE, scan_unroll=unroll, remat=remat), PARAMS, TOKENS)

@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60
 TINY = Config(
     model=ModelConfig(block_size=16, vocab_size=65, n_layer=2, n_head=4, n_embd=32),
-    optim=OptimConfig(warmup_steps=3),
+    optim=OptimConfig(name="adamw", learning_rate=1e-3, min_learning_rate=0.1, warmup_steps=3),
     train=TrainConfig(steps=10, batch_size=8),
 )
 
@@ -171,7 +171,7 @@ def test_decay_shrinks_matrices_and_leaves_norms(name):
     ("schedule", "middle", "last"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("wsd", 1, 0.1), ("constant", 1, 1)]
 )
 def test_schedules(schedule, middle, last):
-    rate = make_schedule(OptimConfig(learning_rate=2.0, warmup_steps=10, schedule=schedule), 110)
+    rate = make_schedule(OptimConfig(learning_rate=2.0, min_learning_rate=0.1, warmup_steps=10, schedule=schedule), 110)
     np.testing.assert_allclose([float(rate(s)) for s in (0, 4, 9)], [0.2, 1.0, 2.0], rtol=1e-6)
     np.testing.assert_allclose([float(rate(60)), float(rate(110))], [2 * middle, 2 * last], rtol=1e-6)
 
@@ -226,7 +226,7 @@ def train(tmp_path, monkeypatch):
     base = (
         "--data.source text.txt --model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 "
         "--model.dropout 0.1 --optim.warmup-steps 2 --train.batch-size 4 --train.eval-every 10 --train.save-every 4 "
-        "--train.log-every 1"
+        "--train.log-every 1 --optim.learning-rate 1e-2 --optim.min-learning-rate 0.1"
     ).split()
 
     def main(*flags: str) -> int:
@@ -334,16 +334,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-def test_a_run_moves_and_samples_without_its_data(train, tmp_path):
-    from nanogpt_jax.inference.sampler import sample_of
+def test_a_run_moves_and_samples_without_its_data(train, tmp_path, capsys):
+    def sample_of(run: str) -> str:
+        capsys.readouterr()
+        assert door("sample").main([run, "--prompt", "El gato", "--max-new-tokens", "40"]) == 0
+        return capsys.readouterr().out
 
     assert train("--train.steps", "4", "--run-dir", "here/run") == 0
-    before = sample_of(Path("here/run"))
+    before = sample_of("here/run")
     (tmp_path / "elsewhere").mkdir()
     Path("here/run").rename("elsewhere/moved")
     for gone in ("text.txt", "data"):
         Path(gone).rename(tmp_path / f"hidden-{gone}")
-    assert sample_of(Path("elsewhere/moved")) == before
+    assert sample_of("elsewhere/moved") == before
 
 
 def test_metrics_hold_every_promised_key(train):

@@ -8,19 +8,15 @@ read anew: one prefill for half a context of tokens. Rows of one batch fill up a
 import codecs
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.data import tokenizer as tokenizers
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.inference import generate
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.model import gpt2
-from nanogpt_jax.training import checkpoint
 
 CHUNK = 16  # most tokens in one call to the device: text streams a few times a second even from a slow model
 
@@ -156,18 +152,3 @@ def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: in
 def _bucket(n: int, most: int) -> int:
     """The next power of two, from 16 to `most`: a handful of shapes to compile, whatever the prompts."""
     return min(most, max(16, 1 << (n - 1).bit_length()))
-
-
-def sample_of(run_dir: Path, prompt: str | None = None, max_new_tokens: int = 300) -> str:
-    """One seeded continuation by the best checkpoint of a run: what `train.py` shows at the end.
-
-    Without a prompt it is a new line's, also where the vocabulary has no newline.
-    """
-    cfg = config.read_json(run_dir / "config.json")
-    tokenizer = tokenizers.load(run_dir / "tokenizer")
-    params, _ = checkpoint.load_params(run_dir, cfg)
-    if prompt is None:
-        prompt = "" if tokenizer.end_of_text is None else "\n"  # the empty prompt of a char model is a newline if any
-    return generate_text(
-        cfg.model, params, tokenizer, [prompt], rules=Rules(), max_new_tokens=max_new_tokens, seed=cfg.train.seed
-    )[0]

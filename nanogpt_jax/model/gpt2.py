@@ -147,7 +147,7 @@ def head(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     normed: Any = layer_norm(cfg).apply({"params": params["ln_f"]}, x)
     logits = linear(normed, params["wte"].T).astype(jnp.float32)
     real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
-    return jnp.where(real, logits, -jnp.inf) if cfg.vocab_size < cfg.padded_vocab_size else logits
+    return jnp.where(real, logits, -jnp.inf) if cfg.padded_vocab_size > cfg.vocab_size else logits
 
 
 def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -174,7 +174,7 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
 def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
     """tokens [B, T] int32, T <= block_size -> logits [B, T, V'] float32. Dropout is on where a key is given."""
     B, T = tokens.shape
-    assert T <= cfg.block_size, f"{T} tokens do not fit into a context of {cfg.block_size}"
+    assert cfg.block_size >= T, f"{T} tokens do not fit into a context of {cfg.block_size}"
     x = hidden(cfg, params, tokens, dropout_key)
     return head(cfg, params, x.reshape(B * T, cfg.n_embd)).reshape(B, T, -1)
 

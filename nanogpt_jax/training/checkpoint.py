@@ -5,6 +5,7 @@ JSON with what else a resumption needs. A save writes into a temporary folder th
 """
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from nanogpt_jax.model import gpt2
 from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.step import TrainState, init_state, state_shardings
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every save at warning level
+# One failed write is one error of ours. Without this, orbax tells it once for every array, and every save as a warning;
+# and tensorstore prints a traceback for each write that ends after orbax has closed its event loop.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _without_late_writes(show: Any) -> Any:
+    return lambda kind, error, trace: None if str(error) == "Event loop is closed" else show(kind, error, trace)
+
+
+sys.excepthook = _without_late_writes(sys.excepthook)
 
 
 def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
@@ -51,6 +62,7 @@ class Checkpointer:
         """Begin to save; returns as soon as the state is copied. A step that is already saved is left as it is."""
         if step == self.latest:
             return
+        self.wait()  # orbax would wait for the save before, too; so its failure is told as that save's
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.StandardSave(state.opt_state),
@@ -126,7 +138,7 @@ def load_params(run_dir: Path, cfg: Config, which: str = "best") -> tuple[gpt2.P
         elif which == "best":
             losses = {s: (manager.metrics(s) or {}).get("val_loss", float("inf")) for s in reversed(steps)}
             step = min(losses, key=lambda s: losses[s])
-        elif which.isdigit() and int(which) in steps:
+        elif which.isdecimal() and int(which) in steps:
             step = int(which)
         else:
             raise UserError(

@@ -27,7 +27,7 @@ NAMES = ("checkpoints", "tokenizer", "tensorboard", "wandb", "config.json", "dat
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Steps with a whole checkpoint, in order. A save cut short has a temporary name and is not among them."""
     folder = run_dir / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
 
 
 @contextlib.contextmanager
