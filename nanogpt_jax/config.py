@@ -32,7 +32,7 @@ class ModelConfig:
     n_head: int = 4  # H, attention heads in a block
     n_embd: int = 128  # C, channels; a multiple of n_head
     dropout: float = 0.0  # dropped share of embeddings, attention weights and residual branches
-    bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
+    bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"  # back-end; auto: by device and dropout
     remat: Literal["none", "dots", "block"] = "none"  # recompute in the backward pass: nothing, all but matmuls, blocks
