@@ -68,7 +68,7 @@ WRONG_SETTINGS = [
     ("mesh and batch", "--mesh.data 3", ["must be a multiple of mesh.data * mesh.fsdp = 3", "nearest: 9"]),
     ("mesh and heads", "--mesh.tensor 3", ["mesh.tensor=3 must divide model.n_head=4"]),
     ("two rests", "--mesh.data -1 --mesh.fsdp -1", ["only one axis can be -1"]),
-    ("warm-up", "--optim.warmup-steps 50 --train.steps 50", ["leaves nothing of train.steps=50"]),
+    ("warm-up", "--optim.warmup-steps=-1", ["optim.warmup_steps=-1 must not be negative"]),
     ("resume", "--resume perhaps", ["--resume=perhaps is not one of auto, never, must"]),
     ("must and overwrite", "--resume must --overwrite", ["exclude each other"]),
     ("no such config", "shakespeare_chr", ["no config file shakespeare_chr", "did you mean shakespeare_char?"]),
@@ -113,6 +113,7 @@ WRONG_DATA = [
     ("nothing to resume", "--data.source text.txt --run-dir runs/new --resume must", ["has no checkpoint"]),
     ("somebody's directory", "--data.source text.txt --run-dir home", ["holds other files", "is no run"]),
     ("somebody's directory, overwrite", "--data.source text.txt --run-dir home --overwrite", ["holds other files"]),
+    ("another program's config.json", "--data.source text.txt --run-dir model --overwrite", ["unknown setting", "model/config.json"]),
     ("a run stands there", "--data.source text.txt --run-dir runs/done --resume never", ["holds a run", "--overwrite"]),
     ("another run's directory", "--data.source text.txt --run-dir runs/done", ["with other settings", "model.n_layer: 1 in the run, 4 now"]),
 ]  # fmt: skip
@@ -125,8 +126,11 @@ def test_wrong_data_and_run_directories(place, clean_env, arguments, words):
     (place / "short.txt").write_text("corto " * 5)
     (place / "home").mkdir(exist_ok=True)
     (place / "home" / "thesis.txt").write_text("mine")
+    (place / "model").mkdir(exist_ok=True)
+    (place / "model" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
     refused(run(place, clean_env, "train.py", *arguments.split()), *words)
     assert (place / "home" / "thesis.txt").read_text() == "mine"
+    assert (place / "model" / "config.json").is_file()
     assert (place / "runs/done/checkpoints/10").is_dir()
 
 
@@ -325,3 +329,10 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, clean
     print(f"{kills} kills, {during_save} of them during a save")
     assert kills >= 15
     assert during_save >= 3
+
+
+def test_sample_without_an_argument_takes_the_newest_run(place, clean_env):
+    result = run(place, clean_env, "sample.py", "--prompt", "El gato", "--max-new-tokens", "9")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) == len("El gato") + 9 + 1
+    assert result.stdout.startswith("El gato")

@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60
 TINY = Config(
     model=ModelConfig(block_size=16, vocab_size=65, n_layer=2, n_head=4, n_embd=32, bias=True),
-    optim=OptimConfig(name="adamw", learning_rate=1e-3, min_learning_rate=0.1, warmup_steps=3),
+    optim=OptimConfig(name="adamw", learning_rate=1e-3, min_learning_rate=0.1, warmup_steps=3, schedule="cosine"),
     train=TrainConfig(steps=10, batch_size=8),
 )
 

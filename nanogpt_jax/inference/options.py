@@ -34,7 +34,7 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     flag = parser.add_argument
-    flag("run", nargs="?", type=Path, metavar="RUN", help="a run directory (default: the newest in runs/)")
+    flag("run", nargs="?", metavar="RUN", help="a run directory (default: the newest in runs/)")
     flag("--prompt", metavar="TEXT", help="what the text begins with (default: a newline)")
     flag("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file with the prompt, taken to the letter")
     flag("--num-samples", type=int, default=1, metavar="N", help="continuations, drawn side by side")
@@ -89,8 +89,9 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     return prompt
 
 
-def existing(run: Path) -> Path:
-    """`run`, if it is a directory; config.py says whether it is a run."""
+def existing(name: str) -> Path:
+    """The run directory of that name, if it is a directory; config.py says whether it is a run."""
+    run = Path(name)
     if run.is_dir():
         return run
     if run.exists():

@@ -36,8 +36,14 @@ def claim(command: Command) -> Iterator[Path]:
     run_dir = command.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file")
-    strangers = [p.name for p in run_dir.iterdir() if p.name not in (*NAMES, "lock")] if run_dir.is_dir() else []
-    if strangers and not (run_dir / "config.json").is_file():
+    try:
+        names = sorted(p.name for p in run_dir.iterdir()) if run_dir.is_dir() else []
+    except OSError as e:
+        raise UserError(f"cannot read {run_dir}: {e.strerror}") from None
+    strangers = [name for name in names if name not in (*NAMES, "lock")]
+    if "config.json" in names:
+        config.read_json(run_dir / "config.json")  # another program's config.json is refused here
+    elif strangers:
         raise UserError(
             f"--run-dir {run_dir} holds other files ({strangers[0]}) and is no run\n       choose a new directory"
         )
@@ -76,8 +82,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None
                 f"{run_dir} holds a run with other settings\n{shown}\n"
                 "       choose another --run-dir, or start over with --overwrite"
             )
-        recorded = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
-        if recorded["fingerprint"] != data.fingerprint:
+        if _fingerprint(run_dir / "data.json") != data.fingerprint:
             raise UserError(
                 f"the data of {run_dir} has changed: {cfg.data.source} gives other tokens now than it was trained on\n"
                 "       bring the old text back, or choose another --run-dir"
@@ -90,6 +95,13 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
     write_atomically(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
     write_atomically(run_dir / "config.json", config.to_json(cfg))
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is missing or damaged ({e})\n       start over with --overwrite") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
