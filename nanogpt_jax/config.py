@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -65,7 +65,7 @@ class OptimConfig:
     beta1: float = 0.9  # first moment; momentum of sgd and muon
     beta2: float = 0.99  # second moment
     grad_clip: float = 1.0  # longest global gradient norm; 0: no clipping
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # wsd: decays in the last 20 %
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # down from the peak; wsd: in the last 20 %
     warmup_steps: int = 20  # steps of linear warm-up
 
 
@@ -369,10 +369,12 @@ Trains a GPT-2 and keeps everything about it in a run directory. The same comman
 """
 
 
-def split_arguments(argv: list[str], switches: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+def split_arguments(
+    argv: list[str], switches: tuple[str, ...], check: Callable[[str], None]
+) -> tuple[list[str], dict[str, str]]:
     """Positional words, and {"model.n_layer": "8"} from `--model.n-layer 8` or `--model.n-layer=8`.
 
-    Dashes and underscores are the same. `switches` are the flags that take no value.
+    Dashes and underscores are the same. `switches` are the flags that take no value; `check` refuses unknown ones.
     """
     words: list[str] = []
     flags: dict[str, str] = {}
@@ -386,6 +388,7 @@ def split_arguments(argv: list[str], switches: tuple[str, ...]) -> tuple[list[st
             continue
         name, equals, value = word[2:].partition("=")
         key = name.replace("-", "_")
+        check(key)
         if key in switches:
             if equals:
                 raise UserError(f"--{name} takes no value, but was given {value!r}")
@@ -399,22 +402,29 @@ def split_arguments(argv: list[str], switches: tuple[str, ...]) -> tuple[list[st
     return words, flags
 
 
+SWITCHES = ("overwrite", "print_config")
+OPTIONS = ("run_dir", "resume", *SWITCHES)
+
+
+def _check_flag(key: str) -> None:
+    """UserError where `key` is no flag of train.py; it names the setting that may be meant."""
+    if "." in key:
+        if key not in TYPES:
+            raise unknown_setting(key, "command line")
+    elif key not in OPTIONS:
+        full = [k for k in TYPES if k.endswith("." + key)]
+        near = f"\n       did you mean --{full[0]}?" if full else suggestion(key, OPTIONS)
+        near = near or "\n       settings are --SECTION.NAME; see python train.py --help"
+        raise UserError(f"unknown flag --{key.replace('_', '-')} (command line){near}")
+
+
 def load(argv: list[str]) -> Command:
     """Read a `train.py` command line: defaults, then the TOML file, then the command line."""
-    switches = ("overwrite", "print_config")
-    words, flags = split_arguments(argv, switches)
+    words, flags = split_arguments(argv, SWITCHES, _check_flag)
     if len(words) > 1:
         raise UserError(f"one config file at a time, but got {' and '.join(words)}")
     settings = {key: value for key, value in flags.items() if "." in key}
     options = {key: value for key, value in flags.items() if "." not in key}
-    known = ("run_dir", "resume", *switches)
-    for key in options:
-        if key not in known:
-            near = suggestion(key, [*known, *TYPES, *(k.split(".")[1] for k in TYPES)])
-            full = [k for k in TYPES if k.endswith("." + key)]
-            near = f"\n       did you mean --{full[0]}?" if full else near
-            near = near or "\n       settings are --SECTION.NAME; see python train.py --help"
-            raise UserError(f"unknown flag --{key.replace('_', '-')} (command line){near}")
 
     cfg, origin, name = Config(), dict.fromkeys(TYPES, "default"), "default"
     if words:
@@ -466,5 +476,5 @@ def help_text() -> str:
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
         tyro.cli(Config, args=["--help"], config=(tyro.conf.FlagConversionOff,))
     shipped = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml")))
-    settings = page.getvalue().partition("\n\n")[2]  # tyro's own usage lines list every flag once more
-    return USAGE.format(shipped=shipped) + "\n" + settings
+    settings = page.getvalue().partition("model options")[2]  # before it, tyro's usage lines and our docstring
+    return USAGE.format(shipped=shipped) + "\n model options" + settings

@@ -48,7 +48,7 @@ WRONG_SETTINGS = [
     ("unknown section", "--modle.n-layer 8", ["unknown setting modle.n_layer", "model.n_layer"]),
     ("right name, wrong section", "--train.learning-rate 1", ["unknown setting train.learning_rate", "learning_rate"]),
     ("no section", "--n-layer 8", ["unknown flag --n-layer", "did you mean --model.n_layer?"]),
-    ("unknown flag", "--quiet", ["--quiet needs a value"]),
+    ("unknown flag", "--quiet", ["unknown flag --quiet"]),
     ("flag with one dash", "-q", ["unknown flag -q"]),
     ("no value", "--model.n-layer", ["--model.n-layer needs a value"]),
     ("value for a switch", "--overwrite=yes", ["--overwrite takes no value"]),

@@ -73,6 +73,14 @@ def generate_text(
     return [row.text for row in rows]
 
 
+def opening_and_continuation(
+    cfg: ModelConfig, params: gpt2.Params, tokenizer: Tokenizer, opening: np.ndarray, seed: int
+) -> str:
+    """A few tokens of real text [N], and 300 tokens that the model goes on with."""
+    prompt = tokenizer.decode(opening)
+    return prompt + generate_text(cfg, params, tokenizer, [prompt], rules=Rules(), max_new_tokens=300, seed=seed)[0]
+
+
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Token ids, at least one: an empty prompt is the end of the text before it, or the start of a line."""
     ids = tokenizer.encode(prompt).tolist()

@@ -38,7 +38,10 @@ def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
     best = policy.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False)
     kept = policy.AnyPreservationPolicy([policy.LatestN(keep), best]) if keep else None
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=kept, read_only=keep is None, cleanup_tmp_directories=keep is not None
+        preservation_policy=kept,
+        best_fn=lambda m: -m["val_loss"],  # without it, orbax writes no metrics to disk, and a resumed run has no best
+        read_only=keep is None,
+        cleanup_tmp_directories=keep is not None,
     )
     return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
 

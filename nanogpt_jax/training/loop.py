@@ -1,12 +1,12 @@
 """Step, log, evaluate, save, in that order, until the last step or a signal."""
 
-import contextlib
 import math
 import signal
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from nanogpt_jax.evaluation.loss import eval_rows, evaluate
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import MetricsLog, Progress
+from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import TrainState, make_eval_step
 
 
@@ -36,30 +37,16 @@ class Outcome:
     validation: dict[str, float]
 
 
-class StopRequest:
-    """Set by the first SIGINT or SIGTERM. A second one acts as if nobody had listened."""
-
-    received: signal.Signals | None = None
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request that the loop honours after the dispatch under way."""
-    request = StopRequest()
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def listen(number: int, _frame: object) -> None:
-        request.received = signal.Signals(number)
-        for s, handler in previous.items():
-            signal.signal(s, handler)
-
-    for s in previous:
-        signal.signal(s, listen)
-    try:
-        yield request
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
+def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -> str:
+    """What is about to be trained, on what, and where it goes: two lines."""
+    m, t = cfg.model, cfg.train
+    begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
+    return (
+        f"{begin}: GPT-2 of {gpt2.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
+        f"block_size={m.block_size}) on {mesh.size} {jax.default_backend()}\n"
+        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.source}: {len(data.train):,} tokens to "
+        f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
+    )
 
 
 def choose_steps_per_dispatch(cfg: Config, platform: str) -> int:

@@ -49,7 +49,7 @@ def claim(command: Command) -> Iterator[Path]:
         )
     if command.resume == "must" and not checkpoint_steps(run_dir):
         raise UserError(f"--resume=must, but {run_dir} has no checkpoint")
-    if command.resume == "never" and not command.overwrite and (run_dir / "config.json").is_file():
+    if command.resume == "never" and not command.overwrite and checkpoint_steps(run_dir):
         raise UserError(
             f"--resume=never, but {run_dir} holds a run\n       choose another --run-dir, or delete it with --overwrite"
         )
@@ -119,34 +119,16 @@ def is_finished(run_dir: Path, cfg: Config) -> bool:
     return bool(steps) and steps[-1] >= cfg.train.steps
 
 
-def headline(run_dir: Path, cfg: Config, data: Dataset, n_params: int, step: int, devices: str) -> str:
-    """What is about to be trained, on what, and where it goes: two lines."""
-    m, t = cfg.model, cfg.train
-    begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
-    return (
-        f"{begin}: GPT-2 of {n_params:,} parameters ({m.n_layer} layers, {m.n_head} heads, {m.n_embd} channels, "
-        f"context {m.block_size}) on {devices}\n"
-        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.source}: {len(data.train):,} tokens to "
-        f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
-    )
-
-
-def same_command(argv: list[str]) -> str:
-    """The command that goes on with this run: the one that was typed, less --overwrite and --resume."""
-    words, skip = [], False
+def command_again(argv: list[str], steps: int | None = None) -> str:
+    """The command that goes on with this run: the one that was typed, with other `steps` if given."""
+    values = {"--resume", "--train.steps"} if steps else {"--resume"}
+    words, skip = ["python", "train.py"], False
     for word in argv:
-        if skip or word == "--overwrite" or word.startswith("--resume"):
-            skip = word == "--resume"
-            continue
-        words.append(word)
-    return shlex.join(["python", "train.py", *words])
-
-
-def next_steps(run_dir: Path, command: Command) -> str:
-    return (
-        f"next: python sample.py {shlex.quote(str(run_dir))} --prompt 'The '\n"
-        f"      or train longer: the same command with --train.steps {2 * command.cfg.train.steps}"
-    )
+        flag, equals, _ = word.partition("=")
+        if not skip and word != "--overwrite" and flag not in values:
+            words.append(word)
+        skip = not skip and flag in values and not equals
+    return shlex.join([*words, *(["--train.steps", str(steps)] if steps else [])])
 
 
 def newest(folder: Path) -> Path:
