@@ -28,10 +28,10 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _without_late_writes(show: Any) -> Any:
-    return lambda kind, error, trace: None if str(error) == "Event loop is closed" else show(kind, error, trace)
+    return lambda unraisable: None if str(unraisable.exc_value) == "Event loop is closed" else show(unraisable)
 
 
-sys.excepthook = _without_late_writes(sys.excepthook)
+sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 
 def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
@@ -86,9 +86,8 @@ class Checkpointer:
             whole = [s for s in checkpoint_steps(self._run_dir) if s != step]
             last = f"the last whole checkpoint is step {whole[-1]}" if whole else "there is no earlier checkpoint"
             folder = self._run_dir / "checkpoints"
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(
-                f"could not save step {step} in {folder}; {last}\n       {reason[:300]}\n"
+                f"could not save step {step} in {folder}; {last}\n       {_reason(e)}\n"
                 "       free some space, then go on with the same command"
             ) from None
 
@@ -112,6 +111,13 @@ class Checkpointer:
         return TrainState(step, restored["params"], restored["opt_state"]), meta
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong in the end, 200 characters of it."""
+    while error.__cause__:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _abstract(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
@@ -119,11 +125,10 @@ def _abstract(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> j
 def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: Any) -> Any:
     try:
         return manager.restore(step, args=items)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    except Exception as e:  # orbax raises just that where an array cannot be read
         raise UserError(
             f"checkpoint {run_dir / 'checkpoints' / str(step)} is damaged or of another model\n"
-            f"       {reason[:300]}\n       delete that folder to use the checkpoint before it"
+            f"       {_reason(e)}\n       delete that folder to use the checkpoint before it"
         ) from None
 
 
