@@ -26,7 +26,9 @@ from nanogpt_jax.model import gpt2
 
 quick = settings(max_examples=30, deadline=None)
 LETTERS = CharTokenizer.make("\n abcdefghijklmnopqrstuvwxyz")
-CFG = ModelConfig(block_size=16, vocab_size=LETTERS.n_vocab, n_layer=2, n_head=2, n_embd=16, attention="reference")
+CFG = ModelConfig(
+    block_size=16, vocab_size=LETTERS.n_vocab, n_layer=2, n_head=2, n_embd=16, bias=True, attention="reference"
+)
 DEFAULTS = {"rules": Rules(), "max_new_tokens": 50, "seed": 7}
 PROMPTS = ["a", "hello", "the quick brown"]  # 1, 5 and 15 of 16 positions
 
@@ -297,7 +299,7 @@ def test_half_a_character_waits_for_its_other_half(gpt2_tokenizer):
 
 
 def test_streamed_pieces_make_up_the_result(gpt2_tokenizer):
-    cfg = ModelConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
+    cfg = ModelConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8, bias=True)
     pieces = ["", ""]
 
     def on_text(row: int, piece: str) -> None:
@@ -315,7 +317,7 @@ def test_end_of_text_ends_a_row_and_the_last_row_ends_the_work(gpt2_tokenizer, m
     assert row.add([*gpt2_tokenizer.encode("so"), end, *gpt2_tokenizer.encode("more")]) == row.text == "so"
     assert row.done
 
-    cfg = ModelConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
+    cfg = ModelConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8, bias=True)
     weights = random_params(cfg)
     weights["ln_f"]["bias"] += 100.0
     weights["wte"] = weights["wte"].at[end].set(10.0)  # the likeliest, whatever was said

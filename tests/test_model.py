@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.model import attention, gpt2
 from nanogpt_jax.model.linear import linear, project
 from nanogpt_jax.model.losses import cross_entropy
 
 # L, T, V, H, C all odd or prime, and no two sizes equal, so that a wrong axis cannot fit
-ODD = ModelConfig(block_size=19, vocab_size=131, n_layer=3, n_head=5, n_embd=20, attention="reference", scan_unroll=1)
+ODD = ModelConfig(
+    block_size=19, vocab_size=131, n_layer=3, n_head=5, n_embd=20, bias=True, attention="reference", scan_unroll=1
+)
 SMALL = dataclasses.replace(ODD, block_size=6, vocab_size=11, n_layer=2, n_head=2, n_embd=12)
 ON_CPU = sorted(set(attention.BACKENDS) - {"cudnn"})
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2_odd.safetensors"
@@ -163,7 +166,7 @@ def test_the_defaults_of_gpt2_are_ours():
 
     theirs = GPT2Config()
     cfg = dataclasses.replace(
-        ModelConfig(),
+        config.load(["gpt2"]).cfg.model,
         block_size=theirs.n_positions,
         vocab_size=theirs.vocab_size,
         n_layer=theirs.n_layer,
@@ -385,7 +388,7 @@ def test_parameters_are_float32(dtype):
 
 
 def test_gpt2_small_has_124_439_808_parameters():
-    cfg = ModelConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
+    cfg = ModelConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, bias=True)
     assert cfg.padded_vocab_size == 50304
     assert gpt2.n_params(cfg) == 124_439_808
     assert gpt2.n_params(ODD) == sum(np.prod(s) for s in TREE.values()) - (256 - 131) * 20
