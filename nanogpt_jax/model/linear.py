@@ -3,7 +3,7 @@
 The gradients are the usual ones, dx = g·Wᵀ and dW = xᵀ·g. What is ours is when they are computed. Left alone, XLA:CPU
 turns dW into a product with a transposed copy of g, and recomputes everything elementwise that leads to g (GELU', the
 layer norm's backward pass) inside that strided copy; it does the same with x. A barrier makes both exist once, in
-order. Measured on two CPU cores, a 4-layer, 128-channel training step takes 0.66 of the time.
+order.
 """
 
 import math
