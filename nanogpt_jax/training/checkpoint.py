@@ -35,11 +35,14 @@ sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 
 def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
-    best = policy.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False)
+    def score(metrics: dict[str, float]) -> float:
+        return -metrics["val_loss"]
+
+    best = policy.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
     kept = policy.AnyPreservationPolicy([policy.LatestN(keep), best]) if keep else None
     options = ocp.CheckpointManagerOptions(
         preservation_policy=kept,
-        best_fn=lambda m: -m["val_loss"],  # without it, orbax writes no metrics to disk, and a resumed run has no best
+        best_fn=score,  # without it, orbax writes no metrics to disk, and a resumed run has no best
         read_only=keep is None,
         cleanup_tmp_directories=keep is not None,
     )
