@@ -1,6 +1,8 @@
 """What every test runs under: a CPU that JAX sees as 8 devices, no network, and repeatable hypothesis examples."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -12,9 +14,18 @@ QUICK = f"{BEFORE or ''} --xla_backend_optimization_level=0".strip()
 os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Programs compiled by one test or subprocess serve the next: pytest-xdist's workers inherit the place from the parent.
+OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"nanogpt_jax-{os.getpid()}"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 settings.register_profile("repeatable", max_examples=8, deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_unconfigure() -> None:
+    if OWN_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """The command line as a person meets it: real processes, and for each wrong input its message and exit code 2."""
 
+import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -225,6 +227,81 @@ def test_a_signal_saves_and_says_how_to_go_on_and_a_second_process_is_refused(pl
     assert f"going on in {run_dir} from step {step}" in out
 
 
+def test_a_signal_before_the_first_step_ends_the_process_without_a_traceback(place, clean_env):
+    """Ctrl-C while jax is being imported or the step compiled: nothing to lose, and nothing to read but one line."""
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--train.steps", "100000", "--run-dir", "runs/early"]
+    process = subprocess.Popen(
+        command, cwd=place, env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (place / "runs/early/config.json").exists():  # written just before jax is imported
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "go on with the same command" in out
+
+
+def test_a_start_that_fails_leaves_no_directory(place, clean_env):
+    refused(run(place, clean_env, "train.py", "--data.source", "gone.txt", "--run-dir", "runs/none"), "gone.txt")
+    assert not (place / "runs/none").exists()
+
+
+def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(place, clean_env):
+    import pty
+
+    leader, follower = pty.openpty()
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--train.steps", "20", "--run-dir", "runs/bar"]
+    env = {**clean_env, "TERM": "xterm-256color", "COLUMNS": "100"}
+    process = subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.DEVNULL, stderr=follower)
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # what reading says on Linux when the other end is closed
+        while piece := os.read(leader, 4096):
+            shown += piece
+    os.close(leader)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"step +\d+/20 .*loss \d\.\d{4} +[\d,]+ tokens/s +left \d+:\d\d:\d\d", text), text
+
+
+COMMAND = re.compile(r"^(?:.*&& )?((?:python |nanogpt-jax ).*)$")
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    """Every command that the README names, in a block or in backticks, without placeholders and grammar."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+    lines = [re.sub(r"^(XLA_FLAGS=\S+ |next: |or train longer: )", "", line.strip()) for line in lines]
+    found = [m[1] for line in lines if (m := COMMAND.match(line)) and not re.search(r"[\[…]|COMMAND", line)]
+    values = {"S": "--data.source=text.txt", "FILE": "text.txt", "N": "2", "RUN": "runs/done", "TEXT": "x"}
+    return [[values.get(w, w).replace("=FILE", "=text.txt") for w in shlex.split(line)] for line in found]
+
+
+def test_the_readme_names_commands():
+    assert ["python", "train.py"] in commands_of_the_readme()
+    assert len(commands_of_the_readme()) > 8
+
+
+@pytest.mark.parametrize("words", commands_of_the_readme(), ids=" ".join)
+def test_every_command_of_the_readme_is_understood(words):
+    """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
+    from nanogpt_jax import cli
+    from nanogpt_jax.inference import options
+
+    name, *rest = words[1:] if words[0] == "python" else words
+    if name == "nanogpt-jax":
+        name, *rest = rest
+    if name.removesuffix(".py") == "train":
+        config.load(rest)
+    elif name.removesuffix(".py") == "sample":
+        options.read(rest)
+    else:
+        assert name in cli.COMMANDS, words
+
+
 def test_overwrite_starts_over(place, clean_env):
     flags = [*SMALL, "--train.steps", "5", "--run-dir", "runs/over"]
     assert run(place, clean_env, "train.py", *flags).returncode == 0
@@ -235,9 +312,8 @@ def test_overwrite_starts_over(place, clean_env):
 
 
 def test_changed_text_is_refused_on_resume(place, clean_env):
-    flags = [*SMALL, "--run-dir", "runs/changed", "--data.source", "own.txt"]
-    flags = [f for f in flags if f != "text.txt"]
-    flags.remove("--data.source")
+    flags = [*SMALL, "--run-dir", "runs/changed"]
+    flags[flags.index("text.txt")] = "own.txt"
     (place / "own.txt").write_text("uno dos tres " * 100)
     assert run(place, clean_env, "train.py", *flags, "--train.steps", "5").returncode == 0
     (place / "own.txt").write_text("uno dos tres " * 101)
@@ -246,7 +322,7 @@ def test_changed_text_is_refused_on_resume(place, clean_env):
 
 def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(place, clean_env):
     flags = [*SMALL, "--train.steps", "20", "--run-dir", "runs/cut"]
-    assert run(place, clean_env, "train.py", *flags, "--train.steps=20").returncode == 0
+    assert run(place, clean_env, "train.py", *flags).returncode == 0
     big = max((place / "runs/cut/checkpoints/20").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     os.truncate(big, 10)
     longer = [f if f != "20" else "30" for f in flags]

@@ -4,6 +4,7 @@ RUN/checkpoints/STEP/ holds three items: `params`, so that sampling restores not
 JSON with what else a resumption needs. A save writes into a temporary folder that is renamed when it is whole.
 """
 
+import inspect
 import logging
 import sys
 from pathlib import Path
@@ -21,17 +22,21 @@ from nanogpt_jax.model import gpt2
 from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.step import TrainState, init_state, state_shardings
 
-# One failed write is one error of ours. Without this, orbax tells it once for every array, and every save as a warning;
-# and tensorstore prints a traceback for each write that ends after orbax has closed its event loop.
+# One failed read or write is one error of ours. Without this, orbax tells it once for every array, and every save as a
+# warning; and Python prints a traceback for each of its coroutines that was under way when the first one failed.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def _without_late_writes(show: Any) -> Any:
-    return lambda unraisable: None if str(unraisable.exc_value) == "Event loop is closed" else show(unraisable)
+def _without_leftovers(show: Any) -> Any:
+    def show_unless_orbax(unraisable: Any) -> None:
+        if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    return show_unless_orbax
 
 
-sys.unraisablehook = _without_late_writes(sys.unraisablehook)
+sys.unraisablehook = _without_leftovers(sys.unraisablehook)
 
 
 def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:

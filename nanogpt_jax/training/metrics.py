@@ -63,8 +63,10 @@ def _wandb(run_dir: Path) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("train.wandb=true needs pip install 'nanogpt-jax[wandb]'") from None
+    # Nothing asks for an account: without one, W&B writes its files into the run directory, for `wandb sync` later.
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     # the directory's name is the run's id, so that a resumed run goes on in the same chart
-    return wandb.init(project="nanogpt-jax", id=run_dir.resolve().name, dir=str(run_dir), resume="allow")
+    return wandb.init(project="nanogpt-jax", id=run_dir.resolve().name, dir=str(run_dir), resume="allow", mode=mode)  # pyright: ignore
 
 
 class Progress:

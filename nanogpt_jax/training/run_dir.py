@@ -62,7 +62,11 @@ def claim(command: Command) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"cannot write in {run_dir}: {e.strerror}") from None
     with lock:
-        yield run_dir
+        try:
+            yield run_dir
+        finally:  # a start that failed leaves nothing behind
+            if not names and [p.name for p in run_dir.iterdir()] == ["lock"]:
+                shutil.rmtree(run_dir)
 
 
 def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None:
