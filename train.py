@@ -6,7 +6,7 @@ The whole run, top to bottom. The same command again goes on where the run stopp
 import sys
 from dataclasses import replace
 
-from nanogpt_jax import cli, config
+from nanogpt_jax import cli, config, runtime
 
 
 def main(argv: list[str]) -> int:
@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
         return 0
     command = config.load(argv)  # defaults, TOML file, command line -> settings, or an error with a hint
     if command.print_config:
-        print(config.render(command.cfg, command.origin))
+        print(config.render(command.cfg, command.origin), runtime.describe(), sep="\n\n")
         return 0
 
     from nanogpt_jax.data.prepare import open_data

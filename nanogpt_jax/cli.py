@@ -1,5 +1,6 @@
 """`python -m nanogpt_jax COMMAND`, installed as `nanogpt-jax` too, and what all commands share."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from nanogpt_jax import runtime
 from nanogpt_jax.config import UserError, suggestion
 
 Main = Callable[[list[str]], int]
@@ -18,6 +20,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 def guarded(main: Main, argv: list[str] | None = None) -> int:
     """`main` with errors as a person wants them: the message and what to do on stderr, exit code 2, no traceback."""
+    runtime.set_up()
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as e:
@@ -44,9 +47,14 @@ def door(name: str) -> ModuleType:
     return module
 
 
+def tool(name: str) -> ModuleType:
+    return importlib.import_module(f"nanogpt_jax.tools.{name}")
+
+
 COMMANDS: dict[str, tuple[str, Main]] = {
     "train": ("train a GPT-2, or go on with a run (train.py)", lambda argv: door("train").main(argv)),
     "sample": ("write text with a trained model (sample.py)", lambda argv: door("sample").main(argv)),
+    "bench": ("measure how fast this machine trains and samples", lambda argv: tool("bench").main(argv)),
 }
 
 

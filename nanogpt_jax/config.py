@@ -26,7 +26,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    block_size: int = 128  # T, the longest context, in tokens
+    block_size: int = 64  # T, the longest context, in tokens
     vocab_size: int = 0  # V; 0: as many as the tokenizer has
     n_layer: int = 4  # L, transformer blocks
     n_head: int = 4  # H, attention heads in a block
@@ -34,7 +34,7 @@ class ModelConfig:
     dropout: float = 0.0  # dropped share of embeddings, attention weights and residual branches
     bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
-    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"  # back-end; auto: by device and dropout
+    attention: Literal["auto", "reference", "blocked", "xla", "cudnn"] = "auto"  # back-end; auto: by device and dropout
     remat: Literal["none", "dots", "block"] = "none"  # recompute in the backward pass: nothing, all but matmuls, blocks
     scan_unroll: int = 0  # layers unrolled in the layer scan; 0: all on CPU, 1 elsewhere
 
@@ -71,12 +71,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 8  # sequences a step, over all devices and micro-batches
+    steps: int = 1600  # optimizer steps
+    batch_size: int = 12  # sequences a step, over all devices and micro-batches
     micro_batch: int = 0  # sequences at a time (gradients accumulate); 0: the whole batch
     steps_per_dispatch: int = 0  # steps in one call to the device; 0: 8 for a small model on CPU, else 1
-    eval_every: int = 500  # steps between losses on the whole validation split; 0: only at the end
-    save_every: int = 250  # steps between checkpoints; 0: only at the end
+    eval_every: int = 400  # steps between losses on the whole validation split; 0: only at the end
+    save_every: int = 200  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between lines in metrics.jsonl
     keep: int = 2  # newest checkpoints kept, besides the best one
     seed: int = 1337  # of the initial weights, the order of the data and the dropout
@@ -239,7 +239,7 @@ def validate(cfg: Config, origin: Origin) -> Config:
         not (m.attention in ("xla", "cudnn") and m.dropout),
         "model.attention",
         f"has no dropout, but model.dropout={m.dropout}",
-        "use auto or reference, or set model.dropout=0",
+        "use auto, reference or blocked, or set model.dropout=0",
     )
     check(
         not (m.attention == "cudnn" and m.dtype == "float32"),

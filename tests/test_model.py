@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 
 from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.model import attention, gpt2
-from nanogpt_jax.model.linear import linear, project
+from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, layers
+from nanogpt_jax.model.layers import linear, project
 from nanogpt_jax.model.losses import cross_entropy
 
 # L, T, V, H, C all odd or prime, and no two sizes equal, so that a wrong axis cannot fit
@@ -173,7 +173,7 @@ def test_the_defaults_of_gpt2_are_ours():
         n_head=theirs.n_head,
         n_embd=theirs.n_embd,
     )
-    assert gpt2.layer_norm(cfg).epsilon == theirs.layer_norm_epsilon
+    assert theirs.layer_norm_epsilon == layers.EPSILON
     assert theirs.initializer_range == gpt2.INIT_STD
     assert theirs.activation_function == "gelu_new"  # the tanh form
     assert theirs.n_inner is None  # 4C
@@ -286,10 +286,42 @@ def test_every_backend_equals_the_reference_and_that_the_equation(case):
     assert_close(results["reference"][0], np.einsum("bhts,bshd->bthd", weights, v), 1e-5)
 
 
+@settings(max_examples=10)
+@given(case=attention_case(), block=st.integers(1, 4), rate=st.sampled_from([0.0, 0.4]))
+def test_blocks_of_any_size_equal_the_reference_with_the_same_dropout(case, block, rate):
+    q, k, v, _, g = case
+    k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+    drop = {"dropout_rate": rate, "dropout_key": jax.random.key(1) if rate else None}
+
+    def run(name):
+        return jax.jit(functools.partial(value_and_gradients, functools.partial(attention.BACKENDS[name], **drop)))
+
+    expected = run("reference")(g, q, k, v)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked_attention, "BLOCK", block)
+        results = run("blocked")(g, q, k, v)
+    for one, other in zip(results, expected, strict=True):
+        assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_blocks_of_the_real_size_equal_the_reference(rate):
+    q, k, v, g = np.random.default_rng(0).normal(size=(4, 2, 150, 2, 16)).astype("float32")  # 64 + 64 + 22
+    drop = {"dropout_rate": rate, "dropout_key": jax.random.key(1) if rate else None}
+    results = [
+        jax.jit(functools.partial(value_and_gradients, functools.partial(backend, **drop)))(g, q, k, v)
+        for backend in (attention.blocked, attention.reference)
+    ]
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "platform", "expected"),
     [
-        ({}, "cpu", "reference"),
+        ({"block_size": 128}, "cpu", "reference"),
+        ({"block_size": 256}, "cpu", "blocked"),
+        ({"block_size": 1024, "dropout": 0.1}, "cpu", "blocked"),
         ({}, "gpu", "xla"),
         ({}, "tpu", "xla"),
         ({"dtype": "bfloat16"}, "tpu", "xla"),
@@ -348,7 +380,7 @@ def test_layer_norm_survives_a_large_mean():
     """E[x²] - E[x]² would lose every digit of the variance here."""
     x = np.random.default_rng(0).normal(3000, 1, (4, 32)).astype("float32")
     scale = {"scale": np.ones(32, "float32"), "bias": np.zeros(32, "float32")}
-    ours = gpt2.layer_norm(SMALL).apply({"params": scale}, x)
+    ours = gpt2.LayerNorm(SMALL.bias).apply({"params": scale}, x)
     assert_close(ours, gpt2_numpy.layer_norm(scale, x.astype("float64")), 5e-3)
 
 
@@ -548,6 +580,29 @@ def only(cfg: ModelConfig, **values: Any) -> dict[str, Any]:
     for path, value in values.items():
         flat[path] = np.broadcast_to(value, flat[path].shape).astype("float32")
     return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
+
+
+def test_masks_have_the_rate_and_their_bits_do_not_hang_together():
+    """Over 64 keys: the share kept, neighbours in either direction, and the same entry under the next key."""
+    keys = jax.random.split(jax.random.key(0), 64)
+    kept = np.asarray(
+        jax.vmap(lambda key: dropout.keep(RATE, dropout.words(key), dropout.numbers((64, 64))))(keys), "float64"
+    )
+    noise = 1 / kept.size**0.5
+    assert abs(kept.mean() - (1 - RATE)) < 5 * noise
+    z = (kept - kept.mean()) / kept.std()
+    for axis in range(3):
+        for lag in (1, 2, 3, 32):
+            assert abs((z * np.roll(z, lag, axis)).mean()) < 5 * noise, (axis, lag)
+    counts = kept.sum((1, 2))
+    assert counts.std() == pytest.approx((4096 * RATE * (1 - RATE)) ** 0.5, rel=0.35)
+
+
+def test_any_part_of_a_mask_can_be_had_alone():
+    words = dropout.words(jax.random.key(3))
+    whole = dropout.keep(RATE, words, dropout.numbers((3, 5, 7)))
+    part = dropout.keep(RATE, words, dropout.numbers((2, 4), first=35 + 2 * 7 + 1, strides=(7, 1)))
+    assert (whole[1, 2:4, 1:5] == part).all()
 
 
 def test_dropout_needs_a_key_and_a_rate():

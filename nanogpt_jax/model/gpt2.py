@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.model import attention
-from nanogpt_jax.model.linear import linear, project
+from nanogpt_jax.model import attention, layers
+from nanogpt_jax.model.dropout import dropout
 
 Params = dict[str, Any]
 INIT_STD = 0.02
@@ -40,25 +40,34 @@ def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
 
 
 class Linear(nn.Module):
-    """x [..., *I] -> [..., *O], kernel [*I, *O] ~ N(0, std²), bias zero."""
+    """x [..., *I] -> [..., *O]. Kernel [*I, *O] ~ N(0, std²), with `few` [*O, *I], as `unstack` gives it; bias zero."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     bias: bool
     std: float = INIT_STD
+    few: bool = False  # rows of x
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (*self.inputs, *self.outputs))
-        y = project(x, kernel, len(self.inputs))
+        shape = (*self.outputs, *self.inputs) if self.few else (*self.inputs, *self.outputs)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
+        y = (layers.project_few if self.few else layers.project)(x, kernel, len(self.inputs))
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(y.dtype)
         return y
 
 
-def layer_norm(cfg: ModelConfig, name: str | None = None) -> nn.LayerNorm:
-    # GPT-2's epsilon, and the variance as a mean of squared distances: E[x²] - E[x]² cancels badly
-    return nn.LayerNorm(1e-5, use_bias=cfg.bias, dtype=cfg.dtype, use_fast_variance=False, name=name)
+class LayerNorm(nn.Module):
+    """x [..., C] -> [..., C] with mean 0 and variance 1 along C, then scaled and shifted."""
+
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        C = x.shape[-1:]
+        bias = self.param("bias", nn.initializers.zeros, C) if self.bias else None
+        return layers.layer_norm(x, self.param("scale", nn.initializers.ones, C), bias)
 
 
 class SelfAttention(nn.Module):
@@ -74,7 +83,8 @@ class SelfAttention(nn.Module):
     def __call__(self, x, cache=None, start: Any = None, train: bool = False):
         cfg, (B, T, C) = self.cfg, x.shape
         heads = (cfg.n_head, cfg.head_dim)
-        qkv = Linear((C,), (3, *heads), cfg.bias, name="c_attn")(x)
+        few = cache is not None
+        qkv = Linear((C,), (3, *heads), cfg.bias, few=few, name="c_attn")(x)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # Q = X·Wq, K = X·Wk, V = X·Wv: each [B, T, H, D]
         if cache is None:
             drop = {"dropout_rate": cfg.dropout, "dropout_key": self.make_rng("dropout")} if train else {}
@@ -86,20 +96,20 @@ class SelfAttention(nn.Module):
             mask = jnp.arange(k.shape[2]) <= position[:, None, :, None]  # [B, 1, T, S]
             y = attention.reference(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask)
         std = INIT_STD / (2 * cfg.n_layer) ** 0.5
-        return Linear(heads, (C,), cfg.bias, std, name="c_proj")(y), (k, v)
+        return Linear(heads, (C,), cfg.bias, std, few, name="c_proj")(y), (k, v)
 
 
 class MLP(nn.Module):
     """x [B, T, C] -> 4C hidden units with GPT-2's tanh GELU -> [B, T, C]."""
 
     cfg: ModelConfig
+    few: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        cfg, C = self.cfg, self.cfg.n_embd
-        x = Linear((C,), (4 * C,), cfg.bias, name="c_fc")(x)
-        x = nn.gelu(x, approximate=True)
-        return Linear((4 * C,), (C,), cfg.bias, INIT_STD / (2 * cfg.n_layer) ** 0.5, name="c_proj")(x)
+        cfg, C, std = self.cfg, self.cfg.n_embd, INIT_STD / (2 * self.cfg.n_layer) ** 0.5
+        x = layers.gelu(Linear((C,), (4 * C,), cfg.bias, few=self.few, name="c_fc")(x))
+        return Linear((4 * C,), (C,), cfg.bias, std, self.few, name="c_proj")(x)
 
 
 class Block(nn.Module):
@@ -109,10 +119,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache=None, start=None, train: bool = False):
-        drop = nn.Dropout(self.cfg.dropout, deterministic=not train)
-        y, kv = SelfAttention(self.cfg, name="attn")(layer_norm(self.cfg, "ln_1")(x), cache, start, train)
+        def drop(x: jax.Array) -> jax.Array:
+            return dropout(x, self.cfg.dropout, self.make_rng("dropout")) if train else x
+
+        y, kv = SelfAttention(self.cfg, name="attn")(LayerNorm(self.cfg.bias, name="ln_1")(x), cache, start, train)
         x = x + drop(y)
-        x = x + drop(MLP(self.cfg, name="mlp")(layer_norm(self.cfg, "ln_2")(x)))
+        x = x + drop(MLP(self.cfg, cache is not None, name="mlp")(LayerNorm(self.cfg.bias, name="ln_2")(x)))
         return x, kv
 
 
@@ -127,7 +139,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
         "wte": normal(wte_key, (cfg.padded_vocab_size, cfg.n_embd)),
         "wpe": normal(wpe_key, (cfg.block_size, cfg.n_embd)),
         "h": jax.vmap(lambda k: Block(cfg).init(k, x)["params"])(jax.random.split(h_key, cfg.n_layer)),
-        "ln_f": layer_norm(cfg).init(h_key, x)["params"],
+        "ln_f": LayerNorm(cfg.bias).init(h_key, x)["params"],
     }
 
 
@@ -142,10 +154,10 @@ def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Arr
     return (params["wte"][tokens] + params["wpe"][position]).astype(cfg.dtype)
 
 
-def head(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+def head(cfg: ModelConfig, params: Params, x: jax.Array, few: bool = False) -> jax.Array:
     """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary, which can neither win nor learn."""
-    normed: Any = layer_norm(cfg).apply({"params": params["ln_f"]}, x)
-    logits = linear(normed, params["wte"].T).astype(jnp.float32)
+    x, wte = LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, x), params["wte"]  # pyright: ignore
+    logits = (layers.project_few(x, wte) if few else layers.linear(x, wte.T)).astype(jnp.float32)
     real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
     return jnp.where(real, logits, -jnp.inf) if cfg.padded_vocab_size > cfg.vocab_size else logits
 
@@ -156,7 +168,7 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
     keys, train = None, dropout_key is not None and cfg.dropout > 0
     if dropout_key is not None and train:
         keys = jax.random.split(dropout_key, cfg.n_layer + 1)
-        x, keys = attention.dropout(x, cfg.dropout, keys[0]), keys[1:]
+        x, keys = dropout(x, cfg.dropout, keys[0]), keys[1:]
 
     def layer(x, scanned):
         block, key = scanned
@@ -191,9 +203,22 @@ class Cache(NamedTuple):
 
 
 def unstack(params: Params) -> Params:
-    """`params` with h as a list of L layers: a decode step then reads each weight once, where a scan would copy it."""
+    """`params` as decoding reads them: h a list of L layers, each kernel with its outputs first, [*O, *I].
+
+    A step then reads every weight once, in the order of memory; a scan would copy each layer, see layers.project_few.
+    """
     n_layer = jax.tree.leaves(params["h"])[0].shape[0]
-    return {**params, "h": [jax.tree.map(operator.itemgetter(i), params["h"]) for i in range(n_layer)]}
+    n_in = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}  # axes of the inputs
+
+    def outputs_first(path, p: jax.Array) -> jax.Array:
+        name = "/".join(key.key for key in path)
+        inputs = next((n for kernel, n in n_in.items() if name.endswith(kernel + "/kernel")), 0)
+        return jnp.moveaxis(p, range(inputs), range(-inputs, 0))
+
+    def layer(i: int) -> Params:
+        return jax.tree.map_with_path(outputs_first, jax.tree.map(operator.itemgetter(i), params["h"]))
+
+    return {**params, "h": [layer(i) for i in range(n_layer)]}
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:
@@ -222,7 +247,7 @@ def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Ar
     """
     x, cache = _extend(cfg, params, tokens, cache._replace(length=jnp.zeros_like(lengths)))
     last = x[jnp.arange(len(tokens)), lengths - 1]
-    return head(cfg, params, last), cache._replace(length=lengths)
+    return head(cfg, params, last, few=True), cache._replace(length=lengths)
 
 
 def decode_step(cfg: ModelConfig, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -232,4 +257,4 @@ def decode_step(cfg: ModelConfig, params: Params, token: jax.Array, cache: Cache
     Equals forward(...)[:, -1] on the whole prefix (tests/test_generate.py).
     """
     x, cache = _extend(cfg, params, token[:, None], cache)
-    return head(cfg, params, x[:, 0]), cache
+    return head(cfg, params, x[:, 0], few=True), cache

@@ -1,0 +1,134 @@
+"""Linear layer, layer norm and GELU, each with a backward rule of its own.
+
+The gradients are the usual ones. What is ours is what is kept for them, and when they are computed. Left alone, XLA:CPU
+turns dW = xᵀ·g into a product with a transposed copy of g and recomputes everything elementwise that leads to g inside
+that strided copy; and it writes to memory whatever JAX keeps between the passes. A barrier makes each cotangent exist
+once, in order; and a layer norm keeps its input and two numbers a row, a GELU its input alone.
+"""
+
+# N rows, I inputs, O outputs, C channels
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+EPSILON = 1e-5  # GPT-2's, in the layer norm
+GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
+
+
+def _once(*xs: jax.Array) -> tuple[jax.Array, ...]:
+    """`xs` themselves; on a CPU they are computed here, and not again in each of their uses."""
+    return lax.platform_dependent(*xs, cpu=lambda *xs: lax.optimization_barrier(xs), default=lambda *xs: xs)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [N, I] in the compute dtype, kernel [I, *O] float32 -> [N, *O] in the dtype of x.
+
+    O may be several axes: [C, 3, H, D] makes queries, keys and values with the head axis explicit.
+    """
+    return _forward(x, kernel)[0]
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=dtype or a.dtype)
+
+
+def _is_tall(kernel: jax.Array) -> bool:
+    """More inputs than outputs. XLA:CPU's products are up to twice as fast with the longer side of W in its rows."""
+    return kernel.ndim == 2 and kernel.shape[0] > kernel.shape[1]
+
+
+def _forward(x: jax.Array, kernel: jax.Array):
+    w = kernel.astype(x.dtype)
+    if _is_tall(kernel):
+        (w,) = _once(w.T)
+        return _dot(x, w, ((1,), (1,))), (x, kernel)
+    return _dot(x, w, ((1,), (0,))), (x, kernel)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
+    x, kernel = saved
+    x, g = _once(x, g)
+    w = kernel.astype(g.dtype)
+    # dW is summed over N in float32, whatever the compute dtype
+    if _is_tall(kernel):
+        w, gt = _once(w.T, g.T)
+        return _dot(g, w, ((1,), (0,))), _dot(gt, x, ((1,), (0,)), kernel.dtype).T
+    out = tuple(range(1, g.ndim))
+    (xt,) = _once(x.T)
+    # Flat: XLA:CPU has no such product with several output axes.
+    dkernel = _dot(xt, g.reshape(len(g), -1), ((1,), (0,)), kernel.dtype)
+    return _dot(g, w, (out, out)), dkernel.reshape(kernel.shape)
+
+
+linear.defvjp(_forward, _backward)
+
+
+def project(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
+    """`linear` for x [..., *I] and kernel [*I, *O], where I are the last `n_in` axes of x -> [..., *O]."""
+    lead, inner = x.shape[: x.ndim - n_in], x.shape[x.ndim - n_in :]
+    y = linear(x.reshape(math.prod(lead), math.prod(inner)), kernel.reshape(math.prod(inner), *kernel.shape[n_in:]))
+    return y.reshape(*lead, *kernel.shape[n_in:])
+
+
+def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
+    """`project` for few rows, as in decoding, where reading W is the work: x [..., *I], kernel [*O, *I] -> [..., *O].
+
+    W is the left factor, read row by row: as the right one, XLA:CPU copies all of it into another order every time.
+    Forward only, in the dtype of x.
+    """
+    lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
+    x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)
+    (y,) = _once(_dot(w, x, ((1,), (1,))))
+    return y.T.reshape(*lead, *outputs)
+
+
+@jax.custom_vjp
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """(x - mean) / √(variance + 1e-5) · scale + bias over the last axis: [..., C] -> [..., C] in the dtype of x.
+
+    Computed in float32; the variance is a mean of squared distances, since E[x²] - E[x]² cancels badly.
+    """
+    return _layer_norm(x, scale, bias)[0]
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    per_std = lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + EPSILON)
+    mean, per_std = _once(mean, per_std)
+    y = (wide - mean) * per_std * scale
+    return (y if bias is None else y + bias).astype(x.dtype), (x, mean, per_std, scale, bias)
+
+
+def _layer_norm_backward(saved, g: jax.Array):
+    x, mean, per_std, scale, bias = saved
+    x, g = _once(x, g)
+    normed, wide = (x.astype(jnp.float32) - mean) * per_std, g.astype(jnp.float32)
+    lead = tuple(range(x.ndim - 1))
+    scaled = wide * scale
+    along, across = (scaled * normed).mean(-1, keepdims=True), scaled.mean(-1, keepdims=True)
+    dx = per_std * (scaled - across - normed * along)
+    return dx.astype(x.dtype), (wide * normed).sum(lead), None if bias is None else wide.sum(lead)
+
+
+layer_norm.defvjp(_layer_norm, _layer_norm_backward)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))), GPT-2's form of the Gaussian error linear unit."""
+    return 0.5 * x * (1 + jnp.tanh(GELU_SCALE * (x + GELU_CUBE * x * x * x)))
+
+
+def _gelu_backward(x: jax.Array, g: jax.Array):
+    x, g = _once(x, g)
+    t = jnp.tanh(GELU_SCALE * (x + GELU_CUBE * x * x * x))
+    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBE * x * x)
+    return (g * slope,)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)

@@ -1,0 +1,45 @@
+"""What JAX is told before it starts, in one place: where compiled programs are kept. It reads that when it is imported.
+
+What a user has set is left as it is. XLA's flags would stand here too, but none of those tried makes a CPU faster now
+(README, "Speed"), and an XLA that does not know a flag ends the process.
+"""
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+
+def settings() -> dict[str, str]:
+    """Environment variables for JAX as they will be: ours where the user has set nothing."""
+    ours = {
+        "JAX_COMPILATION_CACHE_DIR": str(_cache_folder()),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # bytes; what was used longest ago goes first
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    return {name: os.environ.get(name, value) for name, value in ours.items()}
+
+
+def set_up() -> None:
+    """Put `settings` into the environment. Call it before anything imports jax."""
+    os.environ.update(settings())
+    try:
+        Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home to write in: JAX would say so at each program
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def describe() -> str:
+    """The settings, and XLA's flags as they are, as comments to stand below a configuration."""
+    shown = {**settings(), "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    return "\n".join(f"# {name}={value}" for name, value in shown.items())
+
+
+def _cache_folder() -> Path:
+    """~/.cache/nanogpt_jax/PROCESSOR: a home directory may be shared by machines with unlike instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux: a home directory that is not shared either
+        lines = []
+    processor = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "nanogpt_jax" / sha256(processor.encode()).hexdigest()[:8]

@@ -1,0 +1,369 @@
+"""How fast this machine trains and samples: `nanogpt-jax bench [train|decode|data]`, beside PyTorch if asked.
+
+Each engine lives in a process of its own, which sleeps while another is measured: nobody shares a thread pool. A round
+measures every engine once, in turn, so that what else the machine does hits all alike; medians over rounds are shown.
+Start-up and compilation are reported apart. The share of the peak is of a matrix product measured here and now.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanogpt_jax import cli, config
+from nanogpt_jax.config import Config, UserError
+
+USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [--seconds S] [--versus torch]
+                         [--json FILE] [--SECTION.NAME VALUE ...]
+
+  train     tokens/s of the training step on random tokens (the default)
+  decode    tokens/s of generation, from random weights: --batch N --prompt N --new N
+  data      tokens/s of making batches on the host
+
+  --rounds N      times that every engine is measured, in turn (default: 5)
+  --seconds S     length of a measurement, about (default: 2)
+  --versus torch  the same work in PyTorch beside it: eager and compiled for train (both with AdamW, whatever the
+                  configuration), transformers' generate for decode
+  --json FILE     the results for a program to read
+
+Settings are those of train.py; see nanogpt-jax train --help."""
+
+OWN = {"rounds": "5", "seconds": "2", "versus": "", "json": "", "batch": "1", "prompt": "16", "new": "256"}
+PEER = "nanogpt_jax.tools.torch_peer"  # imported where it is asked for
+PEERS = {"train": ("torch", "torch.compile"), "decode": ("transformers",), "data": ()}
+
+
+def main(argv: list[str]) -> int:
+    if cli.asks_for_help(argv):
+        print(USAGE)
+        return 0
+    work, cfg, options = _read(argv)
+    engines = ["jax", *(PEERS[work] if options["versus"] else ())]
+    order = {"work": work, "cfg": json.loads(config.to_json(cfg)), **options}
+    workers = {engine: _Worker({**order, "engine": engine}) for engine in engines}
+    try:
+        started = {}
+        for name, worker in workers.items():
+            print(f"starting {name} ...", file=sys.stderr)
+            started[name] = worker.ask("start")
+        rounds: dict[str, list[float]] = {name: [] for name in engines}
+        for i in range(int(options["rounds"])):
+            print(f"round {i + 1} of {options['rounds']}", file=sys.stderr)
+            for name, worker in workers.items():
+                rounds[name].append(worker.ask("measure")["tokens_per_second"])
+        ended = {name: worker.ask("end") for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.close()
+    limits = started["jax"]
+    results = [_result(name, started[name], rounds[name], ended[name], rounds["jax"], limits) for name in engines]
+    print(_table(cfg, work, results))
+    if options["json"]:
+        Path(options["json"]).write_text(json.dumps({**order, "results": results}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
+    """The kind of work, the settings, and our own options, checked."""
+    words = list(argv)
+    work = words.pop(0) if words and words[0] in PEERS else "train"
+    options = dict(OWN)
+    rest: list[str] = []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in OWN:
+            if not equals and not words:
+                raise UserError(f"--{name} needs a value")
+            options[name] = value if equals else words.pop(0)
+        else:
+            rest.append(word)
+    for name in ("rounds", "seconds", "batch", "prompt", "new"):
+        number = options[name]
+        if not number.isdecimal() or int(number) < 1:
+            raise UserError(f"--{name}={number} must be a whole number, at least 1")
+    if options["versus"] not in ("", "torch"):
+        raise UserError(f"--versus={options['versus']} is not one of torch")
+    cfg = config.load(rest).cfg
+    if not cfg.model.vocab_size:
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=65))
+    if work == "decode" and int(options["prompt"]) + int(options["new"]) > cfg.model.block_size:
+        raise UserError(
+            f"--prompt={options['prompt']} and --new={options['new']} exceed model.block_size={cfg.model.block_size}"
+        )
+    if options["versus"] and cfg.optim.name != "adamw":
+        cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, name="adamw", learning_rate=1e-3))
+    return work, cfg, options
+
+
+class _Worker:
+    """A process that measures one engine, one question at a time."""
+
+    def __init__(self, order: dict[str, Any]):
+        self._name = order["engine"]
+        order = {**order, "began": time.time()}
+        command = [sys.executable, "-m", "nanogpt_jax.tools.bench", json.dumps(order)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, question: str) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; what it said last tells why
+            stdin.write(question + "\n")
+            stdin.flush()
+        answer = stdout.readline()
+        if not answer:
+            raise UserError(f"the measuring process of {self._name} ended with code {self._process.wait()}")
+        said = json.loads(answer)
+        if "error" in said:
+            raise UserError(said["error"])
+        return said
+
+    def close(self) -> None:
+        self._process.kill()
+        with self._process:  # closes the pipes
+            pass
+
+
+def _result(
+    name: str, started: dict, rounds: list[float], ended: dict, ours: list[float], limits: dict
+) -> dict[str, Any]:
+    speed = statistics.median(rounds)
+    return {
+        "engine": name,
+        "device": limits["device"],
+        "tokens_per_second": speed,
+        "rounds": rounds,
+        # of each round, so that a slow minute of the machine counts on both sides
+        "times_as_fast": statistics.median(a / b for a, b in zip(ours, rounds, strict=True)),
+        "first_step_seconds": started["seconds"],
+        "peak_memory_bytes": ended["peak_memory_bytes"],
+        "gflops": speed * started["flops_per_token"] / 1e9,
+        "share_of_peak": speed * started["flops_per_token"] / limits["peak_flops"],
+        "share_of_bandwidth": speed * started["bytes_per_token"] / limits["bandwidth"],
+    }
+
+
+def _table(cfg: Config, work: str, results: list[dict[str, Any]]) -> str:
+    m, t = cfg.model, cfg.train
+    shape = f"n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} block_size={m.block_size} {m.dtype}"
+    lines = [f"{work}: {shape} batch_size={t.batch_size} dropout={m.dropout} on {results[0]['device']}", ""]
+    lines.append(f"{'':<14}{'tokens/s':>12}{'GFLOP/s':>10}{'of peak':>9}{'first step':>12}{'memory':>10}{'ours is':>9}")
+    for r in results:
+        ratio = "" if r["engine"] == "jax" else f"{r['times_as_fast']:.2f}x"
+        lines.append(
+            f"{r['engine']:<14}{r['tokens_per_second']:>12,.1f}{r['gflops']:>10.1f}{r['share_of_peak']:>9.0%}"
+            f"{r['first_step_seconds']:>10.1f} s{r['peak_memory_bytes'] / 2**20:>6.0f} MiB{ratio:>9}"
+        )
+    if work == "decode":
+        lines.append(f"\njax reads its weights at {results[0]['share_of_bandwidth']:.0%} of the measured bandwidth")
+    return "\n".join(lines)
+
+
+# ---- in the measuring process ---------------------------------------------------------------------------------------
+
+
+def _work(order: dict[str, Any]) -> None:
+    """Answer the parent's questions, one JSON line each, until it asks for the end."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    values = config.flatten(order["cfg"], "bench")
+    cfg = config.merge(Config(), values, "bench")
+    engines: dict[tuple[str, str], Callable[..., Any]] = {
+        ("train", "jax"): _jax_train,
+        ("train", "torch"): _torch_train,
+        ("train", "torch.compile"): _torch_train,
+        ("decode", "jax"): _jax_decode,
+        ("decode", "transformers"): _transformers_decode,
+        ("data", "jax"): _data,
+    }
+    run: Callable[[], int] = lambda: 0  # noqa: E731
+    facts: dict[str, Any] = {}
+    for question in sys.stdin:
+        if question.strip() == "start":
+            try:
+                run, facts = engines[order["work"], order["engine"]](cfg, order)
+            except ImportError as e:
+                print(json.dumps({"error": f"{e}\n       pip install 'nanogpt-jax[compare]'"}), file=out, flush=True)
+                return
+            run()
+            answer = {"seconds": time.time() - order["began"], **facts, **_limits(order["engine"], order["work"])}
+            run()  # warm
+        elif question.strip() == "measure":
+            tokens, began = 0, time.perf_counter()
+            while (seconds := time.perf_counter() - began) < float(order["seconds"]):
+                tokens += run()
+            answer = {"tokens_per_second": tokens / seconds}
+        else:
+            answer = {"peak_memory_bytes": _peak_memory(order["engine"])}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+def _peak_memory(engine: str) -> int:
+    """Bytes: of the device where it counts them, else of this process."""
+    if engine == "jax":
+        import jax
+
+        stats = jax.devices()[0].memory_stats()
+        if stats and "peak_bytes_in_use" in stats:
+            return stats["peak_bytes_in_use"]
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _limits(engine: str, work: str) -> dict[str, Any]:
+    """What the machine can do at most, measured here and now: floating-point operations and bytes read a second."""
+    if engine != "jax":
+        return {}  # the same machine
+    import jax
+    import jax.numpy as jnp
+
+    device = jax.devices()[0]
+    n = 2048 if device.platform == "cpu" else 8192
+    a = jnp.ones((n, n), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
+    product = jax.jit(lambda a: a @ a)
+    peak = 2 * n**3 / _quickest(lambda: product(a).block_until_ready())
+    big, vector = jnp.ones((8192, 8192)), jnp.ones(8192)
+    read = jax.jit(lambda big, vector: big @ vector)  # nothing but reading
+    bandwidth = big.nbytes / _quickest(lambda: read(big, vector).block_until_ready())
+    return {"peak_flops": peak, "bandwidth": bandwidth, "device": f"{device.platform} ({device.device_kind})"}
+
+
+def _quickest(call: Callable[[], Any], times: int = 8) -> float:
+    call()
+    best = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def train_flops(cfg: Config) -> float:
+    """Floating-point operations a token of a training step: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B)."""
+    from nanogpt_jax.model import gpt2
+
+    m = cfg.model
+    return 6 * (gpt2.n_params(m) - m.block_size * m.n_embd) + 12 * m.n_layer * m.n_embd * m.block_size
+
+
+def _jax_train(cfg: Config, order: dict[str, Any]):
+    import jax
+    import numpy as np
+
+    from nanogpt_jax.distributed.mesh import make_mesh
+    from nanogpt_jax.model import gpt2
+    from nanogpt_jax.training.loop import choose_steps_per_dispatch
+    from nanogpt_jax.training.optim import make_optimizer
+    from nanogpt_jax.training.step import init_state, make_train_step
+
+    cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, jax.default_backend()))
+    mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, cfg.train.steps)
+    K = choose_steps_per_dispatch(cfg, jax.default_backend())
+    state, step = init_state(cfg, tx, mesh), make_train_step(cfg, tx, mesh, K)
+    shape = (K, cfg.train.batch_size, cfg.model.block_size + 1)
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32)
+
+    def run() -> int:
+        nonlocal state
+        state, metrics = step(state, jax.numpy.asarray(tokens), np.int32(K))
+        jax.block_until_ready(metrics["loss"])
+        return K * cfg.train.batch_size * cfg.model.block_size
+
+    return run, {"flops_per_token": train_flops(cfg), "bytes_per_token": 0}
+
+
+def _torch_train(cfg: Config, order: dict[str, Any]):
+    import numpy as np
+
+    step = importlib.import_module(PEER).make_step(cfg, order["engine"] == "torch.compile")
+    shape = (cfg.train.batch_size, cfg.model.block_size + 1)
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape)
+
+    def run() -> int:
+        step(tokens)
+        return cfg.train.batch_size * cfg.model.block_size
+
+    return run, {"flops_per_token": train_flops(cfg), "bytes_per_token": 0}
+
+
+def _decode_facts(cfg: Config, order: dict[str, Any]) -> dict[str, float]:
+    """A step reads every weight once for the whole batch, whatever the cache holds."""
+    from nanogpt_jax.model import gpt2
+
+    N = gpt2.n_params(cfg.model) - cfg.model.block_size * cfg.model.n_embd
+    width = 4 if order["engine"] != "jax" or cfg.model.dtype == "float32" else 2
+    return {"flops_per_token": 2 * N, "bytes_per_token": N * width / int(order["batch"])}
+
+
+def _jax_decode(cfg: Config, order: dict[str, Any]):
+    import jax
+    import numpy as np
+
+    from nanogpt_jax.inference import generate
+    from nanogpt_jax.model import gpt2
+
+    cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, jax.default_backend()))
+    B, P, new = (int(order[name]) for name in ("batch", "prompt", "new"))
+    rules = generate.Rules(temperature=0)
+    params = generate.for_decoding(cfg.model, jax.jit(lambda: gpt2.init_params(cfg.model, jax.random.key(0)))())
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (B, P), dtype=np.int32)
+    lengths, seed = np.full(B, P, np.int32), np.uint32(0)
+
+    def run() -> int:
+        _, state = generate.prefill(
+            cfg.model, rules, params, tokens, lengths, None, seed, np.int32(0), cache_length=P + new
+        )
+        for done in range(1, new, 16):
+            n = np.int32(min(16, new - done))
+            drawn, state = generate.decode(cfg.model, rules, params, state, seed, np.int32(done), n, chunk=16)
+            jax.device_get(drawn)  # as a stream of text would
+        return B * new
+
+    return run, _decode_facts(cfg, order)
+
+
+def _transformers_decode(cfg: Config, order: dict[str, Any]):
+    import numpy as np
+
+    B, P, new = (int(order[name]) for name in ("batch", "prompt", "new"))
+    generate = importlib.import_module(PEER).make_generate(cfg.model)
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (B, P))
+
+    def run() -> int:
+        generate(tokens, new)
+        return B * new
+
+    return run, _decode_facts(cfg, order)
+
+
+def _data(cfg: Config, order: dict[str, Any]):
+    import numpy as np
+
+    from nanogpt_jax.data import batches
+    from nanogpt_jax.data.prepare import open_data
+
+    data, t, steps = open_data(cfg.data), cfg.train, iter(range(2**40))
+
+    def run() -> int:
+        K = np.arange(8) + next(steps) * 8
+        stack = batches.batch(data.train, seed=t.seed, step=K, batch_size=t.batch_size, block_size=cfg.model.block_size)
+        return stack[..., 1:].size
+
+    return run, {"flops_per_token": 0, "bytes_per_token": 0}
+
+
+if __name__ == "__main__":
+    from nanogpt_jax import runtime
+
+    runtime.set_up()
+    _work(json.loads(sys.argv[1]))

@@ -1,0 +1,95 @@
+"""GPT-2 in PyTorch, for `bench --versus torch`: what a user would otherwise run. Nothing else uses it.
+
+Same shapes, same initial distribution, same AdamW, same clipping as ours; attention is PyTorch's fused one.
+"""
+
+# B batch, T time, C channels, H heads, D head dim, V vocabulary
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nanogpt_jax.config import Config, ModelConfig
+
+
+class Block(nn.Module):
+    """x [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        C, self.H, self.dropout = cfg.n_embd, cfg.n_head, cfg.dropout
+        self.ln_1, self.ln_2 = nn.LayerNorm(C, bias=cfg.bias), nn.LayerNorm(C, bias=cfg.bias)
+        self.c_attn, self.attn_proj = nn.Linear(C, 3 * C, cfg.bias), nn.Linear(C, C, cfg.bias)
+        self.c_fc, self.mlp_proj = nn.Linear(C, 4 * C, cfg.bias), nn.Linear(4 * C, C, cfg.bias)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        x = x + self.drop(self.attn_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return x + self.drop(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")))
+
+
+class GPT2(nn.Module):
+    """tokens [B, T] -> logits [B, T, V], head tied to the embedding."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(cfg.vocab_size, cfg.n_embd), nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, 0, 0.02 / (math.sqrt(2 * cfg.n_layer) if "proj" in name else 1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.drop(self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1])))
+        for block in self.h:
+            x = block(x)
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+
+def make_step(cfg: Config, compiled: bool) -> Callable[[np.ndarray], float]:
+    """tokens [B, T+1] int64 -> the loss, after one AdamW update."""
+    torch.manual_seed(cfg.train.seed)
+    model = GPT2(cfg.model)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    o = cfg.optim
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=1e-8)
+    call = torch.compile(model) if compiled else model
+
+    def step(batch: np.ndarray) -> float:
+        tokens = torch.from_numpy(batch)
+        logits = call(tokens[:, :-1])
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if o.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def make_generate(cfg: ModelConfig) -> Callable[[np.ndarray, int], torch.Tensor]:
+    """(tokens [B, P] int64, n) -> [B, P + n]: greedy generation by transformers, with its cache of keys and values."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, **sizes)).eval()
+
+    def generate(tokens: np.ndarray, n: int) -> torch.Tensor:
+        with torch.inference_mode():
+            ids = torch.from_numpy(tokens)
+            return model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+
+    return generate

@@ -1,0 +1,84 @@
+"""The bench, in processes of its own as a person starts it, and what JAX is told before it starts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nanogpt_jax import cli, config, runtime
+from nanogpt_jax.config import UserError
+from nanogpt_jax.tools import bench
+
+TINY = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --train.batch-size 4".split()
+
+
+@pytest.mark.parametrize(
+    ("work", "flags"), [("train", []), ("decode", ["--batch", "2", "--prompt", "3", "--new", "9"]), ("data", [])]
+)
+def test_the_bench_measures_and_writes_what_it_shows(work, flags, tmp_path, clean_env):
+    command = [sys.executable, "-m", "nanogpt_jax", "bench", work, *TINY, *flags, "--rounds", "3", "--seconds", "1"]
+    done = subprocess.run([*command, "--json", "b.json"], cwd=tmp_path, env=clean_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert len(result["rounds"]) == 3
+    assert result["tokens_per_second"] == sorted(result["rounds"])[1] > 0
+    assert f"{result['tokens_per_second']:,.1f}" in done.stdout
+    assert result["times_as_fast"] == 1
+    assert result["first_step_seconds"] > 0
+    assert result["peak_memory_bytes"] > 10e6
+    assert (result["share_of_peak"] > 0) == (work != "data")
+    assert (result["share_of_bandwidth"] > 0) == (work == "decode")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rounds 0", "--rounds=0 must be a whole number, at least 1"),
+        ("--seconds", "--seconds needs a value"),
+        ("--versus tensorflow", "--versus=tensorflow is not one of torch"),
+        ("decode --prompt 60 --new 60", "--prompt=60 and --new=60 exceed model.block_size=64"),
+        ("--model.n-layers 3", "did you mean model.n_layer?"),
+        ("trian", "no config file trian"),
+    ],
+)
+def test_wrong_input_of_the_bench(flags, message, capsys):
+    assert cli.guarded(bench.main, flags.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_measuring_process_that_dies_is_an_error():
+    worker = bench._Worker({"engine": "nobody", "work": "train", "cfg": {}, "seconds": "1"})
+    with pytest.raises(UserError, match="the measuring process of nobody ended"):
+        worker.ask("start")
+    worker.close()
+
+
+def test_operations_of_a_training_step_are_those_of_its_matrix_products():
+    """6 a token for each weight that multiplies, and 12 L C T for the scores and the sums: counted by hand here."""
+    cfg = config.load("--model.vocab-size 128 --model.n-layer 3 --model.n-embd 32 --model.n-head 2".split()).cfg
+    C, T, V = 32, cfg.model.block_size, 128
+    products = 3 * (C * 3 * C + C * C + 2 * C * 4 * C) + V * C
+    norms = (2 * 3 + 1) * C
+    assert bench.train_flops(cfg) == 6 * (products + norms) + 12 * 3 * C * T
+
+
+def test_a_users_own_settings_stand(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": "--mine"})
+    runtime.set_up()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
+    assert os.environ["XLA_FLAGS"] == "--mine"
+    assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0.1"
+    assert "# XLA_FLAGS=--mine" in runtime.describe()
+
+
+def test_programs_are_kept_in_the_cache_folder_and_not_where_none_can_be(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    runtime.set_up()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path / "nanogpt_jax"))
+    assert "JAX_ENABLE_COMPILATION_CACHE" not in os.environ
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path / "file")})
+    runtime.set_up()
+    assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
