@@ -1,0 +1,115 @@
+"""How the cost of a token grows with layers, width, context and batch on this machine, beside 6 N + 12 L C T.
+
+Each point is a run of `nanogpt-jax bench`. One setting changes at a time, by a factor of 16; a straight line through
+the logarithms gives the exponent, for what was measured and for the operations that were counted alike.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nanogpt_jax import cli, config
+from nanogpt_jax.config import UserError
+
+USAGE = """usage: nanogpt-jax scaling [--picture FILE] [--json FILE] [--rounds N] [--SECTION.NAME VALUE ...]
+
+Measures the training step while one setting at a time grows by a factor of 16, and fits cost ~ setting^exponent.
+
+  --picture FILE  draw it (needs pip install 'nanogpt-jax[plot]'); the ending chooses the format: .svg, .png, .pdf
+  --json FILE     the points for a program to read
+  --rounds N      measurements of each point, of which the median counts (default: 3)"""
+
+AXES = {
+    "model.n_layer": (1, 2, 4, 8, 16),
+    "model.n_embd": (64, 128, 256, 512, 1024),
+    "model.block_size": (64, 128, 256, 512, 1024),
+    "train.batch_size": (1, 2, 4, 8, 16),
+}
+BASE = {"model.n_layer": 4, "model.n_embd": 256, "model.block_size": 256, "train.batch_size": 4}
+
+
+def main(argv: list[str]) -> int:
+    if cli.asks_for_help(argv):
+        print(USAGE)
+        return 0
+    own, settings = {"picture": "", "json": "", "rounds": "3"}, {}
+
+    def check(key: str) -> None:
+        if key not in own and key not in config.TYPES:
+            raise UserError(f"unknown flag --{key}{config.suggestion(key, [*own, *config.TYPES])}")
+
+    words, flags = config.split_arguments(argv, (), check)
+    if words:
+        raise UserError(f"{words[0]} is no flag\n       see nanogpt-jax scaling --help")
+    for key, value in flags.items():
+        (own if key in own else settings)[key] = value
+    if own["picture"]:
+        _pyplot()  # missing now is better than missing after minutes
+    config.load([word for key, value in settings.items() for word in (f"--{key}", value)])
+    points = {axis: [_measure(axis, value, settings, own["rounds"]) for value in AXES[axis]] for axis in AXES}
+    print(f"{'':<20}{'measured':>10}{'counted':>10}   exponents of the cost of a token")
+    fits = {}
+    for axis, row in points.items():
+        fits[axis] = [_exponent(row, "seconds_per_token"), _exponent(row, "flops_per_token")]
+        print(f"{axis:<20}{fits[axis][0]:>10.2f}{fits[axis][1]:>10.2f}")
+    if own["json"]:
+        Path(own["json"]).write_text(json.dumps({"points": points, "exponents": fits}, indent=2) + "\n")
+    if own["picture"]:
+        _draw(points, fits, Path(own["picture"]))
+    return 0
+
+
+def _measure(axis: str, value: int, settings: dict[str, str], rounds: str) -> dict[str, Any]:
+    """One point: the step with `axis` at `value`, the others at BASE."""
+    wanted = {**{k: str(v) for k, v in BASE.items()}, "model.n_head": "4", "optim.name": "adamw", **settings}
+    wanted[axis] = str(value)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "nanogpt_jax", "bench", "train", "--rounds", rounds, "--json", f"{folder}/r"]
+        command += [word for key, setting in wanted.items() for word in (f"--{key}", setting)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"could not measure {axis}={value}\n       {done.stderr.strip().splitlines()[-1]}")
+        (result,) = json.loads(Path(folder, "r").read_text())["results"]
+    speed = result["tokens_per_second"]
+    print(f"{axis}={value}: {speed:,.0f} tokens/s, {result['share_of_peak']:.0%} of the peak", file=sys.stderr)
+    flops = result["gflops"] * 1e9 / speed
+    return {"value": value, "seconds_per_token": 1 / speed, "flops_per_token": flops, "gflops": result["gflops"]}
+
+
+def _exponent(row: list[dict[str, Any]], key: str) -> float:
+    """The slope of log(key) over log(value), by least squares."""
+    import numpy as np
+
+    return float(np.polyfit(np.log([p["value"] for p in row]), np.log([p[key] for p in row]), 1)[0])
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("--picture needs pip install 'nanogpt-jax[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    return plt
+
+
+def _draw(points: dict[str, list[dict[str, Any]]], fits: dict[str, list[float]], path: Path) -> None:
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(points), figsize=(3.2 * len(points), 3.2), sharey=True, layout="constrained")
+    for axis, (name, row) in zip(axes, points.items(), strict=True):
+        values, cost = [p["value"] for p in row], [p["seconds_per_token"] * 1e6 for p in row]
+        middle = len(row) // 2
+        # the counted operations at the speed of the middle point: what the cost would be at a constant speed
+        counted = [cost[middle] * p["flops_per_token"] / row[middle]["flops_per_token"] for p in row]
+        axis.loglog(values, cost, "o-", label=f"measured, exponent {fits[name][0]:.2f}")
+        axis.loglog(values, counted, "--", label=f"6N + 12LCT, {fits[name][1]:.2f}")
+        axis.set_xticks(values, [str(v) for v in values])
+        axis.minorticks_off()
+        axis.set_xlabel(name)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("µs a token")
+    figure.savefig(path)
