@@ -426,6 +426,13 @@ def test_gpt2_small_has_124_439_808_parameters():
     assert gpt2.n_params(ODD) == sum(np.prod(s) for s in TREE.values()) - (256 - 131) * 20
 
 
+def test_weights_are_made_without_the_attention_that_will_use_them():
+    """cuDNN refuses what initialization passes through a block, and every other place than its card."""
+    cfg = dataclasses.replace(SMALL, attention="cudnn", dtype="bfloat16")
+    shapes = jax.eval_shape(lambda: gpt2.init_params(cfg, jax.random.key(0)))
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(shapes))
+
+
 def test_initial_weights_are_gpt2s():
     cfg = dataclasses.replace(ODD, block_size=128, n_layer=4, n_head=4, n_embd=64)
 

@@ -1,0 +1,79 @@
+"""Compiles the training step for hardware that is not here, and says what the compiler made of it. No test: by hand.
+
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python tests/compile_elsewhere.py v5e:2x2 [CONFIG] [--SECTION.NAME VALUE ...]
+    JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python tests/compile_elsewhere.py h100:TARGET.txtpb gpt2 ...
+
+The first needs jax[tpu], the second jax[cuda13] and a description of the card in XLA's text format. It shows that the
+step lowers, fits and what it does between the devices; not that it runs, and nothing about its speed.
+"""
+
+import collections
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from nanogpt_jax import config
+from nanogpt_jax.distributed.sharding import shard
+from nanogpt_jax.model import gpt2
+from nanogpt_jax.training.optim import make_optimizer
+from nanogpt_jax.training.step import make_train_step, state_shardings
+
+
+def devices(target: str) -> tuple[str, list]:
+    name, _, rest = target.partition(":")
+    if name == "h100":
+        card = Path(rest).read_text()
+        return "gpu", topologies.get_topology_desc(
+            "h100", platform="cuda", topology="1x4x1", target_config=card
+        ).devices
+    return "tpu", topologies.get_topology_desc(target, platform="tpu").devices
+
+
+def main(target: str, argv: list[str]) -> None:
+    platform, there = devices(target)
+    cfg = config.load(argv).cfg
+    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or 50257)
+    if platform == "gpu" and model.attention == "auto" and model.dtype == "bfloat16":
+        model = replace(model, attention="cudnn")  # `auto` tries it on the card, and there is none
+    m = cfg.mesh
+    sizes = [len(there) // abs(m.fsdp * m.tensor) if m.data == -1 else m.data, m.fsdp, m.tensor]
+    mesh = Mesh(
+        np.array(there[: int(np.prod(sizes))]).reshape(sizes),
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+    )
+    cfg = replace(cfg, model=gpt2.resolve(model, platform))
+    tx = make_optimizer(cfg.optim, cfg.train.steps)
+    shapes, layout = state_shardings(cfg, tx, mesh)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    tokens = jax.ShapeDtypeStruct((1, cfg.train.batch_size, cfg.model.block_size + 1), np.int32)
+    step = make_train_step(cfg, tx, mesh)
+    compiled = step.lower(state, tokens, jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh))).compile()
+
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    gib = 2**30
+    print(
+        f"{target}: {gpt2.n_params(cfg.model):,} parameters, {cfg.model.attention} attention, mesh {dict(mesh.shape)}"
+    )
+    print(
+        f"memory a device: arguments {memory.argument_size_in_bytes / gib:.2f} GiB, of them donated "
+        f"{memory.alias_size_in_bytes / gib:.2f}, temporary {memory.temp_size_in_bytes / gib:.2f}"
+    )
+    kinds = collections.Counter(
+        re.findall(r" = [^=]*? (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text)
+    )
+    hosts = re.findall(r"\b(infeed|outfeed|send|recv|MoveToHost|MoveToDevice)\b", text)
+    calls = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
+    dots = collections.Counter(re.findall(r"(bf16|f32)\[[^\]]*\][^=]*? (?:dot|convolution)\(", text))
+    print(f"between devices: {dict(kinds) or 'nothing'}; host transfers: {len(hosts)}")
+    print(f"custom calls: {dict(calls)}; results of products outside of them: {dict(dots)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
