@@ -65,9 +65,12 @@ def main(target: str, argv: list[str]) -> None:
         f"memory a device: arguments {memory.argument_size_in_bytes / gib:.2f} GiB, of them donated "
         f"{memory.alias_size_in_bytes / gib:.2f}, temporary {memory.temp_size_in_bytes / gib:.2f}"
     )
-    kinds = collections.Counter(
-        re.findall(r" = [^=]*? (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text)
-    )
+    # per computation: the body of a loop runs many times
+    kinds = collections.Counter()
+    for part in re.split(r"\n\n", text):
+        where = "once" if "\nENTRY" in "\n" + part or part.startswith("ENTRY") else "in a loop or a branch"
+        found = re.findall(r" = [^=]*? (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", part)
+        kinds.update(f"{kind} {where}" for kind in found)
     hosts = re.findall(r"\b(infeed|outfeed|send|recv|MoveToHost|MoveToDevice)\b", text)
     calls = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
     dots = collections.Counter(re.findall(r"(bf16|f32)\[[^\]]*\][^=]*? (?:dot|convolution)\(", text))

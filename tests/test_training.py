@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,20 @@ def test_accumulated_micro_batches_equal_one_batch(mesh):
     state, losses = take_steps(change(TINY, train__micro_batch=4, **sizes), 3)
     np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
     assert_trees_close(state.params, expected.params, 2e-5)
+
+
+def test_gradients_of_micro_batches_meet_once_a_step():
+    """No sum over devices in a loop of the compiled step: not one a micro-batch, and not one a layer."""
+    cfg = change(TINY, train__micro_batch=4, mesh__data=2, model__scan_unroll=2, model__attention="reference")
+    mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
+    state = jax.eval_shape(lambda: init_state(cfg, tx, mesh))
+    tokens = jax.ShapeDtypeStruct((1, 8, 17), np.int32)
+    text = make_train_step(cfg, tx, mesh).lower(state, tokens, np.int32(1)).compile().as_text()
+    bodies = re.findall(r"body=%?([\w.\-]+)", text)
+    parts = {part.split()[0].lstrip("%"): part for part in text.split("\n\n")[1:] if part.strip()}
+    assert bodies
+    assert "all-reduce" in text
+    assert not [body for body in bodies if "all-reduce" in parts[body]]
 
 
 @pytest.mark.parametrize("per_dispatch", [3, 8])

@@ -106,15 +106,23 @@ def _gradients(cfg: Config, mesh: Mesh, params: gpt2.Params, tokens: jax.Array, 
     G = B // micro
     # Row g of micro-batch m is row g*G + m of the batch: each device cuts up the rows that it already holds.
     tokens = tokens.reshape(micro, G, -1).swapaxes(0, 1)
-    tokens = lax.with_sharding_constraint(tokens, shard(mesh, P(None, *BATCH)))
+    # D groups of rows add up their own gradients, which meet once, behind the loop, and not once a micro-batch. (A
+    # dropout mask numbers the rows of all groups, so there they go together.)
+    D = mesh.shape["data"] if key is None else 1
+    if D > 1:
+        tokens = tokens.reshape(G, D, micro // D, -1)
+        grad = jax.vmap(grad, in_axes=(None, 0, None), spmd_axis_name="data")
+    batch = P("data", "fsdp") if D > 1 else BATCH
+    tokens = lax.with_sharding_constraint(tokens, shard(mesh, P(None, *batch)))
     keys = None if key is None else jax.random.split(key, G)
 
     def add(total, scanned):
         return jax.tree.map(jnp.add, total, grad(params, *scanned)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    lead = (D,) if D > 1 else ()
+    zeros = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), (jnp.float32(0), params))
     total, _ = lax.scan(add, zeros, (tokens, keys))
-    return jax.tree.map(lambda x: x / G, total)
+    return jax.tree.map(lambda x: (x.sum(0) if D > 1 else x) / (G * D), total)
 
 
 def mean_loss(cfg: ModelConfig, params: gpt2.Params, tokens: jax.Array, dropout_key: jax.Array | None = None):
