@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, command.origin)
         run_dir.prepare(run, command, cfg, data)
         longer = f"or train longer: {run_dir.command_again(argv, steps=2 * cfg.train.steps)}"
-        then = f"next: python sample.py {run} --num-samples 3\n      {longer}"
+        then = f"next: {config.program('sample')} {run} --num-samples 3\n      {longer}"
         if run_dir.is_finished(run, cfg):
             print(f"{run} is finished: step {cfg.train.steps} of {cfg.train.steps}\n{then}")
             return 0

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -130,6 +131,14 @@ def differences(old: Config, new: Config, keys: frozenset[str]) -> list[tuple[st
     return [(key, before[key], value) for key, value in items(new) if key in keys and before[key] != value]
 
 
+def program(name: str) -> str:
+    """How a person here types the command `name`: as they typed this one, "python train.py" or "nanogpt-jax train"."""
+    typed = Path(sys.argv[0])
+    if typed.name in ("train.py", "sample.py"):
+        return f"python {typed.with_name(f'{name}.py')}"
+    return f"nanogpt-jax {name}"
+
+
 def suggestion(word: str, known: Any) -> str:
     """A second line for an error: the nearest known word, if one is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -140,7 +149,7 @@ def unknown_setting(key: str, where: str) -> UserError:
     hint = suggestion(key, TYPES)
     if not hint:  # the right name in the wrong section
         hint = suggestion(key.split(".")[-1], [k.split(".")[1] for k in TYPES])
-        hint = hint or f"\n       sections are {', '.join(get_type_hints(Config))}; see python train.py --help"
+        hint = hint or f"\n       sections are {', '.join(get_type_hints(Config))}; see {program('train')} --help"
     return UserError(f"unknown setting {key} ({where}){hint}")
 
 
@@ -414,7 +423,7 @@ def _check_flag(key: str) -> None:
     elif key not in OPTIONS:
         full = [k for k in TYPES if k.endswith("." + key)]
         near = f"\n       did you mean --{full[0]}?" if full else suggestion(key, OPTIONS)
-        near = near or "\n       settings are --SECTION.NAME; see python train.py --help"
+        near = near or f"\n       settings are --SECTION.NAME; see {program('train')} --help"
         raise UserError(f"unknown flag --{key.replace('_', '-')} (command line){near}")
 
 

@@ -219,7 +219,7 @@ def test_a_signal_saves_and_says_how_to_go_on_and_a_second_process_is_refused(pl
     assert process.returncode == 128 + number
     step = int(re.search(rf"{number.name}: saved step (\d+) of 100000", out)[1])
     assert (place / run_dir / "checkpoints" / str(step)).is_dir()
-    assert "go on with the same command: python train.py --data.source text.txt" in out
+    assert f"go on with the same command: python {ROOT / 'train.py'} --data.source text.txt" in out
     # the lock of a process that is gone does not count, and the same command goes on
     process = start(place, clean_env, "--run-dir", run_dir)
     process.send_signal(signal.SIGTERM)

@@ -366,7 +366,7 @@ def test_sample_takes_a_prompt_file_to_the_letter_and_says_what_it_cuts(run, par
 
 
 WRONG = {
-    "nowhere": "no run nowhere\n       train one first: python train.py",
+    "nowhere": "no run nowhere\n       train one first: nanogpt-jax train",
     "{run} {run}": "one run at a time, but got {run} and {run}",
     "{run}/config.json": "{run}/config.json is a file",
     "{run}/tokenizer": "{run}/tokenizer is not a run directory: it has no config.json",
@@ -377,7 +377,7 @@ WRONG = {
     "{run} --top-p nan": "--top-p=nan must lie in (0, 1]",
     "{run} --min-p 1": "--min-p=1.0 must lie in [0, 1)",
     "{run} --temperature -1": "--temperature=-1.0 must be 0 (always the likeliest token) or lie in [0.001, 100]",
-    "{run} --temperature hot": "--temperature: invalid float value: 'hot'\n       see python sample.py --help",
+    "{run} --temperature hot": "--temperature: invalid float value: 'hot'\n       see nanogpt-jax sample --help",
     "{run} --repetition-penalty 0": "--repetition-penalty=0.0 must lie in [0.01, 100]",
     "{run} --top-k -1": "--top-k=-1 must not be negative",
     "{run} --num-samples 0": "--num-samples=0 must be at least 1",

@@ -22,12 +22,12 @@ LIMITS = {  # what a value must be, in words and as a test
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}\n       see python sample.py --help")
+        raise UserError(f"{message.removeprefix('argument ')}\n       see {config.program('sample')} --help")
 
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python sample.py",
+        prog=config.program("sample"),
         description="Writes text with a trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -64,7 +64,7 @@ def read(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"one run at a time, but got {options.run} and {word}")
         name = word.partition("=")[0]
         near = config.suggestion(name, [flag for action in parser._actions for flag in action.option_strings])
-        raise UserError(f"unknown flag {name}" + (near or "\n       see python sample.py --help"))
+        raise UserError(f"unknown flag {name}" + (near or f"\n       see {config.program('sample')} --help"))
     for name, (must, good) in LIMITS.items():
         if not good(value := getattr(options, name)):
             raise UserError(f"--{name.replace('_', '-')}={value} must {must}")
@@ -98,4 +98,4 @@ def existing(name: str) -> Path:
         raise UserError(f"{run} is a file; a run is a directory, like runs/default")
     near = config.suggestion(str(run), [str(p) for p in Path("runs").glob("*/")])
     near = near or config.suggestion(run.name, [p.name for p in Path("runs").glob("*/")])
-    raise UserError(f"no run {run}" + (near or "\n       train one first: python train.py"))
+    raise UserError(f"no run {run}" + (near or f"\n       train one first: {config.program('train')}"))

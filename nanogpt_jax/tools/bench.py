@@ -24,7 +24,8 @@ USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [-
                          [--json FILE] [--SECTION.NAME VALUE ...]
 
   train     tokens/s of the training step on random tokens (the default)
-  decode    tokens/s of generation, from random weights: --batch N --prompt N --new N
+  decode    tokens/s of generation, from random weights: --batch N (default: 1), --prompt N (16),
+            --new N (256, or as many as model.block_size has room for)
   data      tokens/s of making batches on the host
 
   --rounds N      times that every engine is measured, in turn (default: 5)
@@ -35,7 +36,7 @@ USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [-
 
 Settings are those of train.py; see nanogpt-jax train --help."""
 
-OWN = {"rounds": "5", "seconds": "2", "versus": "", "json": "", "batch": "1", "prompt": "16", "new": "256"}
+OWN = {"rounds": "5", "seconds": "2", "versus": "", "json": "", "batch": "1", "prompt": "16", "new": ""}
 PEER = "nanogpt_jax.tools.torch_peer"  # imported where it is asked for
 PEERS = {"train": ("torch", "torch.compile"), "decode": ("transformers",), "data": ()}
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
             worker.close()
     limits = started["jax"]
     results = [_result(name, started[name], rounds[name], ended[name], rounds["jax"], limits) for name in engines]
-    print(_table(cfg, work, results))
+    print(_table(cfg, work, options, results))
     if options["json"]:
         Path(options["json"]).write_text(json.dumps({**order, "results": results}, indent=2) + "\n", encoding="utf-8")
     return 0
@@ -86,14 +87,15 @@ def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
         else:
             rest.append(word)
     for name in ("rounds", "seconds", "batch", "prompt", "new"):
-        number = options[name]
+        number = options[name] or "1"
         if not number.isdecimal() or int(number) < 1:
             raise UserError(f"--{name}={number} must be a whole number, at least 1")
     if options["versus"] not in ("", "torch"):
         raise UserError(f"--versus={options['versus']} is not one of torch")
     cfg = config.load(rest).cfg
-    if not cfg.model.vocab_size:
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=65))
+    options["new"] = options["new"] or str(max(1, min(256, cfg.model.block_size - int(options["prompt"]))))
+    vocab_size = cfg.model.vocab_size or {"char": 65, "gpt2": 50257}[cfg.data.tokenizer]
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     if work == "decode" and int(options["prompt"]) + int(options["new"]) > cfg.model.block_size:
         raise UserError(
             f"--prompt={options['prompt']} and --new={options['new']} exceed model.block_size={cfg.model.block_size}"
@@ -152,10 +154,13 @@ def _result(
     }
 
 
-def _table(cfg: Config, work: str, results: list[dict[str, Any]]) -> str:
-    m, t = cfg.model, cfg.train
+def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[str, Any]]) -> str:
+    m = cfg.model
     shape = f"n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} block_size={m.block_size} {m.dtype}"
-    lines = [f"{work}: {shape} batch_size={t.batch_size} dropout={m.dropout} on {results[0]['device']}", ""]
+    load = f"batch_size={cfg.train.batch_size} dropout={m.dropout}"
+    if work == "decode":
+        load = " ".join(f"{name}={options[name]}" for name in ("batch", "prompt", "new"))
+    lines = [f"{work}: {shape} {load} on {results[0]['device']}", ""]
     lines.append(f"{'':<14}{'tokens/s':>12}{'GFLOP/s':>10}{'of peak':>9}{'first step':>12}{'memory':>10}{'ours is':>9}")
     for r in results:
         ratio = "" if r["engine"] == "jax" else f"{r['times_as_fast']:.2f}x"

@@ -126,7 +126,7 @@ def is_finished(run_dir: Path, cfg: Config) -> bool:
 def command_again(argv: list[str], steps: int | None = None) -> str:
     """The command that goes on with this run: the one that was typed, with other `steps` if given."""
     values = {"--resume", "--train.steps"} if steps else {"--resume"}
-    words, skip = ["python", "train.py"], False
+    words, skip = config.program("train").split(" ", 1), False
     for word in argv:
         flag, equals, _ = word.partition("=")
         if not skip and word != "--overwrite" and flag not in values:
@@ -139,5 +139,5 @@ def newest(folder: Path) -> Path:
     """The run that was trained last among the directories in `folder`."""
     runs = [p.parent for p in folder.glob("*/config.json") if checkpoint_steps(p.parent)]
     if not runs:
-        raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: python train.py")
+        raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")
     return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
