@@ -48,12 +48,13 @@ def main(argv: list[str]) -> int:
     work, cfg, options = _read(argv)
     engines = ["jax", *(PEERS[work] if options["versus"] else ())]
     order = {"work": work, "cfg": json.loads(config.to_json(cfg)), **options}
-    workers = {engine: _Worker({**order, "engine": engine}) for engine in engines}
+    workers: dict[str, _Worker] = {}
     try:
         started = {}
-        for name, worker in workers.items():
+        for name in engines:  # one after the other: the time to the first step counts from here
             print(f"starting {name} ...", file=sys.stderr)
-            started[name] = worker.ask("start")
+            workers[name] = _Worker({**order, "engine": name})
+            started[name] = workers[name].ask("start")
         rounds: dict[str, list[float]] = {name: [] for name in engines}
         for i in range(int(options["rounds"])):
             print(f"round {i + 1} of {options['rounds']}", file=sys.stderr)
