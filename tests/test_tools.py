@@ -9,7 +9,7 @@ import pytest
 
 from nanogpt_jax import cli, config, runtime
 from nanogpt_jax.config import UserError
-from nanogpt_jax.tools import bench
+from nanogpt_jax.tools import bench, scaling
 
 TINY = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --train.batch-size 4".split()
 
@@ -82,3 +82,21 @@ def test_programs_are_kept_in_the_cache_folder_and_not_where_none_can_be(monkeyp
     monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path / "file")})
     runtime.set_up()
     assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+
+
+def test_the_exponent_of_a_power_law_is_found():
+    row = [{"value": v, "cost": 3 * v**1.5} for v in (1, 2, 4, 8)]
+    assert scaling._exponent(row, "cost") == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--picturs x", "did you mean picture?"),
+        ("foo", "foo is no flag"),
+        ("--model.n-head 0", "model.n_head=0 must be at least 1"),
+    ],
+)
+def test_wrong_input_of_scaling(flags, message, capsys):
+    assert cli.guarded(scaling.main, flags.split()) == 2
+    assert message in capsys.readouterr().err
