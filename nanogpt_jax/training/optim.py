@@ -46,7 +46,7 @@ def _muon(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the kernels in the blocks, AdamW for embeddings, biases and norms.
 
     `consistent_rms` gives Muon's updates the size of Adam's (Liu et al. 2025), so that one learning rate serves both.
-    The preconditioning saves one of five Newton-Schulz steps (Boissin et al. 2025), a tenth of a small model's step.
+    The preconditioning saves one of five Newton-Schulz steps (Boissin et al. 2025).
     """
     return muon(
         rate,
