@@ -37,7 +37,7 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple, dtype: jax.typing.DTypeLik
 
 
 def _is_tall(kernel: jax.Array) -> bool:
-    """More inputs than outputs. Alone, XLA:CPU's products are up to 1.7 times as fast with W's longer side in its rows."""
+    """More inputs than outputs. Alone, XLA:CPU's products are up to 1.7 times as fast with long rows in W."""
     return kernel.ndim == 2 and kernel.shape[0] > kernel.shape[1]
 
 
