@@ -298,15 +298,22 @@ def test_blocks_of_any_size_equal_the_reference_with_the_same_dropout(case, bloc
 
     expected = run("reference")(g, q, k, v)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_attention, "BLOCK", block)
+        patch.setattr(blocked_attention, "block_length", lambda T: block)
         results = run("blocked")(g, q, k, v)
     for one, other in zip(results, expected, strict=True):
         assert_close(one, other, 1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_blocks_of_the_real_size_equal_the_reference(rate):
-    q, k, v, g = np.random.default_rng(0).normal(size=(4, 2, 150, 2, 16)).astype("float32")  # 64 + 64 + 22
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 150, 2, 16),  # 64 + 64 + 22 queries; several heads at a time, as there are several devices
+        (1, 600, 3, 8),  # 4 * 128 + 88; one head at a time
+    ],
+)
+def test_blocks_of_the_real_size_equal_the_reference(rate, shape):
+    q, k, v, g = np.random.default_rng(0).normal(size=(4, *shape)).astype("float32")
     drop = {"dropout_rate": rate, "dropout_key": jax.random.key(1) if rate else None}
     results = [
         jax.jit(functools.partial(value_and_gradients, functools.partial(backend, **drop)))(g, q, k, v)

@@ -6,15 +6,18 @@
                dQ = dS·K/√d_k   dK = dSᵀ·Q/√d_k
 
 These are the gradients of softmax(QKᵀ/√d_k)V, as in FlashAttention (Dao et al. 2022, algorithm 4). What is ours is the
-order: one sequence after another on each device, and BLOCK queries at a time against the keys that they may see and no
-others. So the scores of one block are all that is ever in memory, and nearly half of the products are never formed.
-With dropout, P is multiplied by the mask where it meets V and dO·Vᵀ; the row sums stay what they are.
+order: one head of one sequence after another on each device, and a block of queries at a time against the keys that
+they may see and no others. So the scores of one block are all that is ever in memory, its products are plain ones of
+two matrices, and nearly half of them are never formed. With dropout, P is multiplied by the mask where it meets V and
+dO·Vᵀ; the row sums stay what they are.
 """
 
-# B batch = N at a time, M times; T time, H heads, D head dim; queries start .. end see the keys before `end`
+# B batch, T time, H heads, D head dim; N heads at a time, M times; queries start .. end see the keys before `end`
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,10 @@ from jax import lax
 
 from nanogpt_jax.model import dropout
 
-BLOCK = 64  # queries; 128 is no faster at 1024 positions, and wastes more of the diagonal at 256
+
+def block_length(T: int) -> int:
+    """Queries at a time: 64 waste less of the diagonal, 128 are the better matrix; measured at 256 and 1024."""
+    return 64 if T < 512 else 128
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
@@ -37,86 +43,107 @@ def _attend(rate: float, q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Ar
 
 
 def _forward(rate: float, q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array | None):
-    q, k, v = (_split(x) for x in (q, k, v))
+    shape, scale = q.shape, q.shape[-1] ** -0.5
 
-    def some(row):
-        m, q, k, v = row
+    def head(number, q, k, v):
         out, log_sum = [], []
-        for start, end in _spans(q):
+        for start, end in _spans(len(q)):
             scores = _scores(q, k, start, end)
             top = scores.max(-1, keepdims=True)
             p = jnp.exp(scores - top)
             total = p.sum(-1, keepdims=True)
-            p = drop(p, m, start)
-            out.append((_dot("nhts,nhsd->nhtd", p.astype(v.dtype), v[:, :, :end]) / total).astype(v.dtype))
-            log_sum.append((top + jnp.log(total))[..., 0])
-        return jnp.concatenate(out, 2), jnp.concatenate(log_sum, 2)
+            p = _drop(rate, words, p, number, start, len(q))
+            out.append((_dot("ts,sd->td", p.astype(v.dtype), v[:end]) / total).astype(v.dtype))
+            log_sum.append(top + jnp.log(total))
+        return jnp.concatenate(out), jnp.concatenate(log_sum)
 
-    drop = functools.partial(_drop, rate, words, q.shape)
-    out, log_sum = lax.map(some, (jnp.arange(len(q), dtype=jnp.uint32), q, k, v))
-    return _join(out), (q, k, v, out, log_sum, words)
+    q, k, v = _split(q * scale), _split(k), _split(v)
+    out, log_sum = _map(head, _numbers(shape), q, k, v)
+    return _join(out, shape), (q, k, v, out, log_sum, words)
 
 
 def _backward(rate: float, saved, g: jax.Array):
     q, k, v, out, log_sum, words = saved
+    shape, scale = g.shape, g.shape[-1] ** -0.5
     # XLA:CPU would compute all that leads to g again in each of its uses
     g = _split(lax.optimization_barrier(g))
-    row_sum = (g.astype(jnp.float32) * out).sum(-1)
 
-    def some(row):
-        m, q, k, v, g, log_sum, row_sum = row
+    def head(number, q, k, v, out, log_sum, g):
+        row_sum = (g.astype(jnp.float32) * out).sum(-1, keepdims=True)
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-        for start, end in _spans(q):
-            mine, seen = (slice(None), slice(None), slice(start, end)), (slice(None), slice(None), slice(end))
-            p = jnp.exp(_scores(q, k, start, end) - log_sum[mine][..., None])
-            dp = drop(_dot("nhtd,nhsd->nhts", g[mine], v[seen]), m, start)
-            ds = (p * (dp - row_sum[mine][..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
-            dq.append(_dot("nhts,nhsd->nhtd", ds, k[seen]))
-            dk = dk.at[seen].add(_dot("nhts,nhtd->nhsd", ds, q[mine]))
-            dv = dv.at[seen].add(_dot("nhts,nhtd->nhsd", drop(p, m, start).astype(g.dtype), g[mine]))
-        return jnp.concatenate(dq, 2).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+        for start, end in _spans(len(q)):
+            mine = slice(start, end)
+            p = jnp.exp(_scores(q, k, start, end) - log_sum[mine])
+            dp = _drop(rate, words, _dot("td,sd->ts", g[mine], v[:end]), number, start, len(q))
+            ds = (p * (dp - row_sum[mine])).astype(q.dtype)
+            dq.append(_dot("ts,sd->td", ds, k[:end]) * scale)
+            dk = dk.at[:end].add(_dot("ts,td->sd", ds, q[mine]))
+            p = _drop(rate, words, p, number, start, len(q))
+            dv = dv.at[:end].add(_dot("ts,td->sd", p.astype(g.dtype), g[mine]))
+        return jnp.concatenate(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    drop = functools.partial(_drop, rate, words, q.shape)
-    gradients = lax.map(some, (jnp.arange(len(q), dtype=jnp.uint32), q, k, v, g, log_sum, row_sum))
-    return *(_join(x) for x in gradients), None
+    gradients = _map(head, _numbers(shape), q, k, v, out, log_sum, g)
+    return *(_join(x, shape) for x in gradients), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _spans(q: jax.Array) -> list[tuple[int, int]]:
-    T = q.shape[2]
-    return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+def _spans(T: int) -> list[tuple[int, int]]:
+    block = block_length(T)
+    return [(start, min(start + block, T)) for start in range(0, T, block)]
 
 
 def _scores(q: jax.Array, k: jax.Array, start: int, end: int) -> jax.Array:
-    """[N, H, end - start, end] float32; the least number there is where a query may not look."""
-    scores = _dot("nhtd,nhsd->nhts", q[:, :, start:end], k[:, :, :end]) * q.shape[-1] ** -0.5
+    """[end - start, end] float32; the least number there is where a query may not look."""
     may_look = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-    return jnp.where(may_look, scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(may_look, _dot("td,sd->ts", q[start:end], k[:end]), jnp.finfo(jnp.float32).min)
 
 
-def _drop(rate: float, words: jax.Array | None, shape: tuple[int, ...], x: jax.Array, m: jax.Array, start: int):
-    """x [N, H, t, s] of the m-th N sequences, with the mask that these entries have in the whole [B, H, T, T]."""
+def _drop(rate: float, words: jax.Array | None, x: jax.Array, number: jax.Array, start: int, T: int) -> jax.Array:
+    """x [t, s] of a head, its queries from `start`, with the mask that they have in the whole [B, H, T, T]."""
     if words is None:
         return x
-    M, _, H, T, _ = shape
-    first = m * jnp.uint32(H * T * T) + jnp.uint32(start * T)
-    kept = dropout.keep(rate, words, dropout.numbers(x.shape, first, (M * H * T * T, T * T, T, 1)))
-    return jnp.where(kept, x / (1 - rate), 0)
+    first = number * jnp.uint32(T * T) + jnp.uint32(start * T)
+    return jnp.where(dropout.keep(rate, words, dropout.numbers(x.shape, first, (T, 1))), x / (1 - rate), 0)
 
 
 def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
+# ---- which heads go together: one on one device, where the products are then plain; else one of each device ---------
+
+
+def _together(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Of how many sequences and of how many of their heads: devices may split B and H."""
+    B, _, H, _ = shape
+    return math.gcd(B, jax.device_count()), math.gcd(H, jax.device_count())
+
+
+def _map(head: Callable[..., Any], *heads: jax.Array) -> Any:
+    """`head` of each one of [M, N, ...], N at a time."""
+    if heads[0].shape[1] > 1:
+        return lax.map(lambda some: jax.vmap(head)(*some), heads)
+    mapped = lax.map(lambda one: head(*one), tuple(x[:, 0] for x in heads))
+    return jax.tree.map(lambda x: x[:, None], mapped)
+
+
+def _numbers(shape: tuple[int, ...]) -> jax.Array:
+    """[M, N] uint32: the number of each head in [B, H]."""
+    B, _, H, _ = shape
+    return _split(jnp.arange(B * H, dtype=jnp.uint32).reshape(B, 1, H, 1))[..., 0, 0]
+
+
 def _split(x: jax.Array) -> jax.Array:
-    """[B, T, H, D] -> [M, N, H, T, D]: at a time, one sequence of each device, if they divide the batch."""
-    N = math.gcd(len(x), jax.device_count())
-    return x.reshape(N, len(x) // N, *x.shape[1:]).transpose(1, 0, 3, 2, 4)
+    """[B, T, H, D] -> [M, N, T, D]."""
+    B, T, H, D = x.shape
+    b, h = _together(x.shape)
+    return x.reshape(b, B // b, T, h, H // h, D).transpose(1, 4, 0, 3, 2, 5).reshape(-1, b * h, T, D)
 
 
-def _join(x: jax.Array) -> jax.Array:
+def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of `_split`."""
-    x = x.transpose(1, 0, 3, 2, 4)
-    return x.reshape(-1, *x.shape[2:])
+    B, T, H, D = shape
+    b, h = _together(shape)
+    return x.reshape(B // b, H // h, b, h, T, D).transpose(2, 0, 4, 3, 1, 5).reshape(shape)
