@@ -35,7 +35,7 @@ class ModelConfig:
     dropout: float = 0.0  # dropped share of embeddings, attention weights and residual branches
     bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
-    attention: Literal["auto", "reference", "blocked", "xla", "cudnn"] = "auto"  # back-end; auto: by device and dropout
+    attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash"] = "auto"  # back-end; auto: by device
     remat: Literal["none", "dots", "block"] = "none"  # recompute in the backward pass: nothing, all but matmuls, blocks
     scan_unroll: int = 0  # layers unrolled in the layer scan; 0: all on CPU, 1 elsewhere
 
@@ -245,7 +245,7 @@ def validate(cfg: Config, origin: Origin) -> Config:
         near = " or ".join(str(n) for n in (below, below + m.n_head) if n)
         check(False, "model.n_embd", f"must be a multiple of model.n_head={m.n_head}", f"nearest: {near}")
     check(
-        not (m.attention in ("xla", "cudnn") and m.dropout),
+        not (m.attention in ("xla", "cudnn", "splash") and m.dropout),
         "model.attention",
         f"has no dropout, but model.dropout={m.dropout}",
         "use auto, reference or blocked, or set model.dropout=0",

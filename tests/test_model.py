@@ -14,10 +14,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from nanogpt_jax import config
-from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, layers
 from nanogpt_jax.model.layers import linear, project
 from nanogpt_jax.model.losses import cross_entropy
@@ -27,7 +28,7 @@ ODD = ModelConfig(
     block_size=19, vocab_size=131, n_layer=3, n_head=5, n_embd=20, bias=True, attention="reference", scan_unroll=1
 )
 SMALL = dataclasses.replace(ODD, block_size=6, vocab_size=11, n_layer=2, n_head=2, n_embd=12)
-ON_CPU = sorted(set(attention.BACKENDS) - {"cudnn"})
+ON_CPU = sorted(set(attention.BACKENDS) - {"cudnn", "splash"})
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2_odd.safetensors"
 
 
@@ -330,8 +331,8 @@ def test_blocks_of_the_real_size_equal_the_reference(rate, shape):
         ({"block_size": 256}, "cpu", "blocked"),
         ({"block_size": 1024, "dropout": 0.1}, "cpu", "blocked"),
         ({}, "gpu", "xla"),
-        ({}, "tpu", "xla"),
-        ({"dtype": "bfloat16"}, "tpu", "xla"),
+        ({"block_size": 64}, "tpu", "xla"),
+        ({"block_size": 1024, "dtype": "bfloat16"}, "tpu", "splash"),
         ({"dtype": "bfloat16"}, "gpu", "xla"),  # no cuDNN here, and no error
         ({"dropout": 0.1}, "tpu", "reference"),
         ({"dropout": 0.1, "dtype": "bfloat16"}, "gpu", "reference"),
@@ -340,6 +341,32 @@ def test_blocks_of_the_real_size_equal_the_reference(rate, shape):
 )
 def test_auto_chooses_a_backend_that_can_do_the_work(model, platform, expected):
     assert gpt2.resolve(ModelConfig(**model), platform).attention == expected
+
+
+@pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu")])
+def test_a_backend_of_other_hardware_is_refused(name, platform):
+    with pytest.raises(UserError, match=f"model.attention={name} needs a .PU, and this is a {platform.upper()}"):
+        gpt2.resolve(ModelConfig(attention=name, dtype="bfloat16"), platform)
+
+
+def test_the_tpu_kernel_equals_the_reference_on_one_device_and_split_over_four():
+    q, k, v, g = np.random.default_rng(0).normal(size=(4, 2, 128, 2, 64)).astype("float32")
+    mesh = Mesh(
+        np.array(jax.devices()[:4]).reshape(2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
+    split = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+
+    def one(*args):
+        return value_and_gradients(functools.partial(attention.splash, interpret=True), *args)
+
+    def four(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return one(*args)
+
+    expected = value_and_gradients(attention.reference, g, q, k, v)
+    for results in (jax.jit(one)(g, q, k, v), jax.jit(four)(*jax.device_put((g, q, k, v), split))):
+        for mine, other in zip(results, expected, strict=True):
+            assert_close(mine, other, 1e-5)
 
 
 # ---- linear ---------------------------------------------------------------------------------------------------------

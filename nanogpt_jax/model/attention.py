@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.model import blocked_attention
 from nanogpt_jax.model.dropout import dropout
 
@@ -62,11 +62,37 @@ def blocked(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None) -> jax.Ar
     return blocked_attention.attend(q, k, v, dropout_rate, dropout_key)
 
 
+def splash(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None, interpret: bool = False) -> jax.Array:
+    """JAX's Pallas kernel for TPUs: blocks in on-chip memory, those behind the mask skipped; weights are never held.
+
+    XLA cannot split such a call over devices, so under a mesh each one attends with its own sequences and heads.
+    """
+    assert dropout_key is None, "splash attention has no dropout; config.validate refuses it"
+    if mask is not None or q.shape[1] % 128:  # the kernel's block
+        return BACKENDS["xla"](q, k, v, mask=mask)
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    def attend(q, k, v):
+        _, T, H, D = q.shape
+        causal = splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * H)
+        kernel = splash_attention.make_splash_mha(causal, head_shards=1, q_seq_shards=1, interpret=interpret)
+        q, k, v = (x.swapaxes(1, 2) for x in (q * D**-0.5, k, v))
+        return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        data = tuple(axis for axis in ("data", "fsdp") if axis not in mesh.manual_axes)
+        split = jax.sharding.PartitionSpec(data, None, "tensor")
+        attend = jax.shard_map(attend, in_specs=split, out_specs=split, check_vma=False)
+    return attend(q, k, v)
+
+
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference,
     "blocked": blocked,
     "xla": _jax_nn("xla"),
     "cudnn": _jax_nn("cudnn"),
+    "splash": splash,
 }
 
 
@@ -75,13 +101,21 @@ def choose(cfg: ModelConfig, platform: str) -> str:
 
     cuDNN's flash attention needs 16-bit numbers and a recent NVIDIA card, so it is tried on a small case first.
     """
+    needs = {"cudnn": "gpu", "splash": "tpu"}
+    if needs.get(cfg.attention, platform) != platform:
+        raise UserError(
+            f"model.attention={cfg.attention} needs a {needs[cfg.attention].upper()}, and this is a "
+            f"{platform.upper()}; use auto, reference, blocked or xla"
+        )
     if cfg.attention != "auto":
         return cfg.attention
     if platform == "cpu":  # measured: below 256 positions there is little to skip, and the scores fit into the cache
         return "blocked" if cfg.block_size >= 256 else "reference"
     if cfg.dropout:
         return "reference"
-    return "cudnn" if platform == "gpu" and cfg.dtype == "bfloat16" and _cudnn_runs(cfg.head_dim) else "xla"
+    if platform == "tpu":
+        return "xla" if cfg.block_size % 128 else "splash"
+    return "cudnn" if cfg.dtype == "bfloat16" and _cudnn_runs(cfg.head_dim) else "xla"
 
 
 @functools.cache

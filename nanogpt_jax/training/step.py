@@ -68,7 +68,8 @@ def make_train_step(
 
     def one_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(dropout_key, state.step) if cfg.model.dropout else None
-        loss, grads = _gradients(cfg, mesh, state.params, tokens, key)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for attention.splash, which splits itself
+            loss, grads = _gradients(cfg, mesh, state.params, tokens, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = schedule(state.step)
@@ -109,20 +110,23 @@ def _gradients(cfg: Config, mesh: Mesh, params: gpt2.Params, tokens: jax.Array, 
     # D groups of rows add up their own gradients, which meet once, behind the loop, and not once a micro-batch. (A
     # dropout mask numbers the rows of all groups, so there they go together.)
     D = mesh.shape["data"] if key is None else 1
-    if D > 1:
-        tokens = tokens.reshape(G, D, micro // D, -1)
-        grad = jax.vmap(grad, in_axes=(None, 0, None), spmd_axis_name="data")
-    batch = P("data", "fsdp") if D > 1 else BATCH
-    tokens = lax.with_sharding_constraint(tokens, shard(mesh, P(None, *batch)))
+    tokens = lax.with_sharding_constraint(tokens, shard(mesh, P(None, *BATCH)))
     keys = None if key is None else jax.random.split(key, G)
 
-    def add(total, scanned):
-        return jax.tree.map(jnp.add, total, grad(params, *scanned)), None
+    def total(params: gpt2.Params, tokens: jax.Array, keys: jax.Array | None):
+        def add(total, scanned):
+            return jax.tree.map(jnp.add, total, grad(params, *scanned)), None
 
-    lead = (D,) if D > 1 else ()
-    zeros = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), (jnp.float32(0), params))
-    total, _ = lax.scan(add, zeros, (tokens, keys))
-    return jax.tree.map(lambda x: (x.sum(0) if D > 1 else x) / (G * D), total)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jnp.float32(0), params))
+        sums, _ = lax.scan(add, zeros, (tokens, keys))
+        return jax.tree.map(lambda x: x[None], sums)  # [1, ...]; over D groups [D, ...]
+
+    if D > 1:
+        rows = (P(), P(None, "data"), P())
+        total = jax.shard_map(
+            total, mesh=mesh, axis_names={"data"}, in_specs=rows, out_specs=P("data"), check_vma=False
+        )
+    return jax.tree.map(lambda x: x.sum(0) / (G * D), total(params, tokens, keys))
 
 
 def mean_loss(cfg: ModelConfig, params: gpt2.Params, tokens: jax.Array, dropout_key: jax.Array | None = None):
@@ -136,7 +140,8 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[gpt2.Params, jax.Array,
 
     @functools.partial(jax.jit, in_shardings=(None, shard(mesh, BATCH), shard(mesh, BATCH)), out_shardings=shard(mesh))
     def eval_step(params: gpt2.Params, tokens: jax.Array, weights: jax.Array) -> jax.Array:
-        nats = losses.cross_entropy(gpt2.forward(cfg.model, params, tokens[:, :-1]), tokens[:, 1:])
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            nats = losses.cross_entropy(gpt2.forward(cfg.model, params, tokens[:, :-1]), tokens[:, 1:])
         return jnp.sum(nats * weights)
 
     return eval_step
