@@ -12,6 +12,7 @@ q [B, T, H, D]; k, v [B, S, H, D]; mask [B or 1, 1, T, S] bool, True where a que
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def splash(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None, interpret:
     def attend(q, k, v):
         _, T, H, D = q.shape
         causal = splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * H)
-        kernel = splash_attention.make_splash_mha(causal, head_shards=1, q_seq_shards=1, interpret=interpret)
+        kernel: Any = splash_attention.make_splash_mha(causal, head_shards=1, q_seq_shards=1, interpret=interpret)
         q, k, v = (x.swapaxes(1, 2) for x in (q * D**-0.5, k, v))
         return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
 
