@@ -190,12 +190,13 @@ def _parquet_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if field not in names:
                 raise UserError(_no_field(field, names, str(path)))
-            rows, number = max(file.metadata.num_rows, 1), 0
+            rows = max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=128, columns=[field], use_threads=False):
                 for value in batch.column(0):
                     number += 1

@@ -186,7 +186,7 @@ class BytePairTokenizer(GPT2Tokenizer):
             import rustbpe
         except ImportError:
             raise UserError(f"data.tokenizer=bpe:{n_vocab} needs pip install 'nanogpt-jax[bpe]'") from None
-        trainer = rustbpe.Tokenizer()
+        trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
         trainer.train_from_iterator(iter(texts), vocab_size=n_vocab - 1, buffer_size=64, pattern=GPT2_PATTERN)
         ranks: dict[bytes, int] = {}
         for token, _ in trainer.get_mergeable_ranks():
