@@ -305,7 +305,9 @@ def _open_stream(source: str, name: str, config: str) -> tuple[Any, int | None]:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     revision = None
-    if not Path(name).is_dir():
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # a folder called json would be taken for the format
+    else:
         try:
             revision = huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
         except OfflineModeIsEnabled:
