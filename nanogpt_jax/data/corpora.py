@@ -177,7 +177,8 @@ def _jsonl_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
                 ) from None
             except (ValueError, RecursionError) as e:
                 remedy = "a .jsonl file holds one JSON object a line; mend or delete this one"
-                raise UserError(f"{where} is not JSON: {e}\n       {remedy}") from None
+                wrong = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
+                raise UserError(f"{where} is not JSON: {wrong}\n       {remedy}") from None
             if not isinstance(row, dict):
                 raise UserError(f'{where} is not a JSON object, like {{{json.dumps(field)}: "..."}}')
             yield _text_of(row, field, where), True
