@@ -525,25 +525,20 @@ def test_the_configs_for_the_hub_are_known_by_name():
 
 
 def test_train_and_sample_on_a_mixture_of_documents(clean_env):
-    """Real processes: prepared on first use, trained, sampled; a second source named on the command line."""
-    write_rows("a.jsonl", [PYTHON_TEXT[i * 1000 : i * 1000 + 1000] for i in range(30)])
-    Path("b.txt").write_text("El gato persigue al ratón. " * 200, encoding="utf-8")
+    """Real processes: prepared on first use, trained, sampled from its start, with a vocabulary that has no newline."""
+    letters = "".join(c for c in PYTHON_TEXT if c.isalpha() or c == " ")
+    write_rows("a.jsonl", [letters[i * 1000 : i * 1000 + 1000] for i in range(30)] + ["short"])
+    write_rows("b.jsonl", ["El gato persigue al ratón. " * 200, "corto"])  # its validation opens the sample
     small = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --train.batch-size 4".split()
-    words = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--data.mixture",
-        "a.jsonl=2,b.txt=1",
-        "--data.tokenizer",
-        "bpe:300",
-    ]
-    done = subprocess.run([*words, *small, "--train.steps", "8"], env=clean_env, capture_output=True, text=True)
+    words = [sys.executable, str(ROOT / "train.py"), "--data.mixture", "b.jsonl=1,a.jsonl=2", "--train.steps", "8"]
+    done = subprocess.run([*words, *small], env=clean_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "a.jsonl + b.txt: " in done.stdout
-    assert "vocabulary 300" in done.stdout
-    words = [sys.executable, str(ROOT / "sample.py"), "--max-new-tokens", "9", "--prompt", "El gato"]
+    assert "b.jsonl + a.jsonl: " in done.stdout
+    assert "a sample:\n\ncorto" in done.stdout
+    words = [sys.executable, str(ROOT / "sample.py"), "--max-new-tokens", "9"]
     done = subprocess.run(words, env=clean_env, capture_output=True, text=True)
-    assert done.stdout.startswith("El gato"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) <= 9 + 1  # end-of-text may come earlier
 
 
 # ---- wrong inputs ---------------------------------------------------------------------------------------------------

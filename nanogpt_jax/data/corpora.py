@@ -132,7 +132,7 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
         return Corpus(files[0].stem, identity, origin, False, blocks)
     base = os.path.commonpath([file.parent for file in files])
     names = [file.relative_to(base).as_posix() for file in files]
-    identity = _sha256([field, list(zip(names, known_by, strict=True))])
+    identity = sha256_of_json([field, list(zip(names, known_by, strict=True))])
     return Corpus(_safe(name), identity, {"source": source, "files": len(files), "bytes": size}, True, blocks)
 
 
@@ -264,8 +264,8 @@ def _sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _safe(name: str) -> str:
@@ -294,7 +294,7 @@ def from_hub(source: str, field: str) -> Corpus:
                 tell(number / rows)
 
     local = [(str(f), s.st_size, s.st_mtime_ns) for f in sorted(Path(name).rglob("*")) if (s := f.stat())]
-    identity = _sha256(["hf", name, config, field, local])
+    identity = sha256_of_json(["hf", name, config, field, local])
     return Corpus(_safe(Path(name).name), identity, {"source": source, "field": field}, True, blocks)
 
 

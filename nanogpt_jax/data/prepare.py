@@ -31,7 +31,7 @@ import numpy as np
 from nanogpt_jax.config import DataConfig, UserError
 from nanogpt_jax.data import corpora, tokenizer
 from nanogpt_jax.data.batches import Mixture
-from nanogpt_jax.data.corpora import Block, Corpus, Tell
+from nanogpt_jax.data.corpora import Block, Corpus, Tell, sha256_of_json
 from nanogpt_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder, and of how corpora compose their texts; a new number prepares everything anew
@@ -96,14 +96,15 @@ def _mixed(cfg: DataConfig, cycle: tuple[int, ...], parts: dict[str, Dataset]) -
     for split in ("train", "val"):
         manifest[split] = {of: sum(d.manifest[split][of] for d in every) for of in ("tokens", "bytes")}
     val = np.concatenate([d.val for d in every])
-    identity = _sha256([[d.fingerprint, n] for d, n in zip(every, cycle, strict=True)])
+    identity = sha256_of_json([[d.fingerprint, n] for d, n in zip(every, cycle, strict=True)])
     return Dataset(Path(cfg.dir), train, val, every[0].tokenizer, manifest, identity)
 
 
 def _shared_tokenizer(cfg: DataConfig, sources: list[Corpus]) -> Tokenizer:
     """One tokenizer for all sources, made once and kept in <data.dir>/tokenizer-<key>/."""
     folder = (
-        Path(cfg.dir) / f"tokenizer-{_sha256([FORMAT, cfg.tokenizer, [[c.name, c.identity] for c in sources]])[:12]}"
+        Path(cfg.dir)
+        / f"tokenizer-{sha256_of_json([FORMAT, cfg.tokenizer, [[c.name, c.identity] for c in sources]])[:12]}"
     )
     try:
         return tokenizer.load(folder)
@@ -149,7 +150,7 @@ def _prepared(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None) -> Path:
             "       use another tokenizer, or give it a single text"
         )
     kind = given.fingerprint if given else cfg.tokenizer
-    key = _sha256([FORMAT, corpus.name, corpus.identity, kind, cfg.val_fraction])[:12]
+    key = sha256_of_json([FORMAT, corpus.name, corpus.identity, kind, cfg.val_fraction])[:12]
     folder = Path(cfg.dir) / f"{corpus.name[:40]}-{key}"  # file systems end names at 255 bytes
     if folder.exists():
         return folder
@@ -224,7 +225,9 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
         shards = _make_shards(pieces, tok, dtype, partial, cfg.threads or os.cpu_count() or 1, progress)
     if corpus.documents:
         facts["documents"] = sum(s[split]["documents"] for s in shards for split in ("train", "val"))
-        facts["sha256"] = _sha256([s["text"] for s in shards])  # of the shards' texts and where documents end in them
+        facts["sha256"] = sha256_of_json(
+            [s["text"] for s in shards]
+        )  # of the shards' texts and where documents end in them
         if facts["documents"] == 0:
             raise _no_text(corpus)
         if facts["documents"] == 1:
@@ -256,7 +259,7 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
                 f"{counts['tokens']} tokens for {split}, which needs at least 2; give a longer text or another fraction"
             )
         manifest[split] = {**counts, "fingerprint": fingerprint(path)}
-    manifest["checksum"] = _sha256(manifest)
+    manifest["checksum"] = sha256_of_json(manifest)
     (whole / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -512,7 +515,7 @@ def _open(folder: Path) -> Dataset:
         raise damaged(path, "is damaged: it is no manifest") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    if checksum != _sha256(manifest):
+    if checksum != sha256_of_json(manifest):
         raise damaged(path, "is damaged: its checksum is wrong")
 
     try:
@@ -537,7 +540,7 @@ def _open(folder: Path) -> Dataset:
             raise damaged(path, "is missing") from None
         except OSError as e:
             raise UserError(f"cannot read {path}: {e.strerror}") from None
-    identity = _sha256([tok.fingerprint, manifest["train"]["fingerprint"], manifest["val"]["fingerprint"]])
+    identity = sha256_of_json([tok.fingerprint, manifest["train"]["fingerprint"], manifest["val"]["fingerprint"]])
     return Dataset(folder, splits["train"], splits["val"], tok, manifest, identity)
 
 
@@ -552,7 +555,3 @@ def fingerprint(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(MIB))
     return digest.hexdigest()
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
