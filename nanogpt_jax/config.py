@@ -211,7 +211,7 @@ def _mixture(value: Any, where: str) -> dict[str, float]:
 def check_tokenizer(name: str, where: str) -> None:
     """UserError where `name` can be no data.tokenizer. Whether a folder holds one is seen when it is opened."""
     kind, colon, size = name.partition(":")
-    if kind == "bpe" and not Path(name).is_dir():
+    if kind == "bpe":
         if not (colon and size.isdecimal() and size.isascii()):
             raise UserError(f"data.tokenizer={name} must name its number of tokens, like bpe:8192 ({where})")
         if not 257 <= int(size) <= 1 << 20:

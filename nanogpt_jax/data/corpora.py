@@ -30,7 +30,7 @@ from nanogpt_jax.config import UserError, suggestion
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-BLOCK = 1 << 20  # bytes read at a time
+BLOCK = 1 << 16  # bytes read at a time; as PIECE in prepare.py, or the heap breaks into fragments and grows
 SMALL = 64 << 20  # bytes of files that are identified by content; reading more at each start would be felt
 
 Block = tuple[str, bool]  # text, and whether a document ends after it

@@ -36,7 +36,7 @@ from nanogpt_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder, and of how corpora compose their texts; a new number prepares everything anew
 MIB = 1 << 20
-PIECE = 1 << 18  # characters of a document that are encoded at a time
+PIECE = 1 << 16  # characters of a document that are encoded at a time
 SHARD = 1 << 22  # characters in a shard: what an interruption costs, and what each thread holds
 LONGEST_CYCLE = 1 << 16  # sequences in which a mixture keeps its proportions
 
@@ -102,10 +102,8 @@ def _mixed(cfg: DataConfig, cycle: tuple[int, ...], parts: dict[str, Dataset]) -
 
 def _shared_tokenizer(cfg: DataConfig, sources: list[Corpus]) -> Tokenizer:
     """One tokenizer for all sources, made once and kept in <data.dir>/tokenizer-<key>/."""
-    folder = (
-        Path(cfg.dir)
-        / f"tokenizer-{sha256_of_json([FORMAT, cfg.tokenizer, [[c.name, c.identity] for c in sources]])[:12]}"
-    )
+    key = sha256_of_json([FORMAT, cfg.tokenizer, [[c.name, c.identity] for c in sources]])[:12]
+    folder = Path(cfg.dir) / f"tokenizer-{key}"
     try:
         return tokenizer.load(folder)
     except UserError:  # not there, or not whole
@@ -157,41 +155,38 @@ def _prepared(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(partial.with_suffix(".lock"), cfg.source):
+        with _alone(partial.with_suffix(".lock"), cfg.source) as lock:
             if not folder.exists():  # another process may just have made it
-                _fill(cfg, corpus, given, partial)
+                with _cleaned_up(partial, lock):
+                    _fill(cfg, corpus, given, partial)
                 os.rename(partial / "whole", folder)
             shutil.rmtree(partial, ignore_errors=True)
-    except KeyboardInterrupt:
-        if kept := _kept(partial):
-            print(kept, file=sys.stderr)
-        raise
-    except corpora.SourceFailed as e:
-        raise UserError(f"{e}\n       {kept}" if (kept := _kept(partial)) else str(e)) from None
-    except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            lock.unlink(missing_ok=True)
     except OSError as e:
-        message = f"cannot write prepared tokens into data.dir={cfg.dir}: {e.strerror or e}"
-        raise UserError(f"{message}\n       {kept}" if (kept := _kept(partial)) else message) from None
-    finally:
-        if not partial.exists():
-            with contextlib.suppress(OSError):
-                partial.with_suffix(".lock").unlink()
+        raise UserError(f"cannot write prepared tokens into data.dir={cfg.dir}: {e.strerror or e}") from None
     return folder
 
 
-def _kept(partial: Path) -> str:
-    """What to tell of an interrupted preparation. Where no shard was finished, nothing of it is left."""
-    n = len(list(partial.glob("*.shard"))) if partial.is_dir() else 0
-    if n:
-        return f"{n} finished shards are kept in {partial}; the same command goes on from there"
-    shutil.rmtree(partial, ignore_errors=True)
-    return ""
+@contextlib.contextmanager
+def _cleaned_up(partial: Path, lock: Path) -> Iterator[None]:
+    """On the way out by an exception: finished shards stay and are told of; without any, nothing stays. What is wrong
+    with the text itself leaves nothing either, since the mended text is another one."""
+    try:
+        yield
+    except BaseException as e:
+        n = len(list(partial.glob("*.shard")))
+        if n == 0 or (isinstance(e, UserError) and not isinstance(e, corpora.SourceFailed)):
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+        else:
+            kept = f"note: {n} finished shards are kept in {partial}; the same command goes on from there"
+            print(kept, file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager
-def _alone(path: Path, source: str) -> Iterator[None]:
+def _alone(path: Path, source: str) -> Iterator[Path]:
+    """While no other process makes the same."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -199,7 +194,7 @@ def _alone(path: Path, source: str) -> Iterator[None]:
         print(f"another process is preparing data.source={source}; waiting for it", file=sys.stderr)
         lock.acquire()
     try:
-        yield
+        yield path
     finally:
         lock.release()
 
@@ -225,9 +220,7 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
         shards = _make_shards(pieces, tok, dtype, partial, cfg.threads or os.cpu_count() or 1, progress)
     if corpus.documents:
         facts["documents"] = sum(s[split]["documents"] for s in shards for split in ("train", "val"))
-        facts["sha256"] = sha256_of_json(
-            [s["text"] for s in shards]
-        )  # of the shards' texts and where documents end in them
+        facts["sha256"] = sha256_of_json([s["text"] for s in shards])  # of texts, and of where documents end in them
         if facts["documents"] == 0:
             raise _no_text(corpus)
         if facts["documents"] == 1:
