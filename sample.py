@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     run = options.existing(wish.run) if wish.run else run_dir.newest(Path("runs"))
     cfg = config.read_json(run / "config.json")
     tokenizer = tokenizers.load(run / "tokenizer")
-    if prompt is None:  # a char model begins an empty prompt with a newline, if its vocabulary has one
-        prompt = "" if tokenizer.end_of_text is None else "\n"
+    if prompt is None:  # a char model begins an empty prompt with end-of-text or a newline, if its vocabulary has one
+        prompt = "" if tokenizer.name == "char" else "\n"
     n, context = len(tokenizer.encode(prompt)), cfg.model.block_size  # encode: words that the vocabulary lacks
     if n > context:
         print(f"note: of the prompt's {n} tokens the model sees the last {context}, its context", file=sys.stderr)

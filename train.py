@@ -4,6 +4,7 @@ The whole run, top to bottom. The same command again goes on where the run stopp
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 from nanogpt_jax import cli, config, runtime
@@ -22,8 +23,11 @@ def main(argv: list[str]) -> int:
     from nanogpt_jax.training import run_dir
     from nanogpt_jax.training.signals import stop_on_signals
 
-    with run_dir.claim(command) as run, stop_on_signals() as stop:  # locked: nobody else writes here
-        data = open_data(command.cfg.data)  # prepared on first use
+    with (
+        run_dir.claim(command) as run,  # locked: nobody else writes here
+        nullcontext(open_data(command.cfg.data)) as data,  # prepared on first use; Ctrl-C ends that at once
+        stop_on_signals() as stop,
+    ):
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, command.origin)
         run_dir.prepare(run, command, cfg, data)
         longer = f"or train longer: {run_dir.command_again(argv, steps=2 * cfg.train.steps)}"

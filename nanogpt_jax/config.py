@@ -51,10 +51,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "python-docs"  # python-docs, shakespeare, or the path of a UTF-8 text file
-    tokenizer: Literal["char", "gpt2"] = "char"  # one token a character, or GPT-2's byte pairs
-    val_fraction: float = 0.1  # last share of the text, kept for validation
+    source: str = "python-docs"  # or shakespeare, a file, a folder, a "GLOB", hf:NAME[:CONFIG][:FIELD], - (stdin)
+    mixture: dict[str, float] = field(default_factory=dict)  # instead of source: sources and weights, A=3,B=1
+    tokenizer: str = "char"  # char, gpt2, bpe:8192 (learned from the text), or a folder that holds a tokenizer
+    val_fraction: float = 0.1  # share kept for validation: the end of a single text, else every so many documents
+    field: str = "text"  # where rows of .jsonl, .parquet and the hub keep their text
     dir: str = "data"  # where prepared tokens are kept
+    threads: int = 0  # that turn text into tokens; 0: one a core
+
+    @property
+    def title(self) -> str:
+        return " + ".join(self.mixture) or self.source
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,9 @@ class Config:
 
 # How to run, not what is computed: these may differ between a run and its resumption.
 EXECUTION = frozenset(
-    "model.attention model.remat model.scan_unroll data.dir train.steps train.micro_batch train.steps_per_dispatch "
-    "train.eval_every train.save_every train.log_every train.keep train.tensorboard train.wandb "
-    "mesh.data mesh.fsdp mesh.tensor".split()
+    "model.attention model.remat model.scan_unroll data.dir data.threads train.steps train.micro_batch "
+    "train.steps_per_dispatch train.eval_every train.save_every train.log_every train.keep train.tensorboard "
+    "train.wandb mesh.data mesh.fsdp mesh.tensor".split()
 )
 
 TYPES: dict[str, Any] = {
@@ -162,6 +169,8 @@ def coerce(key: str, value: Any, where: str) -> Any:
             shown = ", ".join(choices)
             raise UserError(f"{key}={value!r} is not one of {shown} ({where}){suggestion(str(value), choices)}")
         return value
+    if key == "data.mixture":
+        return _mixture(value, where)
     if hint is str:
         if isinstance(value, str) and value:
             return value
@@ -176,6 +185,42 @@ def coerce(key: str, value: Any, where: str) -> Any:
         return float(value)
     wanted = {bool: "true or false", int: "a whole number", float: "a finite number"}[hint]
     raise UserError(f"{key}={value!r} must be {wanted} ({where})")
+
+
+def _mixture(value: Any, where: str) -> dict[str, float]:
+    """A table of sources and weights; from the command line as JSON or as A=3,B=1."""
+    good = 'sources and their weights: A=3,B=1 or {"A": 3, "B": 1} on the command line, { "A" = 3, "B" = 1 } in TOML'
+    wrong = UserError(f"data.mixture={value!r} must be {good} ({where})")
+    table = value
+    if isinstance(value, str) and where == "command line":
+        pairs = [part.rpartition("=") for part in value.split(",")] if value else []
+        try:
+            table = json.loads(value) if value.startswith("{") else {a: float(b) for a, _, b in pairs}
+        except ValueError:
+            raise wrong from None
+        if len(table) < len(pairs):
+            raise UserError(f"data.mixture={value} names a source twice ({where})")
+    if not isinstance(table, Mapping) or not all(table):
+        raise wrong
+    for source, weight in table.items():
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise UserError(f"data.mixture: the weight of {source} is {weight!r}, and must be above 0 ({where})")
+    return {source: float(weight) for source, weight in table.items()}
+
+
+def check_tokenizer(name: str, where: str) -> None:
+    """UserError where `name` can be no data.tokenizer. Whether a folder holds one is seen when it is opened."""
+    kind, colon, size = name.partition(":")
+    if kind == "bpe":
+        if not (colon and size.isdecimal() and size.isascii()):
+            raise UserError(f"data.tokenizer={name} must name its number of tokens, like bpe:8192 ({where})")
+        if not 257 <= int(size) <= 1 << 20:
+            raise UserError(
+                f"data.tokenizer={name} must lie in bpe:257 to bpe:1048576 ({where}): 256 bytes and end-of-text are in"
+            )
+    elif name not in ("char", "gpt2") and not Path(name).is_dir():
+        near = suggestion(name, ("char", "gpt2", "bpe:8192"))
+        raise UserError(f"data.tokenizer={name} is none of char, gpt2, bpe:8192 or a folder ({where}){near}")
 
 
 def _parse(kind: type, text: str) -> Any:
@@ -229,12 +274,18 @@ def validate(cfg: Config, origin: Origin) -> Config:
         check(value[key] >= 1, key, "must be at least 1")
     for key in (
         "model.vocab_size model.scan_unroll optim.weight_decay optim.grad_clip optim.warmup_steps train.micro_batch "
-        "train.steps_per_dispatch train.eval_every train.save_every train.seed"
+        "train.steps_per_dispatch train.eval_every train.save_every train.seed data.threads"
     ).split():
         check(value[key] >= 0, key, "must not be negative")
     for key in "model.dropout optim.beta1 optim.beta2".split():
         check(0 <= value[key] < 1, key, "must lie in [0, 1)")
     check(0 < cfg.data.val_fraction < 1, "data.val_fraction", "must lie between 0 and 1", "0.1 keeps a tenth")
+    check(
+        not cfg.data.mixture or cfg.data.source == DataConfig.source,
+        "data.source",
+        "and data.mixture exclude each other",
+        "leave one out",
+    )
     check(0 <= cfg.optim.min_learning_rate <= 1, "optim.min_learning_rate", "must lie in [0, 1]: a share of the peak")
     check(cfg.optim.learning_rate > 0, "optim.learning_rate", "must be above 0")
     check(cfg.train.seed < 2**32, "train.seed", "must be below 2**32")
@@ -444,6 +495,7 @@ def load(argv: list[str]) -> Command:
         name = path.stem
     cfg = merge(cfg, settings, "command line")
     origin.update(dict.fromkeys(settings, "command line"))
+    check_tokenizer(cfg.data.tokenizer, origin["data.tokenizer"])  # here: a run moved elsewhere needs no such folder
 
     resume = options.get("resume", "auto")
     if resume not in ("auto", "never", "must"):
@@ -468,10 +520,15 @@ def render(cfg: Config, origin: Origin) -> str:
         if key.split(".")[0] != section:
             section = key.split(".")[0]
             lines.append(f"\n[{section}]" if lines else f"[{section}]")
-        # JSON's text, numbers and booleans are TOML's too
-        setting = f"{key.split('.')[1]} = {json.dumps(value, ensure_ascii=False)}"
+        setting = f"{key.split('.')[1]} = {_toml(value)}"
         lines.append(f"{setting:<34}# {origin.get(key, 'default')}")
     return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)  # JSON's text, numbers and booleans are TOML's too
 
 
 def help_text() -> str:

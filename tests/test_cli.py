@@ -106,7 +106,7 @@ def test_wrong_config_files(tmp_path, clean_env, content, words):
 WRONG_DATA = [
     ("no file", "--data.source gone.txt", ["data.source=gone.txt"]),
     ("misspelt corpus", "--data.source python-doc", ["did you mean python-docs?"]),
-    ("a directory", "--data.source runs", ["is a directory"]),
+    ("a directory", "--data.source runs", ["metrics.jsonl, line 1 has no field 'text'", "--data.field=NAME"]),
     ("not UTF-8", "--data.source latin1.txt", ["not UTF-8", "offset"]),
     ("empty", "--data.source empty.txt", ["is empty"]),
     ("too short", "--data.source short.txt", ["model.block_size=64", "tokens"]),
@@ -290,6 +290,7 @@ def test_every_command_of_the_readme_is_understood(words):
     """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
     from nanogpt_jax import cli
     from nanogpt_jax.inference import options
+    from nanogpt_jax.tools import prepare
 
     name, *rest = words[1:] if words[0] == "python" else words
     if name == "nanogpt-jax":
@@ -298,6 +299,8 @@ def test_every_command_of_the_readme_is_understood(words):
         config.load(rest)
     elif name.removesuffix(".py") == "sample":
         options.read(rest)
+    elif name == "prepare":
+        prepare.read(rest)
     else:
         assert name in cli.COMMANDS, words
 

@@ -45,16 +45,20 @@ def folders(cfg: DataConfig) -> list[str]:
     return sorted(path.name for path in Path(cfg.dir).iterdir()) if Path(cfg.dir).exists() else []
 
 
+def text_of(corpus: corpora.Corpus) -> str:
+    return "".join(text for text, _ in corpus.blocks(lambda share: None))
+
+
 # ---- corpora --------------------------------------------------------------------------------------------------------
 
 
 def test_python_docs_are_a_fixed_megabyte():
     corpus = corpora.read("python-docs")
-    assert 900_000 < len(corpus.text) <= corpora.PYTHON_DOCS_LENGTH
+    assert 900_000 < len(text_of(corpus)) <= corpora.PYTHON_DOCS_LENGTH
     from pydoc_data.topics import topics
 
-    assert corpus.text.startswith(topics[min(topics)])  # prose first
-    assert set(corpus.facts) == {"name", "python", "sha256"}
+    assert text_of(corpus).startswith(topics[min(topics)])  # prose first
+    assert (set(corpus.origin), corpus.documents) == ({"python"}, False)
 
 
 def test_docstrings_come_in_source_order_and_bad_modules_are_skipped(tmp_path: Path):
@@ -67,31 +71,35 @@ def test_docstrings_come_in_source_order_and_bad_modules_are_skipped(tmp_path: P
 
 def test_a_text_file_is_taken_as_it_is(cfg: DataConfig):
     corpus = corpora.read(cfg.source)
-    assert corpus.text.encode() == Path(cfg.source).read_bytes()  # \r\n stays
-    assert corpus.name == "poem"
-    assert corpus.facts["path"] == cfg.source
+    assert text_of(corpus).encode() == Path(cfg.source).read_bytes()  # \r\n stays
+    assert (corpus.name, corpus.documents) == ("poem", False)
+    assert corpus.origin == {"path": cfg.source}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", r"data\.source=\S+text\.txt is empty"),
-        (b"good\xff", r"data\.source=\S+text\.txt is not UTF-8 text: byte 0xff at offset 4\n.*iconv"),
+        (b"good\xff", r"text\.txt is not UTF-8 text: byte 0xff at offset 4\n.*iconv"),
+        (b"x" * corpora.BLOCK + b"\xe9\x9d", r"is not UTF-8 text: byte 0xe9 at offset 65536\n"),  # ends too early
+        (b"x" * (corpora.BLOCK - 1) + b"\xe9x", r"is not UTF-8 text: byte 0xe9 at offset 65535\n"),  # across blocks
     ],
 )
 def test_unusable_text_files(tmp_path: Path, content: bytes, message: str):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        _ = corpora.read(str(path)).text
+        text_of(corpora.read(str(path)))
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("shakespear", r"data\.source=shakespear is neither a text file nor one of .*\n.*did you mean shakespeare\?"),
-        ("no/such.txt", r"data\.source=no/such\.txt is neither a text file nor one of python-docs, shakespeare$"),
-        (".", r"data\.source=\. is a directory; give one"),
+        (
+            "shakespear",
+            r"data\.source=shakespear is neither a file or folder nor one of .*\n.*did you mean shakespeare\?",
+        ),
+        ("no/such.txt", r"data\.source=no/such\.txt is neither a file or folder nor one of python-docs, shakespeare$"),
         ("a\0b", r"cannot read data\.source="),
     ],
 )
@@ -125,7 +133,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, answer: bytes | Exception) -> list[st
 def test_shakespeare_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_shakespeare: bytes):
     asked = serve(monkeypatch, fake_shakespeare)
     for _ in range(2):
-        assert corpora.read("shakespeare", tmp_path / "data").text.encode() == fake_shakespeare
+        assert text_of(corpora.read("shakespeare", tmp_path / "data")).encode() == fake_shakespeare
     assert len(asked) == 1
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["shakespeare.txt"]
 
@@ -136,14 +144,14 @@ def test_shakespeare_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Monk
 def test_shakespeare_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception):
     serve(monkeypatch, failure)
     with pytest.raises(UserError, match=r"(?s)cannot be downloaded.*--data\.source=FILE"):
-        _ = corpora.read("shakespeare", tmp_path).text
+        text_of(corpora.read("shakespeare", tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_another_text_is_not_taken_for_shakespeare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     serve(monkeypatch, b"<html>please log in</html>")
     with pytest.raises(UserError, match="is not tiny Shakespeare: its sha256 is"):
-        _ = corpora.read("shakespeare", tmp_path).text
+        text_of(corpora.read("shakespeare", tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -210,7 +218,7 @@ def test_gpt2_refuses_endless_runs_of_spaces(gpt2: tokenizer.Tokenizer):
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("a1'.s \n\n\n\r\t\x1c\x85静"), max_size=40), st.integers(1, 8))
 def test_encoding_in_pieces_equals_the_whole(gpt2: tokenizer.Tokenizer, text: str, size: int):
-    parts = list(tokenizer.pieces(text, size))
+    parts = list(tokenizer.pieces([text], size))
     assert "".join(parts) == text
     assert list(itertools.chain(*(gpt2.encode(part).tolist() for part in parts))) == gpt2.encode(text).tolist()
 
@@ -219,7 +227,7 @@ def test_long_texts_are_encoded_in_pieces(gpt2: tokenizer.Tokenizer, monkeypatch
     text = "".join(f"line {i}, \n\n  and so on.\n" for i in range(300))
     whole = gpt2.encode(text)
     monkeypatch.setattr(tokenizer, "PIECE", 100)
-    assert len(list(tokenizer.pieces(text, 100))) > 10
+    assert len(list(tokenizer.pieces([text], 100))) > 10
     assert np.array_equal(gpt2.encode(text), whole)
 
 
@@ -255,7 +263,11 @@ def test_tokenizers_differ_by_fingerprint(gpt2: tokenizer.Tokenizer):
         ("tokenizer.json", b'{"kind": "char', "tokenizer.json is damaged"),
         ("tokenizer.json", b"[]", "tokenizer.json is damaged"),
         ("tokenizer.json", b"{}", "tokenizer.json is damaged"),
-        ("tokenizer.json", b'{"kind": "charr", "fingerprint": ""}', "unknown kind 'charr', known: char, gpt2\n.*char?"),
+        (
+            "tokenizer.json",
+            b'{"kind": "charr", "fingerprint": ""}',
+            "unknown kind 'charr', known: char, gpt2, bpe\n.*char?",
+        ),
         ("tokenizer.json", b'{"kind": "char", "fingerprint": ""}', "characters.txt is damaged: its fingerprint"),
         ("characters.txt", None, "no tokenizer in .*: characters.txt is missing"),
         ("characters.txt", b"ba", "characters.txt is damaged: its fingerprint"),
@@ -313,11 +325,15 @@ def test_big_vocabularies_take_four_bytes_a_token(tmp_path: Path):
 
 
 def test_a_second_opening_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    text = "to be or not to be\n" * 10
-    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpora.Corpus("once", "1", lambda: text, {}))
+    def corpus(blocks) -> corpora.Corpus:
+        return corpora.Corpus("once", "1", {}, False, blocks)
+
+    monkeypatch.setitem(
+        corpora.CORPORA, "once", lambda folder: corpus(lambda tell: iter([("to be or not\n" * 9, True)]))
+    )
     cfg = DataConfig(source="once", dir=str(tmp_path))
     first = prepare.open_data(cfg)
-    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpora.Corpus("once", "1", lambda: 1 / 0, {}))  # type: ignore
+    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpus(lambda tell: 1 / 0))
     assert prepare.open_data(cfg).fingerprint == first.fingerprint
 
 
@@ -344,54 +360,63 @@ def test_fingerprint_is_of_the_tokens_not_of_the_place(cfg: DataConfig, tmp_path
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_interrupted_preparation_leaves_nothing(
-    cfg: DataConfig, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+def test_an_interrupted_preparation_keeps_its_shards_and_is_no_folder_to_open(
+    cfg: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys, failure: BaseException
 ):
     def fail(path: Path) -> str:
         raise failure
 
     with monkeypatch.context() as m:
-        m.setattr(prepare, "fingerprint", fail)
+        m.setattr(prepare, "fingerprint", fail)  # after the last shard
         expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
         with pytest.raises(expected, match="No space left" if expected is UserError else None):
             prepare.open_data(cfg)
-    assert folders(cfg) == []
-    assert len(prepare.open_data(cfg).train)
-
-
-def test_a_killed_preparation_is_no_folder_to_open(cfg: DataConfig, monkeypatch: pytest.MonkeyPatch):
-    def killed(path: Path, ignore_errors: bool) -> None:
-        """SIGKILL leaves no time to clean up."""
-
-    def fail(src: Path, dst: Path) -> None:
-        raise KeyboardInterrupt
-
+    assert "note: 1 finished shards are kept in" in capsys.readouterr().err
+    assert all(name.startswith(".poem-") for name in folders(cfg))
     with monkeypatch.context() as m:
-        m.setattr(shutil, "rmtree", killed)
-        m.setattr(os, "rename", fail)
-        with pytest.raises(KeyboardInterrupt):
-            prepare.open_data(cfg)
-    assert len(folders(cfg)) == 1  # the leftover
-    data = prepare.open_data(cfg)
-    assert data.folder.name in folders(cfg)
+        m.setattr(tokenizer.CharTokenizer, "encode", fail)
+        data = prepare.open_data(cfg)  # from the shard, and nothing is left behind
+    assert folders(cfg) == [data.folder.name]
     assert data.tokenizer.decode(data.train[:4]) == "Töne"
 
 
-def test_the_slower_of_two_preparations_takes_the_quicker_ones(cfg: DataConfig, monkeypatch: pytest.MonkeyPatch):
-    original = prepare.fingerprint
-    won: list[prepare.Dataset] = []
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interruption_before_the_first_shard_leaves_nothing(
+    cfg: DataConfig, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+):
+    def fail(self, text: str) -> np.ndarray:
+        raise failure
 
-    def overtaken(path: Path) -> str:
-        if not won:
-            with monkeypatch.context() as m:
-                m.setattr(prepare, "fingerprint", original)
-                won.append(prepare.open_data(cfg))
+    monkeypatch.setattr(tokenizer.CharTokenizer, "encode", fail)
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        prepare.open_data(cfg)
+    assert folders(cfg) == []
+
+
+def test_two_preparations_at_once_are_one(cfg: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys):
+    """The slower one waits, and takes what the quicker has made."""
+    original, calls, second_waits = prepare.fingerprint, [], threading.Event()
+
+    def slow(path: Path) -> str:
+        calls.append(path)
+        assert second_waits.wait(20)
         return original(path)
 
-    monkeypatch.setattr(prepare, "fingerprint", overtaken)
-    lost = prepare.open_data(cfg)
-    assert (lost.folder, lost.fingerprint) == (won[0].folder, won[0].fingerprint)
-    assert folders(cfg) == [lost.folder.name]
+    def tell(*words: str, file) -> None:
+        assert "another process is preparing data.source=" in words[0]
+        second_waits.set()
+
+    monkeypatch.setattr(prepare, "fingerprint", slow)
+    monkeypatch.setattr(prepare, "print", tell, raising=False)
+    both: list[prepare.Dataset] = []
+    threads = [threading.Thread(target=lambda: both.append(prepare.open_data(cfg))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert both[0].folder == both[1].folder
+    assert len([path for path in calls if path.parent.name == "whole"]) == 2  # train and val, made once
+    assert folders(cfg) == [both[0].folder.name]
 
 
 def edit(path: Path, at: int, new: bytes) -> None:

@@ -3,9 +3,11 @@
 # B batch, T time (block_size), N tokens of a split, n windows of T tokens in an epoch
 """
 
+import functools
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -16,11 +18,23 @@ ROUNDS = 6  # of the Feistel network; four would do for large n, small n has few
 Item = TypeVar("Item")
 
 
-def n_windows(tokens: np.ndarray, block_size: int) -> int:
+@dataclass(frozen=True)
+class Mixture:
+    """The training splits of several sources, and how many sequences of each make up a cycle."""
+
+    names: tuple[str, ...]
+    parts: tuple[np.ndarray, ...]
+    cycle: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+
+def n_windows(tokens: np.ndarray, block_size: int, name: str = "the training split") -> int:
     """Windows in an epoch, at least 1. UserError if `tokens` [N] are too few for one."""
     if len(tokens) < block_size + 1:
         raise UserError(
-            f"model.block_size={block_size} needs {block_size + 1} tokens, but the training split has {len(tokens)}\n"
+            f"model.block_size={block_size} needs {block_size + 1} tokens, but {name} has {len(tokens)}\n"
             f"       set model.block_size to at most {len(tokens) - 1}, or give a longer text"
         )
     # as many as fit behind every offset in [0, T): the epochs are equally long, and step -> window stays arithmetic
@@ -28,7 +42,7 @@ def n_windows(tokens: np.ndarray, block_size: int) -> int:
 
 
 def batch(
-    tokens: np.ndarray,
+    tokens: np.ndarray | Mixture,
     *,
     seed: int,
     step: int | np.ndarray,
@@ -39,16 +53,48 @@ def batch(
     """The sequences of a step: int32 [B, T+1], inputs and the targets one to the right; of K steps: [K, B, T+1].
 
     `batch_size` is the global one; `rows` picks those of this process. An epoch visits every window once, in an order
-    and from an offset that are new in each epoch, so that a sequence does not always begin at the same tokens.
+    and from an offset that are new in each epoch, so that a sequence does not always begin at the same tokens. In a
+    mixture each source has its own epochs, and sequence q comes from a source that q alone decides.
     """
-    n = n_windows(tokens, block_size)
     first = np.asarray(step, np.uint64)[..., None] * np.uint64(batch_size)
     sequence = first + np.arange(batch_size, dtype=np.uint64)[rows]
+    if not isinstance(tokens, Mixture):
+        return _windows(tokens, sequence, seed, block_size, "the training split")
+    which, number = assign(tokens.cycle, sequence)
+    found = np.empty((*sequence.shape, block_size + 1), np.int32)
+    for i, (name, part) in enumerate(zip(tokens.names, tokens.parts, strict=True)):
+        of_seed = int(_mix(np.array([seed], np.uint64) + np.uint64(i))[0])  # sources of a length take different orders
+        found[which == i] = _windows(part, number[which == i], of_seed, block_size, f"{name} in the training split")
+    return found
+
+
+def _windows(tokens: np.ndarray, sequence: np.ndarray, seed: int, block_size: int, name: str) -> np.ndarray:
+    """Windows of one source: their numbers since the first step, [...] uint64 -> int32 [..., T+1]."""
+    n = n_windows(tokens, block_size, name)
     epoch, position = np.divmod(sequence, np.uint64(n))  # a batch may straddle two epochs
     key = _mix(_mix(epoch) ^ np.uint64(seed))
     offset = _mix(key) % np.uint64(min(block_size, len(tokens) - n * block_size))
     start = offset + shuffle(position, n, key) * np.uint64(block_size)
     return np.asarray(tokens[start[..., None].astype(np.int64) + np.arange(block_size + 1)], np.int32)
+
+
+def assign(cycle: tuple[int, ...], sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(source, number within the source) of sequences [...] uint64: no state, and exact proportions in every cycle."""
+    order, rank = _one_cycle(cycle)
+    turn, place = np.divmod(sequence, np.uint64(len(order)))
+    which = order[place]
+    return which, turn * np.array(cycle, np.uint64)[which] + rank[place]
+
+
+@functools.cache
+def _one_cycle(cycle: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Sources of a cycle in turn, spread evenly, and how often each has come before; both [sum(cycle)].
+
+    The k-th of a source's m turns is due at (2k + 1) / 2m of the cycle; turns are taken as they fall due.
+    """
+    turns = [((2 * k + 1) / (2 * m), i, k) for i, m in enumerate(cycle) for k in range(m)]
+    turns.sort()
+    return np.array([i for _, i, _ in turns]), np.array([k for _, _, k in turns], np.uint64)
 
 
 def shuffle(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:

@@ -1,90 +1,370 @@
-"""Where text comes from: the corpora that we know by name, and any UTF-8 text file.
+"""Where text comes from: the corpora that we know by name, files in three formats, and the Hugging Face hub.
 
-A new corpus is one function that returns a `Corpus`, and one line in `CORPORA`.
+A source is read in blocks, never whole, so memory does not grow with it (one document of .jsonl, .parquet or the hub is
+held at a time). A new corpus is one function that returns a `Corpus`, and one line in `CORPORA`.
 """
 
 import ast
+import codecs
+import functools
+import glob
 import hashlib
 import http.client
+import json
 import os
 import platform
+import re
 import secrets
+import stat
 import sys
 import sysconfig
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanogpt_jax.config import UserError, suggestion
 
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+BLOCK = 1 << 16  # bytes read at a time; as PIECE in prepare.py, or the heap breaks into fragments and grows
+SMALL = 64 << 20  # bytes of files that are identified by content; reading more at each start would be felt
+
+Block = tuple[str, bool]  # text, and whether a document ends after it
+Tell = Callable[[float], None]  # hears which share of the source has been read
+
+
+class SourceFailed(UserError):
+    """The source cannot be reached now; what was read of it is good."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text, and what is known of it before it is read."""
+    """A source of text, and what is known of it before it is read."""
 
     name: str
     identity: str  # equal identities mean equal texts; cheap to have, so that prepared tokens open without the text
-    read_text: Callable[[], str]
     origin: dict[str, Any]  # where it comes from, for the manifest
-
-    @cached_property
-    def text(self) -> str:
-        """The whole text, nothing normalised. Read when first asked for; UserError where it cannot be had."""
-        return self.read_text()
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"name": self.name, **self.origin, "sha256": hashlib.sha256(self.text.encode()).hexdigest()}
+    documents: bool  # False: one text, which has no documents in it
+    blocks: Callable[[Tell], Iterator[Block]]  # in order, nothing normalised; UserError where they cannot be had
 
 
-def read(source: str, folder: str | Path = "data") -> Corpus:
-    """The corpus of that name, or the text file at that path. Downloads are kept in `folder`."""
+def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpus:
+    """The corpus of that name, the files at that path, standard input or a data set of the hub; see `--help`.
+
+    Downloads and standard input are kept in `folder`. `field` holds the text in rows of .jsonl, .parquet and the hub.
+    """
     if source in CORPORA:
         return CORPORA[source](Path(folder))
-    return text_file(source)
+    if source == "-":
+        return from_files(str(_spool(sys.stdin.buffer, Path(folder), source)), field)
+    if source.startswith("hf:"):
+        return from_hub(source, field)
+    return from_files(source, field, Path(folder))
 
 
-def text_file(source: str) -> Corpus:
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
+    """A file, a folder or a pattern with * or **. One plain text is one text; otherwise each plain text is a document,
+    and so is each row of .jsonl and .parquet, in the order of the names."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        raise UserError(f"data.source={source} is a directory; give one UTF-8 text file")
     try:
-        content = path.read_bytes()
+        mode = path.stat().st_mode
     except FileNotFoundError:
-        known = ", ".join(CORPORA)
-        raise UserError(
-            f"data.source={source} is neither a text file nor one of {known}{suggestion(source, CORPORA)}"
-        ) from None
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        files = sorted(f for f in found if f.is_file())
+        if not glob.has_magic(source):
+            known = ", ".join(CORPORA)
+            raise UserError(
+                f"data.source={source} is neither a file or folder nor one of {known}{suggestion(source, CORPORA)}"
+            ) from None
+        if not files:
+            raise UserError(f"data.source={source} matches no file; ** stands for folders at any depth") from None
+        name = next((part for part in reversed(path.parts) if not glob.has_magic(part)), "files")
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
         raise UserError(f"cannot read data.source={source}: {getattr(e, 'strerror', None) or e}") from None
-    if not content:
-        raise UserError(f"data.source={source} is empty; give a file with text in it")
+    else:
+        if stat.S_ISDIR(mode):
+            files = sorted(
+                f for f in path.rglob("*") if f.suffix in IN_FOLDERS and f.is_file() and not _hidden(f, path)
+            )
+            if not files:
+                raise UserError(
+                    f"data.source={source} is a folder that holds no {', '.join(IN_FOLDERS)} file\n"
+                    f"       for other text files give a pattern, for example '{path}/**/*.py'"
+                )
+            name = path.resolve().name or "files"
+        else:
+            if not stat.S_ISREG(mode):  # a pipe can be read only once
+                with path.open("rb") as stream:
+                    path = _spool(stream, folder, source)
+            files, name = [path], path.stem
 
-    def decode() -> str:
+    try:
+        stats = {file: file.stat() for file in files}
+        size = sum(s.st_size for s in stats.values())
+        if size == 0:
+            raise UserError(f"data.source={source} is empty; give a file with text in it")
+        known_by = [_sha256_of(file) if size <= SMALL else f"{s.st_size} {s.st_mtime_ns}" for file, s in stats.items()]
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename}, of data.source={source}: {e.strerror}") from None
+    formats = {file: FORMATS.get(file.suffix, _text_documents) for file in files}
+    one_text = len(files) == 1 and formats[files[0]] is _text_documents
+
+    def blocks(tell: Tell) -> Iterator[Block]:
+        before = 0
+        for file, read_file in formats.items():
+            share = stats[file].st_size / size
+            try:
+                yield from read_file(file, field, lambda x, b=before, s=share: tell(b + x * s))
+            except OSError as e:
+                raise UserError(f"cannot read {file}, of data.source={source}: {e.strerror or e}") from None
+            before += share
+
+    if one_text:
+        origin = {"path": str(files[0].resolve())}
+        identity = known_by[0] if size <= SMALL else f"{files[0].name} {known_by[0]}"
+        return Corpus(files[0].stem, identity, origin, False, blocks)
+    base = os.path.commonpath([file.parent for file in files])
+    names = [file.relative_to(base).as_posix() for file in files]
+    identity = sha256_of_json([field, list(zip(names, known_by, strict=True))])
+    return Corpus(_safe(name), identity, {"source": source, "files": len(files), "bytes": size}, True, blocks)
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _text_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
+    """A UTF-8 file as one document, in blocks."""
+    del field
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        size, done = max(os.fstat(file.fileno()).st_size, 1), 0
+        while True:
+            block = file.read(BLOCK)
+            held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                raise UserError(
+                    f"{path} is not UTF-8 text: byte {e.object[e.start]:#04x} at offset {done - held + e.start}\n"
+                    f"       convert it first, for example: iconv -f LATIN1 -t UTF-8 {path} > text.txt"
+                ) from None
+            done += len(block)
+            tell(done / size)
+            yield text, not block
+            if not block:
+                return
+
+
+def _jsonl_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
+    """The text in each line's JSON object."""
+    with path.open("rb") as file:
+        size, offset = max(os.fstat(file.fileno()).st_size, 1), 0
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line) if line.strip() else {field: None}
+            except UnicodeDecodeError as e:
+                raise UserError(
+                    f"{where} is not UTF-8: byte {line[e.start]:#04x} at offset {offset + e.start}"
+                ) from None
+            except (ValueError, RecursionError) as e:
+                remedy = "a .jsonl file holds one JSON object a line; mend or delete this one"
+                wrong = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
+                raise UserError(f"{where} is not JSON: {wrong}\n       {remedy}") from None
+            if not isinstance(row, dict):
+                raise UserError(f'{where} is not a JSON object, like {{{json.dumps(field)}: "..."}}')
+            yield _text_of(row, field, where), True
+            offset += len(line)
+            tell(offset / size)
+
+
+def _parquet_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
+    """The text in each row, a page at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise UserError(_no_field(field, names, str(path)))
+            rows = max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(batch_size=128, columns=[field], use_threads=False):
+                for value in batch.column(0):
+                    number += 1
+                    yield _text_of({field: value.as_py()}, field, f"{path}, row {number}"), True
+                tell(number / rows)
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{path} cannot be read as Parquet: {e}\n       is it whole? fetch or write it again") from None
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{path}, row {number} is not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start}"
+        ) from None
+
+
+def _text_of(row: dict[str, Any], field: str, where: str) -> str:
+    """The text in `field`; no value is no text."""
+    if field not in row:
+        raise UserError(_no_field(field, list(row), where))
+    value = row[field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the field {field!r} is not text but {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:  # JSON's \ud800 alone
+        raise UserError(f"{where} holds {value[e.start]!r}, which is half a character") from None
+    return value
+
+
+def _no_field(field: str, names: list[str], where: str) -> str:
+    near = suggestion(field, names)
+    return f"{where} has no field {field!r}, but {', '.join(map(repr, names)) or 'none at all'}{near}" + (
+        "" if near else "\n       say which one holds the text with --data.field=NAME"
+    )
+
+
+FORMATS = {".jsonl": _jsonl_documents, ".ndjson": _jsonl_documents, ".parquet": _parquet_documents}  # others are text
+IN_FOLDERS = (".txt", ".md", *FORMATS)
+
+
+def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
+    """What can be read only once, as a text file in `folder` that is named by its content."""
+    digest = hashlib.sha256()
+    partial = folder / f".stdin.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as out:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                out.write(block)
+        if not partial.stat().st_size:
+            raise UserError(f"data.source={source} gave no text")
+        kept = folder / f"stdin-{digest.hexdigest()[:12]}.txt"
+        os.replace(partial, kept)
+    except OSError as e:
+        raise UserError(f"cannot keep data.source={source} in data.dir={folder}: {e.strerror or e}") from None
+    finally:
+        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+    return kept
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "files"
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+
+def from_hub(source: str, field: str) -> Corpus:
+    """`hf:NAME[:CONFIG][:FIELD]`: the split "train" of a data set, streamed. NAME may be a folder on this machine.
+
+    A data set of the hub is identified by its name, so that a prepared one opens without a network.
+    """
+    parts = source.removeprefix("hf:").split(":")
+    if not parts[0] or len(parts) > 3:
+        raise UserError(f"data.source={source} must read hf:NAME[:CONFIG][:FIELD], like hf:allenai/c4:en:text")
+    name, config, own_field = (*parts, "", "")[:3]
+    field = own_field or field
+
+    def blocks(tell: Tell) -> Iterator[Block]:
+        stream, rows = _open_stream(source, name, config)
+        for number, row in enumerate(_reachable(source, stream), start=1):
+            yield _text_of(row, field, f"data.source={source}, row {number}"), True
+            if rows:
+                tell(number / rows)
+
+    local = [(str(f), s.st_size, s.st_mtime_ns) for f in sorted(Path(name).rglob("*")) if (s := f.stat())]
+    identity = sha256_of_json(["hf", name, config, field, local])
+    return Corpus(_safe(Path(name).name), identity, {"source": source, "field": field}, True, blocks)
+
+
+def _open_stream(source: str, name: str, config: str) -> tuple[Any, int | None]:
+    """The rows of the split "train", and how many they are if that is known. Asks the hub once, for 10 s at most:
+    `datasets` alone would try for half a minute where there is no network."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    revision = None
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # a folder called json would be taken for the format
+    else:
         try:
-            return content.decode()
-        except UnicodeDecodeError as e:
-            raise UserError(
-                f"data.source={source} is not UTF-8 text: byte {content[e.start]:#04x} at offset {e.start}\n"
-                f"       convert it first, for example: iconv -f LATIN1 -t UTF-8 {source} > text.txt"
+            revision = huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+        except OfflineModeIsEnabled:
+            pass  # `datasets` may have it in its cache
+        except (HfHubHTTPError, huggingface_hub.errors.HFValidationError) as e:
+            reason = str(e).strip().splitlines()[0]
+            raise UserError(f"data.source={source} is not a data set that the hub gives out: {reason}") from None
+        except Exception as e:  # the HTTP library's own
+            raise SourceFailed(
+                f"data.source={source} cannot be reached: {type(e).__name__}: {e}\n"
+                "       connect to the network, or give local .parquet or .jsonl files"
             ) from None
+    try:
+        stream = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=revision)
+    except Exception as e:  # whatever the file formats' libraries raise
+        text = " ".join(str(e).split())
+        raise UserError(f"data.source={source} cannot be opened: {text[:500]}") from None
+    assert isinstance(stream, datasets.IterableDataset)
+    split = (stream.info.splits or {}).get("train")
+    return stream, split.num_examples if split else None
 
-    return Corpus(path.stem, hashlib.sha256(content).hexdigest(), decode, {"path": str(path.resolve())})
+
+def _reachable(source: str, stream: Any) -> Iterator[dict[str, Any]]:
+    rows = iter(stream)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as e:  # the network's or a file's, from many libraries
+            raise SourceFailed(
+                f"data.source={source} broke off: {type(e).__name__}: {' '.join(str(e).split())[:500]}"
+            ) from e
+        yield row
+
+
+# ---- corpora known by name ------------------------------------------------------------------------------------------
+
+
+def _one_text(read_text: Callable[[], str]) -> Callable[[Tell], Iterator[Block]]:
+    """A text of a few megabytes, read when first asked for."""
+    text = functools.cache(read_text)
+
+    def blocks(tell: Tell) -> Iterator[Block]:
+        yield text(), True
+        tell(1.0)
+
+    return blocks
 
 
 def python_docs(folder: Path) -> Corpus:
     """English prose about Python that ships with CPython itself: on every machine, without a download."""
     del folder  # nothing to keep
     # sys.version rather than the bare number: distributions patch their standard library
-    return Corpus("python-docs", sys.version, _python_docs_text, {"python": platform.python_version()})
+    origin = {"python": platform.python_version()}
+    return Corpus("python-docs", sys.version, origin, False, _one_text(_python_docs_text))
 
 
 def _python_docs_text() -> str:
@@ -123,12 +403,8 @@ def _docstrings(path: Path) -> list[str]:
 
 def shakespeare(folder: Path) -> Corpus:
     """Tiny Shakespeare: `shakespeare.txt` in the data directory, or else downloaded into it."""
-    return Corpus(
-        "shakespeare",
-        SHAKESPEARE_SHA256,
-        lambda: _shakespeare_text(folder / "shakespeare.txt"),
-        {"url": SHAKESPEARE_URL},
-    )
+    read_text = functools.partial(_shakespeare_text, folder / "shakespeare.txt")
+    return Corpus("shakespeare", SHAKESPEARE_SHA256, {"url": SHAKESPEARE_URL}, False, _one_text(read_text))
 
 
 def _shakespeare_text(kept: Path) -> str:

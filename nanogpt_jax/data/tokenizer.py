@@ -1,7 +1,7 @@
-"""Text to token ids and back: one token a character, or GPT-2's byte pairs.
+"""Text to token ids and back: one token a character, GPT-2's byte pairs, or byte pairs learned from your own text.
 
 A tokenizer is its stored form: the bytes from which it is made again, kept in one file beside `tokenizer.json`. So a
-run directory needs neither the corpus nor a network. A new kind is one class, and one line in `TOKENIZERS`.
+run directory needs neither the corpus nor a network. A new kind is one class, a line in `TOKENIZERS` and one in `make`.
 """
 
 import base64
@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -23,22 +23,21 @@ from nanogpt_jax.config import UserError, suggestion
 # tiktoken's form of GPT-2's pattern; it splits as the original does, faster
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's vocab.bpe
+END_OF_TEXT = "<|endoftext|>"  # how the token shows where ids are decoded; in a corpus these letters are plain text
 PIECE = 1 << 20  # characters that one thread encodes at a time
+LONGEST = 4 << 20  # characters without a place to cut, after which a text is cut all the same: memory stays bounded
+CUT = re.compile(r"(?<=\S)[ \n]")
+SAMPLE = 32 << 20  # characters of each source that byte pairs are learned from
 
 
 class Tokenizer(Protocol):
-    name: str  # the kind, as in data.tokenizer
+    name: str  # the kind
     file: str  # where `save` keeps the stored form
     stored: bytes
-    n_vocab: int
-    end_of_text: int | None
+    n_vocab: int  # end_of_text included
+    end_of_text: int | None  # the id that follows each document; None: the text is one, without an end
 
     def __init__(self, stored: bytes) -> None: ...
-
-    @classmethod
-    def make(cls, text: str) -> "Tokenizer":
-        """A tokenizer for `text`."""
-        ...
 
     @property
     def fingerprint(self) -> str:
@@ -63,24 +62,32 @@ class Tokenizer(Protocol):
 
 
 class CharTokenizer:
-    """One token a character; ids follow the code points. Stored as those characters in UTF-8."""
+    """One token a character; ids follow the code points, and end-of-text, if there is one, comes last.
+
+    Stored as those characters in UTF-8. A last byte 0xff, which no UTF-8 text holds, stands for end-of-text.
+    """
 
     name = "char"
     file = "characters.txt"
-    end_of_text: int | None = None
 
     def __init__(self, stored: bytes) -> None:
         self.stored = stored
-        self._code_points = _code_points(stored.decode())
+        characters = stored.removesuffix(b"\xff")
+        self._code_points = _code_points(characters.decode())
         assert (np.diff(self._code_points.astype(np.int64)) > 0).all(), "characters must be sorted and unique"
-        self.n_vocab = len(self._code_points)
+        n = len(self._code_points)
+        self.end_of_text: int | None = n if len(stored) > len(characters) else None
+        self.n_vocab = n if self.end_of_text is None else n + 1
         # id of every code point up to the vocabulary's last, -1 for none; one entry more stands for all above
         self._id_of = np.full(int(self._code_points[-1]) + 2, -1, np.int32)
-        self._id_of[self._code_points] = np.arange(self.n_vocab, dtype=np.int32)
+        self._id_of[self._code_points] = np.arange(n, dtype=np.int32)
 
     @classmethod
-    def make(cls, text: str) -> "CharTokenizer":
-        return cls("".join(sorted(set(text))).encode())
+    def make(cls, texts: Iterable[str], end_of_text: bool) -> "CharTokenizer":
+        seen = np.zeros(0x110000, bool)
+        for text in texts:
+            seen[_code_points(text)] = True
+        return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le").encode() + b"\xff" * end_of_text)
 
     @property
     def fingerprint(self) -> str:
@@ -91,13 +98,17 @@ class CharTokenizer:
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
             raise UserError(
-                f"character {text[position]!r} at position {position} is not among the {self.n_vocab} characters that "
-                "this tokenizer knows\n       leave it out, or train with --data.tokenizer=gpt2, which knows all text"
+                f"character {text[position]!r} at position {position} is not among the {len(self._code_points)} "
+                "characters that this tokenizer knows\n"
+                "       leave it out, or train with --data.tokenizer=gpt2, which knows all text"
             )
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._code_points[_checked(ids, self.n_vocab)].tobytes().decode("utf-32-le")
+        known = _checked(ids, self.n_vocab)
+        ends = np.flatnonzero(known == len(self._code_points))
+        parts = [part[i > 0 :] for i, part in enumerate(np.split(known, ends))]  # all but the first begin with the end
+        return END_OF_TEXT.join(self._code_points[part].tobytes().decode("utf-32-le") for part in parts)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self.decode(ids).encode()
@@ -123,16 +134,14 @@ class GPT2Tokenizer:
             self.name,
             pat_str=GPT2_PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": len(ranks)},
+            special_tokens={END_OF_TEXT: len(ranks)},
             explicit_n_vocab=self.n_vocab,
         )
 
     @classmethod
-    def make(cls, text: str) -> "GPT2Tokenizer":
-        """OpenAI's vocabulary, whatever the text."""
-        del text
-        ranks = sorted(_gpt2_ranks().items(), key=lambda item: item[1])
-        return cls(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks))
+    def make(cls) -> "GPT2Tokenizer":
+        """OpenAI's vocabulary."""
+        return cls(_stored_ranks(_gpt2_ranks()))
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +152,7 @@ class GPT2Tokenizer:
         if len(text) <= PIECE:
             return self._encode(text)
         with ThreadPoolExecutor() as threads:  # tiktoken releases the GIL
-            return np.concatenate(list(threads.map(self._encode, pieces(text, PIECE))))
+            return np.concatenate(list(threads.map(self._encode, pieces([text], PIECE))))
 
     def _encode(self, text: str) -> np.ndarray:
         try:
@@ -153,7 +162,7 @@ class GPT2Tokenizer:
                 f"character {text[e.start]!r} at position {e.start} is half a character, not text"
             ) from None
         except ValueError as e:  # the pattern backtracks over a run of spaces, and its stack ends near a million
-            raise UserError(f"data.tokenizer=gpt2 cannot take a run of a million spaces or line ends ({e})") from None
+            raise UserError(f"the tokenizer cannot take a run of a million spaces or line ends ({e})") from None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -165,12 +174,55 @@ class GPT2Tokenizer:
         _save(self, folder)
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer}
+class BytePairTokenizer(GPT2Tokenizer):
+    """Byte pairs learned from a text, under GPT-2's pattern, stored and encoded as GPT-2's are."""
+
+    name = "bpe"
+
+    @classmethod
+    def learn(cls, texts: Iterable[str], n_vocab: int) -> "BytePairTokenizer":
+        """`n_vocab` tokens: 256 bytes, merges, and end-of-text. UserError if the texts have too few pairs."""
+        try:
+            import rustbpe
+        except ImportError:
+            raise UserError(f"data.tokenizer=bpe:{n_vocab} needs pip install 'nanogpt-jax[bpe]'") from None
+        trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.train_from_iterator(iter(texts), vocab_size=n_vocab - 1, buffer_size=64, pattern=GPT2_PATTERN)
+        ranks: dict[bytes, int] = {}
+        for token, _ in trainer.get_mergeable_ranks():
+            ranks.setdefault(bytes(token), len(ranks))
+        if len(ranks) < n_vocab - 1:
+            raise UserError(
+                f"data.tokenizer=bpe:{n_vocab} is more than this text has pairs for: at most bpe:{len(ranks) + 1}\n"
+                "       give a smaller number, or more text"
+            )
+        return cls(_stored_ranks(ranks))
 
 
-def make(kind: str, text: str) -> Tokenizer:
-    """A tokenizer of that kind for `text`."""
-    return TOKENIZERS[kind].make(text)
+TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": BytePairTokenizer}
+
+
+def make(kind: str, texts: str | Iterable[str], end_of_text: bool = False) -> Tokenizer:
+    """A tokenizer of `kind` (char, gpt2 or bpe:N) for a text, or for texts that are read once, one after the other.
+
+    `end_of_text`: a char tokenizer gets an id for it; the others always have one.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    name, _, size = kind.partition(":")
+    if name == "char":
+        return CharTokenizer.make(texts, end_of_text)
+    return BytePairTokenizer.learn(texts, int(size)) if name == "bpe" else GPT2Tokenizer.make()
+
+
+def find(place: str) -> Path:
+    """The folder of a tokenizer in `place`: a run directory, a folder of prepared tokens, or its tokenizer/ itself."""
+    for folder in (Path(place), Path(place, "tokenizer")):
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    raise UserError(
+        f"data.tokenizer={place} holds no tokenizer: neither tokenizer.json nor tokenizer/tokenizer.json is there\n"
+        "       give a run directory, a folder of prepared tokens, or one of char, gpt2, bpe:8192"
+    )
 
 
 def load(folder: Path) -> Tokenizer:
@@ -195,18 +247,33 @@ def load(folder: Path) -> Tokenizer:
     return TOKENIZERS[kind](stored)
 
 
-def pieces(text: str, size: int) -> Iterator[str]:
-    """`text` in order, in pieces of about `size` characters that GPT-2's pattern cannot tell from the whole.
+def pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
+    """The text that `blocks` make up, in pieces of about `size` characters, however it came in blocks.
 
-    A cut stands between a non-space and a newline. There the pattern always ends one match and starts the next, and
-    what it looks ahead for (is the next character a space, is this the end) it asks only after spaces.
+    GPT-2's pattern cannot tell the pieces from the whole: a cut stands between a non-space and a space or newline.
+    There the pattern always ends one match and starts the next, and what it looks ahead for (is the next character a
+    space, is this the end) it asks only after spaces. A text that has no such place is cut after LONGEST characters.
     """
-    start = 0
-    while start < len(text):
-        cut = re.compile(r"(?<=\S)\n").search(text, start + size)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
+    held = ""
+    for block in blocks:
+        held += block
+        start = 0
+        while len(held) - start > size:
+            cut = CUT.search(held, start + size)
+            end = min(cut.start() if cut else len(held), start + LONGEST)
+            if end == len(held):
+                break
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _stored_ranks(ranks: dict[bytes, int]) -> bytes:
+    """tiktoken's rank file."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
 
 
 def _code_points(text: str) -> np.ndarray:

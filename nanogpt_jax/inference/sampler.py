@@ -76,8 +76,9 @@ def generate_text(
 def opening_and_continuation(
     cfg: ModelConfig, params: gpt2.Params, tokenizer: Tokenizer, opening: np.ndarray, seed: int
 ) -> str:
-    """A few tokens of real text [N], and 300 tokens that the model goes on with."""
-    prompt = tokenizer.decode(opening)
+    """A few tokens of real text [N], up to the end of a document, and 300 tokens that the model goes on with."""
+    ends = np.flatnonzero(opening == tokenizer.end_of_text)
+    prompt = tokenizer.decode(opening[: ends[0]] if len(ends) else opening)
     return prompt + generate_text(cfg, params, tokenizer, [prompt], rules=Rules(), max_new_tokens=300, seed=seed)[0]
 
 

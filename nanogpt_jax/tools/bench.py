@@ -95,7 +95,7 @@ def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
         raise UserError(f"--versus={options['versus']} is not one of torch")
     cfg = config.load(rest).cfg
     options["new"] = options["new"] or str(max(1, min(256, cfg.model.block_size - int(options["prompt"]))))
-    vocab_size = cfg.model.vocab_size or {"char": 65, "gpt2": 50257}[cfg.data.tokenizer]
+    vocab_size = cfg.model.vocab_size or _vocab_size(cfg.data.tokenizer)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     if work == "decode" and int(options["prompt"]) + int(options["new"]) > cfg.model.block_size:
         raise UserError(
@@ -104,6 +104,16 @@ def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
     if options["versus"] and cfg.optim.name != "adamw":
         cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, name="adamw", learning_rate=1e-3))
     return work, cfg, options
+
+
+def _vocab_size(tokenizer: str) -> int:
+    """Without the text: what tiny Shakespeare, OpenAI's vocabulary, a number or a stored tokenizer has."""
+    kind, _, size = tokenizer.partition(":")
+    if kind in ("char", "gpt2", "bpe"):
+        return {"char": 65, "gpt2": 50257, "bpe": int(size or 0)}[kind]
+    from nanogpt_jax.data import tokenizer as tokenizers
+
+    return tokenizers.load(tokenizers.find(tokenizer)).n_vocab
 
 
 class _Worker:

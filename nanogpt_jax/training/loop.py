@@ -44,7 +44,7 @@ def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -
     return (
         f"{begin}: GPT-2 of {gpt2.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
         f"block_size={m.block_size}) on {mesh.size} {jax.default_backend()}\n"
-        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.source}: {len(data.train):,} tokens to "
+        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.title}: {len(data.train):,} tokens to "
         f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
     )
 

@@ -88,7 +88,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None
             )
         if _fingerprint(run_dir / "data.json") != data.fingerprint:
             raise UserError(
-                f"the data of {run_dir} has changed: {cfg.data.source} gives other tokens now than it was trained on\n"
+                f"the data of {run_dir} has changed: {cfg.data.title} gives other tokens now than it was trained on\n"
                 "       bring the old text back, or choose another --run-dir"
             )
     else:

@@ -1,0 +1,92 @@
+"""Text to tokens ahead of training: `nanogpt-jax prepare SOURCE`. train.py does the same on first use, by the same code
+and into the same folder; this is for texts that take long, and for machines that have the network or the cores."""
+
+import shlex
+import time
+
+from nanogpt_jax import cli, config
+from nanogpt_jax.config import DataConfig, UserError
+
+USAGE = """usage: nanogpt-jax prepare [SOURCE] [--tokenizer char|gpt2|bpe:N|DIR] [--field NAME] [--val-fraction F]
+                           [--mixture A=3,B=1] [--threads N] [--dir DIR] [--config CONFIG]
+
+Turns text into tokens, for train.py to find. The same command again goes on where an interrupted one stopped.
+
+  SOURCE          python-docs, shakespeare, or
+                  FILE                        a UTF-8 text, or .jsonl or .parquet with a text field
+                  FOLDER                      every .txt, .md, .jsonl and .parquet in it
+                  'GLOB'                      files by a pattern: 'books/**/*.txt'
+                  hf:NAME[:CONFIG][:FIELD]    a data set of the Hugging Face hub, streamed
+                  -                           a text from standard input
+  --tokenizer T   char: one token a character (default); gpt2: GPT-2's byte pairs; bpe:8192: byte pairs learned from
+                  the text, with so many tokens; DIR: the one of a run or of prepared tokens
+  --field NAME    where rows of .jsonl, .parquet and the hub keep their text (default: text)
+  --val-fraction F  share kept for validation (default: 0.1): whole documents, or the end of a single text
+  --mixture A=3,B=1 several sources at once, with one tokenizer and weights
+  --threads N     default: one a core; the tokens do not depend on it
+  --dir DIR       where prepared tokens are kept (default: data)
+  --config CONFIG settings of a config file, as for train.py
+
+Each flag is the setting data.NAME of train.py."""
+
+
+def main(argv: list[str]) -> int:
+    if cli.asks_for_help(argv):
+        print(USAGE)
+        return 0
+    command = read(argv)
+    cfg = command.cfg.data
+    from nanogpt_jax.data.prepare import open_data
+
+    began = time.monotonic()
+    data = open_data(cfg)
+    print(
+        f"{cfg.title}: {len(data.train):,} tokens to train on, {len(data.val):,} to validate, "
+        f"vocabulary {data.tokenizer.n_vocab:,}, {_bytes_per_token(data.manifest):.2f} bytes a token\n"
+        f"in {data.folder}, ready after {time.monotonic() - began:.1f} s\n"
+        f"next: {train_command(command)}"
+    )
+    return 0
+
+
+def read(argv: list[str]) -> config.Command:
+    """The command line, as train.py would read `--data.NAME` for each of our flags."""
+    own = {key.removeprefix("data.") for key in config.TYPES if key.startswith("data.")}
+
+    def check(key: str) -> None:
+        if key.removeprefix("data.") not in own and key != "config":
+            near = config.suggestion(key, [*own, "config"])
+            raise UserError(f"unknown flag --{key}{near or chr(10) + '       see nanogpt-jax prepare --help'}")
+
+    # a lone dash is a source, not a flag
+    words, flags = config.split_arguments(argv, (), check)
+    if len(words) > 1:
+        raise UserError(
+            f"one source at a time, but got {' and '.join(words)}\n"
+            "       for several, give a folder, a pattern in quotes, or --mixture A=3,B=1"
+        )
+    settings = {f"data.{key.removeprefix('data.')}": value for key, value in flags.items() if key != "config"}
+    if words and settings.setdefault("data.source", words[0]) != words[0]:
+        raise UserError(f"the source was given twice: {words[0]} and {settings['data.source']}")
+    file = [flags["config"]] if "config" in flags else []
+    return config.load([*file, *(f"--{key}={value}" for key, value in settings.items())])
+
+
+def train_command(command: config.Command) -> str:
+    """What trains on these tokens."""
+    default, cfg = DataConfig(), command.cfg.data
+    typed = [key for key, where in command.origin.items() if where == "command line" and key != "data.threads"]
+    values = {key: getattr(cfg, key.removeprefix("data.")) for key in typed}
+    changed = {key: value for key, value in values.items() if value != getattr(default, key.removeprefix("data."))}
+    shown = [f"--{key}={_shown(value)}" for key, value in changed.items()]
+    named = {where for where in command.origin.values() if where not in ("command line", "default")}
+    return shlex.join([*config.program("train").split(" "), *named, *shown])
+
+
+def _shown(value: object) -> str:
+    return ",".join(f"{name}={weight:g}" for name, weight in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _bytes_per_token(manifest: dict) -> float:
+    count = {of: sum(manifest[split][of] for split in ("train", "val")) for of in ("bytes", "tokens")}
+    return count["bytes"] / count["tokens"]
