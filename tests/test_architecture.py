@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "distributed": {"config"},
     "training": {"config", "model", "data", "distributed", "evaluation"},
     "inference": {"config", "model", "data"},
-    "evaluation": {"config", "model", "data", "inference"},
+    "evaluation": {"config", "model", "data", "inference", "distributed"},
     "tools": {"config", "runtime", "cli", "model", "data", "distributed", "training", "inference", "evaluation"},
     "cli": {"config", "runtime", "tools"},
     "__main__": {"cli"},
