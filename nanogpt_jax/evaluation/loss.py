@@ -1,4 +1,4 @@
-"""Loss on a whole text: every token after the first predicted once, in fixed windows, whatever the batch or the devices.
+"""Loss on a whole text: every token after the first predicted once, in fixed windows.
 
 A float32 product is summed in an order that its shape decides, so the last bits of a loss would depend on how many
 windows are computed together. Here the shape is fixed: each device computes groups of about `GROUP` tokens, the same
