@@ -290,6 +290,7 @@ def test_every_command_of_the_readme_is_understood(words):
     """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
     from nanogpt_jax import cli
     from nanogpt_jax.inference import options
+    from nanogpt_jax.tools import evaluate
 
     name, *rest = words[1:] if words[0] == "python" else words
     if name == "nanogpt-jax":
@@ -298,6 +299,8 @@ def test_every_command_of_the_readme_is_understood(words):
         config.load(rest)
     elif name.removesuffix(".py") == "sample":
         options.read(rest)
+    elif name == "eval":
+        evaluate.read(rest)
     else:
         assert name in cli.COMMANDS, words
 

@@ -5,14 +5,15 @@ Sums are exactly rounded (`math.fsum`), so no figure depends on an order.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 MOST = 32  # stretches of a text: long ones tell the truth, many tell it exactly (Schmeiser 1982); to 13 % here
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A figure and its standard error; None where fewer than two values were to be had."""
 
     value: float

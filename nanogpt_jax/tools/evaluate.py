@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ CLEAR = 2.0  # standard errors from which on a difference is called one
 class Wish:
     """The command line, checked."""
 
-    runs: list[Path]
+    runs: list[str]
     data: str
     split: str
     stride: int
@@ -91,7 +91,8 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0
     wish = read(argv)
-    runs = [open_run(path) for path in wish.runs]
+    runs = [open_run(path) for path in map(options.existing, wish.runs)] or [open_run(run_dir.newest(Path("runs")))]
+    _check_places(wish)
     for run in runs:
         if wish.stride > run.cfg.model.block_size:
             raise UserError(f"--stride={wish.stride} exceeds block_size={run.cfg.model.block_size} of {run.path}")
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
             print(difference["words"])
     if wish.json:
         try:
-            run_dir.write_atomically(Path(wish.json), json.dumps(result, indent=2, default=list) + "\n")
+            run_dir.write_atomically(Path(wish.json), json.dumps(result, indent=2, default=asdict) + "\n")
         except OSError as e:
             raise UserError(f"cannot write --json={wish.json}: {e.strerror}") from None
     return 0
@@ -160,18 +161,23 @@ def read(argv: list[str]) -> Wish:
         raise UserError("--split is a part of the run's own data; of --data the whole text is measured: leave one out")
     if value["include_path"] and not value["lm_eval"]:
         raise UserError("--include-path is where --lm-eval looks for tasks; name a task too")
-    if value["include_path"] and not Path(value["include_path"]).is_dir():
-        raise UserError(f"--include-path={value['include_path']} is no directory")
     if value["lm_eval"] and len(words) == 2:
         raise UserError("--lm-eval measures one run at a time; leave the other one out")
-    if value["json"] and not Path(value["json"]).absolute().parent.is_dir():
-        raise UserError(f"--json={value['json']}: there is no directory {Path(value['json']).parent}")
     numbers = {key: _number(value, key) for key in ("stride", "batch_size")}
     tasks = value["lm_eval"].split(",") if value["lm_eval"] else []
-    found = Wish(**{**value, **numbers, "lm_eval": tasks, "runs": []})
+    found = Wish(**{**value, **numbers, "lm_eval": tasks, "runs": words})
     if any(numbers.values()) and not found.wants_loss:
         raise UserError("--stride and --batch-size are about the loss of a text; add --data or --split")
-    return replace(found, runs=[options.existing(word) for word in words] or [run_dir.newest(Path("runs"))])
+    return found
+
+
+def _check_places(wish: Wish) -> None:
+    if wish.include_path and not Path(wish.include_path).is_dir():
+        raise UserError(f"--include-path={wish.include_path} is no directory")
+    if wish.json and not Path(wish.json).absolute().parent.is_dir():
+        raise UserError(f"--json={wish.json}: there is no directory {Path(wish.json).parent}")
+    if wish.json and Path(wish.json).is_dir():
+        raise UserError(f"--json={wish.json} is a directory; give a file")
 
 
 def _number(value: dict[str, str], key: str) -> int:
@@ -371,7 +377,7 @@ def _difference(what: str, less: Estimate, names: list[str], less_is_better: boo
     return {
         "what": what,
         "difference": less,
-        "standard_errors": less.errors,
+        "standard_errors": less.errors if math.isfinite(less.errors) else None,
         "better": ahead if less.errors >= CLEAR else None,
         "words": words,
     }
