@@ -382,14 +382,16 @@ metric_list: [{metric: exact_match}]
 }
 
 
+def task_file(name: str, kind: str, data: str | Path) -> str:
+    files = f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}"
+    return f"task: {name}\ndataset_path: json\n{files}\ntest_split: test\n{TASKS[kind]}"
+
+
 def test_lm_eval_says_the_same_to_every_digit(here, capsys):
     Path("tasks").mkdir()
-    for name, task in TASKS.items():
+    for name in TASKS:
         file = here / ("choices.jsonl" if name == "own_choices" else "last.jsonl")
-        head = (
-            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{file}'}}}}\ntest_split: test\n"
-        )
-        Path(f"tasks/{name}.yaml").write_text(head + task, encoding="utf-8")
+        Path(f"tasks/{name}.yaml").write_text(task_file(name, name, file), encoding="utf-8")
     ours = run("runs/a", "--choices", "choices.jsonl", "--last-word", "last.jsonl")["runs"][0]
     shown = capsys.readouterr().out
     theirs = run("runs/a", "--lm-eval", ",".join(TASKS), "--include-path", "tasks")["runs"][0]["lm_eval"]
@@ -503,6 +505,7 @@ WRONG_COMMANDS = [
     ("hub", "runs/a --choices hf:nobody/nothing", ["hf:nobody/nothing cannot be opened", "or give a local .jsonl file"]),
     ("hub form", "runs/a --choices hf:a:b:c:d", ["must have the form hf:NAME[:CONFIG[:SPLIT]]"]),
     ("no task", "runs/a --lm-eval own_nothing", ["lm-eval knows no task own_nothing"]),
+    ("broken task", "runs/a --lm-eval own_broken --include-path broken", ["--lm-eval=own_broken cannot be loaded", "gone.jsonl"]),
     ("two runs for lm-eval", "runs/a runs/b --lm-eval x", ["--lm-eval measures one run at a time"]),
     ("include without task", "runs/a --include-path .", ["name a task too"]),
     ("include nothing", "runs/a --lm-eval x --include-path gone", ["--include-path=gone is no directory"]),
@@ -516,6 +519,8 @@ def spoilt(place):
     import shutil
 
     (place / "empty.txt").touch()
+    (place / "broken").mkdir()
+    (place / "broken/own_broken.yaml").write_text(task_file("own_broken", "own_words", "gone.jsonl"))
     (place / "latin1.txt").write_bytes("ratón".encode("latin-1"))
     (place / "one.txt").write_text("E")
     (place / "quiz.txt").write_text("El gato?")
@@ -536,7 +541,11 @@ def spoilt(place):
 
 
 @pytest.mark.parametrize(("line", "words"), [w[1:] for w in WRONG_COMMANDS], ids=[w[0] for w in WRONG_COMMANDS])
-def test_wrong_commands(here, spoilt, line, words, capsys):
+def test_wrong_commands(here, spoilt, line, words, capsys, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    # lm-eval's own 14,000 tasks take seconds to look through
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kw: TaskManager(**kw | {"include_defaults": False}))
     refused(line, words, capsys)
 
 

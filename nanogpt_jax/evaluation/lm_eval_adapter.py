@@ -32,7 +32,7 @@ class RunLM(LM):
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """log p(continuation | context) of each request, and whether greedy decoding writes it."""
         pairs = [encode_pair(self.model, *request.args, where=_where(request)) for request in requests]
-        found = [tuple(f) for f in log_likelihoods(self.model, pairs, self.track)]
+        found = [(f.nats, f.greedy) for f in log_likelihoods(self.model, pairs, self.track)]
         for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return found
@@ -82,7 +82,8 @@ def _where(request: Instance) -> str:
 
 def _how(request: Instance) -> tuple[Rules, int, tuple[str, ...]]:
     """lm-eval's generation settings as ours. UserError for one that we do not have."""
-    wish: dict[str, Any] = dict(request.args[1])
+    arguments: Any = request.args
+    wish: dict[str, Any] = dict(arguments[1])
     until = wish.pop("until", None) or []
     stop = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
     most = wish.pop("max_gen_toks", NEW_TOKENS)

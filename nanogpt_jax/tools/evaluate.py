@@ -1,5 +1,6 @@
 """nanogpt-jax eval: how good a run is on a whole text or on items with an answer, and which of two runs is better."""
 
+import contextlib
 import json
 import math
 import os
@@ -97,8 +98,7 @@ def main(argv: list[str]) -> int:
         if wish.stride > run.cfg.model.block_size:
             raise UserError(f"--stride={wish.stride} exceeds block_size={run.cfg.model.block_size} of {run.path}")
     texts = _texts(wish, runs) if wish.wants_loss else []
-    if wish.lm_eval:
-        _import_adapter()  # missing now is better than missing after minutes
+    tasks = _lm_eval_tasks(wish) if wish.lm_eval else None  # missing now is better than missing after minutes
 
     from nanogpt_jax.evaluation import items  # jax takes seconds, so only now
 
@@ -119,8 +119,8 @@ def main(argv: list[str]) -> int:
         if words:
             found |= _prefixed("words", items.score_last_words(model, words, _track(f"last words of {run.path}")))
             column["last_word"] = _last_word(found, wish.last_word)
-        if wish.lm_eval:
-            column["lm_eval"] = _lm_eval(model, wish, run.path)
+        if tasks:
+            column["lm_eval"] = _lm_eval(model, tasks, run.path)
         _print(column)
         columns.append(column)
         scores.append(found)
@@ -418,27 +418,37 @@ def _import_adapter() -> Any:
     return lm_eval_adapter
 
 
-def _lm_eval(model: Any, wish: Wish, run: Path) -> dict[str, Any]:
-    """What lm-eval finds: task -> figure -> value."""
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that runs jax's threads
-    adapter = _import_adapter()
-    import lm_eval
+def _lm_eval_tasks(wish: Wish) -> Any:
+    """The tasks as lm-eval takes them; UserError where one is not known or its data cannot be had."""
+    _import_adapter()
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=wish.include_path or None)
-    unknown = [task for task in wish.lm_eval if task not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"lm-eval knows no task {unknown[0]}{config.suggestion(unknown[0], manager.all_tasks)}")
-    try:
-        tasks = manager.load(wish.lm_eval)
-    except Exception as e:  # from many libraries: YAML, datasets, the network
-        raise UserError(
-            f"--lm-eval={','.join(wish.lm_eval)} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
-            "       a task whose data is on the hub needs the network"
-        ) from None
-    found = lm_eval.evaluate(
-        adapter.RunLM(model, _track(f"lm-eval on {run}")), tasks, bootstrap_iters=1000, log_samples=False
-    )
+    wrong = UserError("")
+    for defaults in (False, True) if wish.include_path else (True,):  # its own 14,000 take seconds to look through
+        manager = TaskManager(include_path=wish.include_path or None, include_defaults=defaults)
+        unknown = [task for task in wish.lm_eval if task not in manager.all_tasks]
+        if unknown:
+            near = config.suggestion(unknown[0], manager.all_tasks) or "\n       --include-path DIR adds your own"
+            wrong = UserError(f"lm-eval knows no task {unknown[0]}{near}")
+            continue
+        try:
+            return manager.load(wish.lm_eval)
+        except Exception as e:  # from many libraries: YAML, datasets, the network
+            wrong = UserError(
+                f"--lm-eval={','.join(wish.lm_eval)} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
+                "       a task whose data is on the hub needs the network"
+            )
+    raise wrong
+
+
+def _lm_eval(model: Any, tasks: Any, run: Path) -> dict[str, Any]:
+    """What lm-eval finds: task -> figure -> value."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that runs jax's threads
+    from lm_eval.evaluator import evaluate
+
+    lm = _import_adapter().RunLM(model, _track(f"lm-eval on {run}"))
+    with contextlib.redirect_stdout(sys.stderr):  # what it says of its own progress
+        found: Any = evaluate(lm, tasks, bootstrap_iters=1000, log_samples=False)
     return {task: {k: v for k, v in row.items() if k != "alias"} for task, row in found["results"].items()}
 
 
