@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[str, Main]] = {
     "train": ("train a GPT-2, or go on with a run (train.py)", lambda argv: door("train").main(argv)),
     "sample": ("write text with a trained model (sample.py)", lambda argv: door("sample").main(argv)),
     "prepare": ("turn text into tokens, ahead of training", lambda argv: tool("prepare").main(argv)),
+    "eval": ("measure how good a run is, and which of two is better", lambda argv: tool("evaluate").main(argv)),
     "scaling": ("measure how the cost of a token grows with the model", lambda argv: tool("scaling").main(argv)),
     "bench": ("measure how fast this machine trains and samples", lambda argv: tool("bench").main(argv)),
 }

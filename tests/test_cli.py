@@ -290,7 +290,7 @@ def test_every_command_of_the_readme_is_understood(words):
     """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
     from nanogpt_jax import cli
     from nanogpt_jax.inference import options
-    from nanogpt_jax.tools import prepare
+    from nanogpt_jax.tools import evaluate, prepare
 
     name, *rest = words[1:] if words[0] == "python" else words
     if name == "nanogpt-jax":
@@ -301,6 +301,8 @@ def test_every_command_of_the_readme_is_understood(words):
         options.read(rest)
     elif name == "prepare":
         prepare.read(rest)
+    elif name == "eval":
+        evaluate.read(rest)
     else:
         assert name in cli.COMMANDS, words
 

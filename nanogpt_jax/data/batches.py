@@ -127,20 +127,33 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def validation(tokens: np.ndarray, *, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def n_validation(tokens: np.ndarray, block_size: int, stride: int = 0) -> int:
+    """Windows that `validation` makes of a split."""
+    return 1 + max(0, -(-(len(tokens) - 1 - block_size) // (stride or block_size)))
+
+
+def validation(
+    tokens: np.ndarray, *, block_size: int, batch_size: int, stride: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The whole split in fixed windows: (tokens int32 [B, T+1], weights float32 [B, T]) until it is through.
 
-    Every token after the first is predicted once with weight 1. Padding (of the last window, and of the last batch up
-    to B, so that one compiled shape does for all) is token 0 with weight 0.
+    Every token after the first is predicted once with weight 1. Windows begin `stride` tokens apart (0: block_size);
+    where they overlap, the later one's first T - stride predictions have weight 0, so what counts is predicted from
+    more than T - stride tokens. Padding (of the last window, and of the last batch up to B, so that one compiled shape
+    does for all) is token 0 with weight 0.
     """
     predictions = len(tokens) - 1
     assert predictions >= 1, "a split holds at least 2 tokens"
-    for first in range(0, predictions, batch_size * block_size):
-        start = first + block_size * np.arange(batch_size)[:, None]  # [B, 1]
-        index = start + np.arange(block_size + 1)  # [B, T+1]
-        inside = index <= predictions
+    stride = stride or block_size
+    assert 1 <= stride <= block_size, f"stride={stride}"
+    n = n_validation(tokens, block_size, stride)
+    for first in range(0, n, batch_size):
+        number = first + np.arange(batch_size)[:, None]  # [B, 1]
+        index = stride * number + np.arange(block_size + 1)  # [B, T+1]
+        inside = (index <= predictions) & (number < n)
         window = np.where(inside, tokens[np.minimum(index, predictions)], 0)
-        yield np.asarray(window, np.int32), inside[:, 1:].astype(np.float32)
+        new = (number == 0) | (np.arange(block_size) >= block_size - stride)
+        yield np.asarray(window, np.int32), (inside[:, 1:] & new).astype(np.float32)
 
 
 def prefetch(items: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:

@@ -49,7 +49,7 @@ def generate_text(
     params = generate.for_decoding(cfg, params)
     rows = [_Row(prompt_ids(tokenizer, p)[-cfg.block_size :], max_new_tokens, tokenizer, stop) for p in prompts]
     longest = max(len(row.ids) for row in rows) + max_new_tokens
-    S = _bucket(longest, cfg.block_size)
+    S = bucket(longest, cfg.block_size)
     slides = longest > cfg.block_size
     random, count, state = np.uint32(seed), 0, None
     while active := [row for row in rows if not row.done]:
@@ -147,7 +147,7 @@ def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: in
             row.start = len(row.ids) - max(1, cfg.block_size // 2)
     windows = [row.ids[-1:] if row.done else row.ids[row.start :] for row in rows]
     lengths = np.array([len(window) for window in windows], np.int32)
-    tokens = np.zeros((len(rows), _bucket(max(least, *lengths.tolist()), cfg.block_size)), np.int32)
+    tokens = np.zeros((len(rows), bucket(max(least, *lengths.tolist()), cfg.block_size)), np.int32)
     for b, window in enumerate(windows):
         tokens[b, : len(window)] = window
     if rules.repetition_penalty == 1:
@@ -158,6 +158,6 @@ def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: in
     return tokens, lengths, seen
 
 
-def _bucket(n: int, most: int) -> int:
+def bucket(n: int, most: int) -> int:
     """The next power of two, from 16 to `most`: a handful of shapes to compile, whatever the prompts."""
     return min(most, max(16, 1 << (n - 1).bit_length()))

@@ -17,14 +17,13 @@ from jax.sharding import PartitionSpec as P
 from nanogpt_jax.config import Config, UserError
 from nanogpt_jax.data import batches
 from nanogpt_jax.data.prepare import Dataset
-from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, shard
-from nanogpt_jax.evaluation.loss import eval_rows, evaluate
+from nanogpt_jax.evaluation.loss import evaluate, make_score
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import MetricsLog, Progress
 from nanogpt_jax.training.signals import StopRequest
-from nanogpt_jax.training.step import TrainState, make_eval_step
+from nanogpt_jax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def fit(
     """Train from `state` to cfg.train.steps. The state is donated; what it became is in the last checkpoint."""
     t, K, T = cfg.train, steps_per_dispatch, cfg.model.block_size
     start, clock = int(state.step), time.monotonic()
-    eval_step = make_eval_step(cfg, mesh)
-    rows = eval_rows(cfg, batch_ways(mesh))
+    score = make_score(cfg.model, mesh)
     layout = shard(mesh, P(None, *BATCH))
 
     def tokens_of(first: int, n: int) -> jax.Array:
@@ -109,7 +107,8 @@ def fit(
             if is_last or (t.eval_every and step % t.eval_every == 0):
                 reader.drain()
                 began = time.monotonic()
-                scores = evaluate(eval_step, state.params, data.val, cfg, rows, data.manifest["val"]["bytes"])
+                n_bytes = data.manifest["val"]["bytes"]
+                scores = evaluate(score, state.params, data.val, mesh, block_size=T, n_bytes=n_bytes)
                 validation = {f"val/{name}": value for name, value in scores.items()}
                 log.write(step, validation)
                 progress.say(

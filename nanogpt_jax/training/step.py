@@ -133,15 +133,3 @@ def mean_loss(cfg: ModelConfig, params: gpt2.Params, tokens: jax.Array, dropout_
     """Mean cross-entropy in nats of predicting tokens [B, T+1] from position 1 on -> [] float32."""
     logits = gpt2.forward(cfg, params, tokens[:, :-1], dropout_key=dropout_key)
     return losses.cross_entropy(logits, tokens[:, 1:]).mean()
-
-
-def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[gpt2.Params, jax.Array, jax.Array], jax.Array]:
-    """(params, tokens [B, T+1], weights [B, T]) -> the weighted sum of nats [] float32."""
-
-    @functools.partial(jax.jit, in_shardings=(None, shard(mesh, BATCH), shard(mesh, BATCH)), out_shardings=shard(mesh))
-    def eval_step(params: gpt2.Params, tokens: jax.Array, weights: jax.Array) -> jax.Array:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            nats = losses.cross_entropy(gpt2.forward(cfg.model, params, tokens[:, :-1]), tokens[:, 1:])
-        return jnp.sum(nats * weights)
-
-    return eval_step

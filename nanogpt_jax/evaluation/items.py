@@ -1,0 +1,165 @@
+"""Multiple choice as in HellaSwag, and the last word of a passage as in LAMBADA, by lm-eval's rules (0.4.13).
+
+Items come from a file with a JSON object a line, in the form in which these data sets are published, or from the
+Hugging Face hub as hf:NAME[:CONFIG[:SPLIT]], where NAME may be a local folder.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt_jax.config import UserError
+from nanogpt_jax.evaluation.likelihood import Model, encode_pair, log_likelihoods
+from nanogpt_jax.evaluation.loss import Track, silent
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A context and its possible continuations, of which the one numbered `gold` is the true one."""
+
+    where: str  # "FILE, line 3"
+    context: str
+    endings: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class LastWord:
+    where: str
+    context: str
+    word: str  # with the space before it
+
+
+def read_choices(source: str) -> list[Choice]:
+    """Items of HellaSwag's form {"ctx", "endings", "label"} or lm-eval's {"query", "choices", "gold"}.
+
+    Where activity_label, ctx_a and ctx_b are there too, as in the published HellaSwag, the texts are made of them as
+    lm-eval does it.
+    """
+    return [_choice(where, row) for where, row in _rows(source)]
+
+
+def _choice(where: str, row: dict[str, Any]) -> Choice:
+    known = ("query", "choices", "gold") if "query" in row else ("ctx", "endings", "label")
+    context, endings, gold = (_field(where, row, name) for name in known)
+    if not isinstance(context, str):
+        raise UserError(f"{where}: {known[0]} must be text, but is {context!r:.80}")
+    if not (isinstance(endings, Sequence) and len(endings) > 1 and all(isinstance(e, str) for e in endings)):
+        raise UserError(f"{where}: {known[1]} must be a list of two or more texts, but is {endings!r:.80}")
+    if isinstance(gold, str) and gold.isdecimal():  # HellaSwag's labels are text
+        gold = int(gold)
+    if type(gold) is not int:
+        raise UserError(f"{where}: {known[2]}={gold!r:.80} must be a whole number, which of the {known[1]} is right")
+    if not 0 <= gold < len(endings):
+        raise UserError(f"{where}: {known[2]}={gold} must lie in 0 to {len(endings) - 1}, there are {len(endings)}")
+    if {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
+        ctx = f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}"
+        context, endings = _hellaswag(ctx), [_hellaswag(e) for e in endings]
+    if not all(endings):
+        raise UserError(f"{where}: {known[1]} holds an empty text, which nothing can be said of")
+    return Choice(where, context, tuple(endings), gold)
+
+
+def _hellaswag(text: str) -> str:
+    """Without WikiHow's marks: " [title]" ends a sentence, others in square brackets go."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def read_last_words(source: str) -> list[LastWord]:
+    """Items {"text": ...}; what is behind the last space is to be predicted."""
+    found = []
+    for where, row in _rows(source):
+        text = _field(where, row, "text")
+        if not isinstance(text, str):
+            raise UserError(f"{where}: text must be text, but is {text!r:.80}")
+        context, space, word = text.rpartition(" ")
+        if not (space and word):
+            raise UserError(f"{where}: text must end in a space and a word, but is {text[-60:]!r}")
+        found.append(LastWord(where, context, space + word))
+    return found
+
+
+def score_choices(model: Model, items: Sequence[Choice], track: Track = silent) -> dict[str, np.ndarray]:
+    """{"acc", "acc_norm"}, each [n] with 1 where the true ending was the likeliest and 0 elsewhere.
+
+    acc takes the sum of an ending's log-likelihoods, acc_norm that sum for each character of the ending. (lm-eval's
+    page speaks of bytes; its code divides by characters, and has acc_bytes beside it.) A space joins the two.
+    """
+    pairs = [encode_pair(model, item.context, " " + ending, item.where) for item in items for ending in item.endings]
+    found = iter(log_likelihoods(model, pairs, track))
+    right = []
+    for item in items:
+        nats = np.array([next(found).nats for _ in item.endings])
+        by_length = nats / np.array([float(len(ending)) for ending in item.endings])
+        right.append((nats.argmax() == item.gold, by_length.argmax() == item.gold))
+    return {name: np.array([r[i] for r in right], np.float64) for i, name in enumerate(("acc", "acc_norm"))}
+
+
+def score_last_words(model: Model, items: Sequence[LastWord], track: Track = silent) -> dict[str, np.ndarray]:
+    """{"acc": 1 where greedy decoding writes the very word, "nats": -log p of the word}, each [n]."""
+    pairs = [encode_pair(model, item.context, item.word, item.where) for item in items]
+    found = log_likelihoods(model, pairs, track)
+    return {"acc": np.array([f.greedy for f in found], np.float64), "nats": np.array([-f.nats for f in found])}
+
+
+# ---- where items come from ------------------------------------------------------------------------------------------
+
+
+def _field(where: str, row: dict[str, Any], name: str) -> Any:
+    if name not in row:
+        raise UserError(f"{where} has no {name}; it has {', '.join(map(str, row)) or 'nothing'}")
+    return row[name]
+
+
+def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
+    rows = list(_hub_rows(source) if source.startswith("hf:") else _file_rows(source))
+    if not rows:
+        raise UserError(f"{source} holds no items; it should have a JSON object a line")
+    return rows
+
+
+def _file_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        content = Path(source).expanduser().read_bytes()
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
+        raise UserError(f"cannot read {source}: {getattr(e, 'strerror', None) or e}") from None
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number}"
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError:
+            raise UserError(f"{where} is not UTF-8 text") from None
+        except (json.JSONDecodeError, RecursionError) as e:
+            raise UserError(f"{where} is not JSON: {e}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is no JSON object, but {line[:60].decode(errors='replace')}")
+        yield where, row
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    name, config, split, *more = (*source.removeprefix("hf:").split(":"), "", "")
+    if not name or any(more):
+        raise UserError(f"{source} must have the form hf:NAME[:CONFIG[:SPLIT]]")
+    try:
+        found = datasets.load_dataset(name, config or None)
+    except Exception as e:  # whatever the hub's and the file formats' libraries raise
+        raise UserError(
+            f"{source} cannot be opened: {' '.join(str(e).split())[:300]}\n"
+            "       connect to the network, or give a local .jsonl file"
+        ) from None
+    assert isinstance(found, datasets.DatasetDict)
+    splits = [split] if split else ["validation", "test", "train"]
+    taken = next((s for s in splits if s in found), None)
+    if taken is None:
+        raise UserError(f"{source}: no split {split}; it has {', '.join(map(str, found))}")
+    for number, row in enumerate(found[taken], start=1):
+        yield f"{source} ({taken}), row {number}", dict(row)  # pyright: ignore

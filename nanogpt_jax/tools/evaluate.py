@@ -1,0 +1,510 @@
+"""nanogpt-jax eval: how good a run is on a whole text or on items with an answer, and which of two runs is better."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt_jax import cli, config
+from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.data import batches, corpora, tokenizer
+from nanogpt_jax.data.prepare import open_data
+from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.evaluation import statistics
+from nanogpt_jax.evaluation.statistics import Estimate
+from nanogpt_jax.inference import options
+from nanogpt_jax.training import run_dir
+
+USAGE = """usage: nanogpt-jax eval [RUN [OTHER]] [--FLAG VALUE ...]
+
+Measures a run (default: the newest in runs/). With OTHER, both on the same text, and which one is better.
+
+The loss of a whole text, as nats a token, perplexity and bits per byte, each with its standard error:
+  --data SOURCE       any text that train.py takes, read with the run's tokenizer (default: what the run was trained on)
+  --split val|train   which part of the run's own data (default: val)
+  --stride N          windows begin N tokens apart, so that each token is predicted from at least block_size - N tokens
+                      before it (default: block_size, windows side by side; smaller is better and slower)
+  --batch-size N      windows that each device is handed at a time; no figure depends on it
+
+Items with an answer, one JSON object a line, or hf:NAME[:CONFIG[:SPLIT]] from the Hugging Face hub:
+  --choices FILE      multiple choice: {"ctx", "endings", "label"} as in HellaSwag, or {"query", "choices", "gold"}
+  --last-word FILE    the last word of each {"text"}, as in LAMBADA
+  --lm-eval TASKS     tasks of lm-evaluation-harness, with commas (needs pip install 'nanogpt-jax[lm-eval]')
+  --include-path DIR  where lm-eval looks for tasks of your own; they may name Python code, which it runs
+
+  --checkpoint WHICH  best, latest or a step (default: best)
+  --json FILE         all figures, with every digit
+
+A standard error says how far the figure would move on another text of the kind: stretches of text (or items) are drawn,
+tokens are not, since neighbours resemble each other. It does not cover another seed of the same recipe."""
+
+FLAGS = "data split stride batch_size choices last_word lm_eval include_path checkpoint json".split()
+CLEAR = 2.0  # standard errors from which on a difference is called one
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The command line, checked."""
+
+    runs: list[str]
+    data: str
+    split: str
+    stride: int
+    batch_size: int
+    choices: str
+    last_word: str
+    lm_eval: list[str]
+    include_path: str
+    checkpoint: str
+    json: str
+
+    @property
+    def wants_loss(self) -> bool:
+        """The loss is measured unless something else is asked for."""
+        return bool(self.data or self.split) or not (self.choices or self.last_word or self.lm_eval)
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    cfg: Config
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as one run reads it."""
+
+    name: str
+    tokens: np.ndarray  # [N]
+    n_bytes: int
+
+
+def main(argv: list[str]) -> int:
+    if cli.asks_for_help(argv):
+        print(USAGE)
+        return 0
+    wish = read(argv)
+    runs = [open_run(path) for path in map(options.existing, wish.runs)] or [open_run(run_dir.newest(Path("runs")))]
+    _check_places(wish)
+    for run in runs:
+        if wish.stride > run.cfg.model.block_size:
+            raise UserError(f"--stride={wish.stride} exceeds block_size={run.cfg.model.block_size} of {run.path}")
+    texts = _texts(wish, runs) if wish.wants_loss else []
+    tasks = _lm_eval_tasks(wish) if wish.lm_eval else None  # missing now is better than missing after minutes
+
+    from nanogpt_jax.evaluation import items  # jax takes seconds, so only now
+
+    choices = items.read_choices(wish.choices) if wish.choices else []
+    words = items.read_last_words(wish.last_word) if wish.last_word else []
+    columns: list[dict[str, Any]] = []
+    scores: list[dict[str, np.ndarray]] = []  # of each run: a figure for each token or item, by what it measures
+    for i, run in enumerate(runs):
+        model, step = load(run, wish.checkpoint)
+        column: dict[str, Any] = {"run": str(run.path), "step": step}
+        found: dict[str, np.ndarray] = {}
+        if texts:
+            found["nats"] = _nats(model, texts[i], wish, f"loss of {run.path}")
+            column["loss"] = _loss(found["nats"], texts[i], run.cfg.model.block_size, wish.stride)
+        if choices:
+            found |= _prefixed("choices", items.score_choices(model, choices, _track(f"choices of {run.path}")))
+            column["choices"] = _choices(found, wish.choices)
+        if words:
+            found |= _prefixed("words", items.score_last_words(model, words, _track(f"last words of {run.path}")))
+            column["last_word"] = _last_word(found, wish.last_word)
+        if tasks:
+            column["lm_eval"] = _lm_eval(model, tasks, run.path)
+        _print(column)
+        columns.append(column)
+        scores.append(found)
+    result: dict[str, Any] = {"runs": columns}
+    if len(runs) == 2:
+        result["differences"] = _differences(runs, texts, scores)
+        for difference in result["differences"]:
+            print(difference["words"])
+    if wish.json:
+        try:
+            run_dir.write_atomically(Path(wish.json), json.dumps(result, indent=2, default=asdict) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write --json={wish.json}: {e.strerror}") from None
+    return 0
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def read(argv: list[str]) -> Wish:
+    """Flags and names; UserError for what cannot be meant. No jax here."""
+
+    def check(key: str) -> None:
+        if key not in FLAGS:
+            near = config.suggestion(key, FLAGS) or "\n       see nanogpt-jax eval --help"
+            raise UserError(f"unknown flag --{key.replace('_', '-')}{near.replace('_', '-')}")
+
+    words, flags = config.split_arguments(argv, (), check)
+    if len(words) > 2:
+        raise UserError(f"one run, or two to compare, but got {', '.join(words)}")
+    value = dict.fromkeys(FLAGS, "") | {"checkpoint": "best"} | flags
+    for key in flags:
+        if not flags[key]:
+            raise UserError(f"--{key.replace('_', '-')} is empty")
+    if value["split"] not in ("", "val", "train"):
+        raise UserError(f"--split={value['split']} is not one of val, train")
+    if value["split"] and value["data"]:
+        raise UserError("--split is a part of the run's own data; of --data the whole text is measured: leave one out")
+    if value["include_path"] and not value["lm_eval"]:
+        raise UserError("--include-path is where --lm-eval looks for tasks; name a task too")
+    if value["lm_eval"] and len(words) == 2:
+        raise UserError("--lm-eval measures one run at a time; leave the other one out")
+    numbers = {key: _number(value, key) for key in ("stride", "batch_size")}
+    tasks = value["lm_eval"].split(",") if value["lm_eval"] else []
+    found = Wish(**{**value, **numbers, "lm_eval": tasks, "runs": words})
+    if any(numbers.values()) and not found.wants_loss:
+        raise UserError("--stride and --batch-size are about the loss of a text; add --data or --split")
+    return found
+
+
+def _check_places(wish: Wish) -> None:
+    if wish.include_path and not Path(wish.include_path).is_dir():
+        raise UserError(f"--include-path={wish.include_path} is no directory")
+    if wish.json and not Path(wish.json).absolute().parent.is_dir():
+        raise UserError(f"--json={wish.json}: there is no directory {Path(wish.json).parent}")
+    if wish.json and Path(wish.json).is_dir():
+        raise UserError(f"--json={wish.json} is a directory; give a file")
+
+
+def _number(value: dict[str, str], key: str) -> int:
+    text, name = value[key], key.replace("_", "-")
+    if not text:
+        return 0
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise UserError(f"--{name}={text} must be a whole number, at least 1")
+    return int(text)
+
+
+# ---- runs and texts -------------------------------------------------------------------------------------------------
+
+
+def open_run(path: Path) -> Run:
+    """What of a run needs no jax."""
+    cfg = config.read_json(path / "config.json")
+    if not run_dir.checkpoint_steps(path):
+        raise UserError(f"{path} has no checkpoint yet")
+    return Run(path, cfg, tokenizer.load(path / "tokenizer"))
+
+
+def load(run: Run, checkpoint: str = "best"):
+    """The run as an `evaluation.likelihood.Model` on all devices that are visible, and the checkpoint's step."""
+    import jax
+
+    from nanogpt_jax.distributed.mesh import make_mesh
+    from nanogpt_jax.distributed.sharding import shard
+    from nanogpt_jax.evaluation.likelihood import Model
+    from nanogpt_jax.evaluation.loss import for_scoring
+    from nanogpt_jax.training.checkpoint import load_params
+
+    params, step = load_params(run.path, run.cfg, checkpoint)
+    mesh = make_mesh(config.MeshConfig(data=-1))
+    params = jax.device_put(params, shard(mesh))
+    return Model(for_scoring(run.cfg.model, jax.default_backend()), params, run.tokenizer, mesh), step
+
+
+def _texts(wish: Wish, runs: list[Run]) -> list[Text]:
+    """The text as each run reads it, seen to be one and the same."""
+    if wish.data:
+        corpus = _read(wish.data)
+        return [_given_text(wish.data, corpus, run) for run in runs]
+    texts = [_own_text(run, wish.split or "val") for run in runs]
+    if len(runs) == 2 and _bytes(runs[0], texts[0]) != _bytes(runs[1], texts[1]):
+        raise UserError(
+            f"{runs[0].path} and {runs[1].path} have other texts as {texts[0].name} and {texts[1].name}; "
+            "give one for both with --data"
+        )
+    return texts
+
+
+def _read(source: str) -> tuple[list[str], bool]:
+    """The documents of a source, and whether they are such: one plain text is none."""
+    try:
+        corpus, texts, parts = corpora.read(source), [], []
+        for text, ends in corpus.blocks(lambda _: None):
+            parts.append(text)
+            if ends:
+                texts.append("".join(parts))
+                parts.clear()
+    except UserError as e:  # known here by another name
+        raise UserError(str(e).replace("--data.source=", "--data=").replace("data.source=", "--data=")) from None
+    return [*texts, "".join(parts)] if parts else texts, corpus.documents
+
+
+def _given_text(source: str, corpus: tuple[list[str], bool], run: Run) -> Text:
+    """As prepare.py writes it: an end-of-text token behind each document."""
+    texts, documents = corpus
+    end = [run.tokenizer.end_of_text] if documents and run.tokenizer.end_of_text is not None else []
+    try:
+        tokens = np.concatenate([part for text in texts for part in (run.tokenizer.encode(text), end)])
+    except UserError as e:
+        raise UserError(f"--data={source} cannot be read with the tokenizer of {run.path}: {e}") from None
+    if len(tokens) < 2:
+        raise UserError(f"--data={source} has {len(tokens)} tokens; at least 2 are needed to predict one")
+    return Text(source, tokens.astype(np.int32), sum(len(text.encode()) for text in texts))
+
+
+def _own_text(run: Run, split: str) -> Text:
+    """The split that the run was trained with; UserError where it cannot be had as it was."""
+    other = "to measure it on another text: --data FILE"
+    path = run.path / "data.json"
+    try:
+        fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{run.path} does not say what it was trained on: {path.name} is missing\n       {other}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e})\n       {other}") from None
+    try:
+        data = open_data(run.cfg.data)
+    except UserError as e:
+        raise UserError(f"the data of {run.path} cannot be had: {e}\n       {other}") from None
+    if data.fingerprint != fingerprint:
+        raise UserError(
+            f"the data of {run.path} has changed: {run.cfg.data.source} gives other tokens now than it was trained on\n"
+            f"       bring the old text back; {other}"
+        )
+    tokens = data.val if split == "val" else data.train
+    if isinstance(tokens, batches.Mixture):
+        tokens = np.concatenate(tokens.parts)
+    return Text(f"{run.cfg.data.source} ({split})", tokens, data.manifest[split]["bytes"])
+
+
+def _bytes(run: Run, text: Text) -> bytes:
+    """The text itself. An end-of-text token is none of it."""
+    tokens = text.tokens
+    if run.tokenizer.end_of_text is not None:
+        tokens = tokens[tokens != run.tokenizer.end_of_text]
+    return run.tokenizer.decode_bytes(tokens)
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def _nats(model: Any, text: Text, wish: Wish, what: str) -> np.ndarray:
+    from nanogpt_jax.evaluation.loss import token_nats
+
+    T = model.cfg.block_size
+    return token_nats(
+        model.score, model.params, text.tokens, model.mesh,
+        block_size=T, stride=wish.stride, batch_size=wish.batch_size, track=_track(what),
+    )  # fmt: skip
+
+
+def _loss(nats: np.ndarray, text: Text, block_size: int, stride: int) -> dict[str, Any]:
+    starts = statistics.stretches(len(nats), block_size)
+    counts = np.diff(np.append(starts, len(nats)))
+    loss = statistics.ratio(statistics.sums_between(nats, starts), counts)
+    from nanogpt_jax.evaluation.loss import summary
+
+    same = summary(nats, text.n_bytes)  # as training measures it
+    return {
+        "text": text.name,
+        "tokens": len(nats),
+        "bytes": text.n_bytes,
+        "block_size": block_size,
+        "stride": stride or block_size,
+        "stretches": len(starts),
+        "nats_per_token": Estimate(same["loss"], loss.error),
+        "perplexity": Estimate(same["perplexity"], loss.scaled(same["perplexity"]).error),
+        "bits_per_byte": Estimate(same["bits_per_byte"], loss.scaled(len(nats) / math.log(2) / text.n_bytes).error),
+    }
+
+
+def _choices(found: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+    return {
+        "source": source,
+        "items": len(found["choices acc"]),
+        "acc": statistics.mean(found["choices acc"]),
+        "acc_norm": statistics.mean(found["choices acc_norm"]),
+    }
+
+
+def _last_word(found: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+    nats = statistics.mean(found["words nats"])
+    perplexity = math.exp(min(nats.value, 700))
+    return {
+        "source": source,
+        "items": len(found["words nats"]),
+        "acc": statistics.mean(found["words acc"]),
+        "perplexity": Estimate(perplexity, nats.scaled(perplexity).error),
+    }
+
+
+def _prefixed(name: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{name} {key}": value for key, value in values.items()}
+
+
+def _differences(runs: list[Run], texts: list[Text], scores: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """OTHER's figures less RUN's, each on the same stretches of text or the same items."""
+    names = [str(run.path) for run in runs]
+    a, b = scores
+    found = []
+    if texts and runs[0].tokenizer.fingerprint == runs[1].tokenizer.fingerprint:
+        starts = statistics.stretches(len(a["nats"]), max(run.cfg.model.block_size for run in runs))
+        counts = np.diff(np.append(starts, len(a["nats"])))
+        sums = statistics.sums_between(b["nats"], starts) - statistics.sums_between(a["nats"], starts)
+        found.append(_difference("nats a token", statistics.ratio(sums, counts), names, True))
+    elif texts:
+        sums, counts = _by_bytes(runs, texts, [a["nats"], b["nats"]])
+        bits = statistics.ratio((sums[1] - sums[0]) / math.log(2), counts)
+        found.append(_difference("bits a byte", bits, names, True))
+    for key in [k for k in a if k != "nats"]:
+        less_is_better = key == "words nats"
+        what = {
+            "choices acc": "acc in multiple choice",
+            "choices acc_norm": "acc_norm in multiple choice",
+            "words acc": "acc in last words",
+            "words nats": "nats a last word",
+        }[key]
+        found.append(_difference(what, statistics.mean(b[key] - a[key]), names, less_is_better))
+    return found
+
+
+def _difference(what: str, less: Estimate, names: list[str], less_is_better: bool) -> dict[str, Any]:
+    """The difference OTHER - RUN, and what it means."""
+    ahead, behind = names[::-1] if (less.value < 0) == less_is_better else names
+    error = "an unknown error" if less.error is None else f"{less.error:.4f}"
+    size = f"by {abs(less.value):.4f} ± {error} {what}, {less.errors:.1f} standard errors"
+    if less.value == 0:
+        words = f"no difference: 0 ± {error} {what}"
+    elif less.errors >= CLEAR:
+        words = f"{ahead} is better than {behind} {size}"
+    else:
+        words = f"no clear difference: {ahead} is ahead of {behind} {size}; below {CLEAR:.0f} that may be chance"
+    return {
+        "what": what,
+        "difference": less,
+        "standard_errors": less.errors if math.isfinite(less.errors) else None,
+        "better": ahead if less.errors >= CLEAR else None,
+        "words": words,
+    }
+
+
+def _by_bytes(runs: list[Run], texts: list[Text], nats: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Each run's nats on the same stretches of text, and their bytes, all [n], where tokens are not the same.
+
+    A stretch ends where tokens of both end. It begins behind the first token of both, which nothing predicts.
+    """
+    ends = []  # of each token, in bytes
+    for run, text in zip(runs, texts, strict=True):
+        lengths = np.array([len(run.tokenizer.decode_bytes([i])) for i in range(run.tokenizer.n_vocab)])
+        if run.tokenizer.end_of_text is not None:
+            lengths[run.tokenizer.end_of_text] = 0
+        ends.append(np.cumsum(lengths[text.tokens]))
+    common = np.intersect1d(*ends)
+    windows = [
+        run.cfg.model.block_size * int(common[-1]) // len(text.tokens) for run, text in zip(runs, texts, strict=True)
+    ]
+    starts = statistics.stretches(int(common[-1]), max(1, *windows))
+    cuts = np.unique(common[np.searchsorted(common, np.append(starts, common[-1]))])
+    sums = []
+    for end, each in zip(ends, nats, strict=True):
+        places = np.searchsorted(end, cuts, side="right") - 1  # of nats, which begin with the second token
+        sums.append(statistics.sums_between(each[places[0] : places[-1]], places[:-1] - places[0]))
+    return sums, np.diff(cuts)
+
+
+# ---- lm-eval --------------------------------------------------------------------------------------------------------
+
+
+def _import_adapter() -> Any:
+    try:
+        from nanogpt_jax.evaluation import lm_eval_adapter
+    except ImportError as e:
+        raise UserError(f"--lm-eval needs pip install 'nanogpt-jax[lm-eval]' ({e})") from None
+    return lm_eval_adapter
+
+
+def _lm_eval_tasks(wish: Wish) -> Any:
+    """The tasks as lm-eval takes them; UserError where one is not known or its data cannot be had."""
+    _import_adapter()
+    from lm_eval.tasks import TaskManager
+
+    wrong = UserError("")
+    for defaults in (False, True) if wish.include_path else (True,):  # its own 14,000 take seconds to look through
+        manager = TaskManager(include_path=wish.include_path or None, include_defaults=defaults)
+        unknown = [task for task in wish.lm_eval if task not in manager.all_tasks]
+        if unknown:
+            near = config.suggestion(unknown[0], manager.all_tasks) or "\n       --include-path DIR adds your own"
+            wrong = UserError(f"lm-eval knows no task {unknown[0]}{near}")
+            continue
+        try:
+            return manager.load(wish.lm_eval)
+        except Exception as e:  # from many libraries: YAML, datasets, the network
+            wrong = UserError(
+                f"--lm-eval={','.join(wish.lm_eval)} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
+                "       a task whose data is on the hub needs the network"
+            )
+    raise wrong
+
+
+def _lm_eval(model: Any, tasks: Any, run: Path) -> dict[str, Any]:
+    """What lm-eval finds: task -> figure -> value."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that runs jax's threads
+    from lm_eval.evaluator import evaluate
+
+    lm = _import_adapter().RunLM(model, _track(f"lm-eval on {run}"))
+    with contextlib.redirect_stdout(sys.stderr):  # what it says of its own progress
+        found: Any = evaluate(lm, tasks, bootstrap_iters=1000, log_samples=False)
+    return {task: {k: v for k, v in row.items() if k != "alias"} for task, row in found["results"].items()}
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def _print(column: dict[str, Any]) -> None:
+    print(f"{column['run']}, step {column['step']}")
+    if loss := column.get("loss"):
+        overlap = "" if loss["stride"] == loss["block_size"] else f", {loss['stride']} tokens apart"
+        print(f"  {loss['text']}: {loss['tokens']:,} tokens in windows of {loss['block_size']}{overlap}")
+        _row("loss", loss["nats_per_token"], 6, "nats a token")
+        _row("perplexity", loss["perplexity"], 4)
+        _row("bits per byte", loss["bits_per_byte"], 6)
+    if choices := column.get("choices"):
+        print(f"  {choices['source']}: {choices['items']:,} items, multiple choice")
+        _row("acc", choices["acc"], 4)
+        _row("acc_norm", choices["acc_norm"], 4)
+    if words := column.get("last_word"):
+        print(f"  {words['source']}: {words['items']:,} items, last word")
+        _row("acc", words["acc"], 4)
+        _row("perplexity", words["perplexity"], 4)
+    for task, figures in column.get("lm_eval", {}).items():
+        print(f"  {task} (lm-eval)")
+        for key, value in figures.items():
+            name, _, which = key.partition(",")
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = figures.get(f"{name}_stderr,{which}")
+                _row(name, Estimate(value, error if isinstance(error, float) else None), 4)
+
+
+def _row(name: str, figure: Estimate, digits: int, unit: str = "") -> None:
+    error = "" if figure.error is None else f" ± {figure.error:.{digits}f}"
+    print(f"    {name:<14}{figure.value:>{digits + 6}.{digits}f}{error} {unit}".rstrip())
+
+
+def _track(what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def track(items: Iterable[Any], n: int) -> Iterable[Any]:
+        from rich.console import Console
+        from rich.progress import track
+
+        hidden = not sys.stderr.isatty()
+        return track(items, what, n, console=Console(stderr=True), transient=True, disable=hidden)
+
+    return track
