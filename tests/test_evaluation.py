@@ -493,7 +493,7 @@ WRONG_COMMANDS = [
     ("no batch", "runs/a --batch-size many", ["--batch-size=many must be a whole number"]),
     ("no text", "runs/a --data gone.txt", ["--data=gone.txt"]),
     ("empty text", "runs/a --data empty.txt", ["--data=empty.txt is empty"]),
-    ("not UTF-8", "runs/a --data latin1.txt", ["--data=latin1.txt is not UTF-8 text"]),
+    ("not UTF-8", "runs/a --data latin1.txt", ["latin1.txt is not UTF-8 text"]),
     ("one token", "runs/a --data one.txt", ["--data=one.txt has 1 tokens; at least 2 are needed"]),
     ("unknown characters", "runs/a --data quiz.txt", ["--data=quiz.txt cannot be read with the tokenizer of runs/a: character '?' at position 7"]),
     ("data gone", "moved", ["the data of moved cannot be had: data.source=gone.txt", "to measure it on another text: --data FILE"]),
