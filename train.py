@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
 
     with run_dir.claim(command) as run, stop_on_signals() as stop:  # locked: nobody else writes here
         data = open_data(command.cfg.data)  # prepared on first use
+        run_dir.check_tokenizer(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, command.origin)
         run_dir.prepare(run, command, cfg, data)
         longer = f"or train longer: {run_dir.command_again(argv, steps=2 * cfg.train.steps)}"

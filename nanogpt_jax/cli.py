@@ -54,6 +54,8 @@ def tool(name: str) -> ModuleType:
 COMMANDS: dict[str, tuple[str, Main]] = {
     "train": ("train a GPT-2, or go on with a run (train.py)", lambda argv: door("train").main(argv)),
     "sample": ("write text with a trained model (sample.py)", lambda argv: door("sample").main(argv)),
+    "import-hf": ("make a run of a GPT-2 in Hugging Face's files", lambda argv: tool("hub").main_import(argv)),
+    "export-hf": ("write a run for transformers, or as GGUF", lambda argv: tool("hub").main_export(argv)),
     "scaling": ("measure how the cost of a token grows with the model", lambda argv: tool("scaling").main(argv)),
     "bench": ("measure how fast this machine trains and samples", lambda argv: tool("bench").main(argv)),
 }

@@ -39,7 +39,7 @@ class Dataset:
 def open_data(cfg: DataConfig) -> Dataset:
     """The tokens of `cfg`, prepared on first use. UserError if the text cannot be had or the folder is damaged."""
     corpus = corpora.read(cfg.source, cfg.dir)
-    key = _sha256([FORMAT, corpus.name, corpus.identity, cfg.tokenizer, cfg.val_fraction])[:12]
+    key = _sha256([FORMAT, corpus.name, corpus.identity, tokenizer.identity(cfg.tokenizer), cfg.val_fraction])[:12]
     folder = Path(cfg.dir) / f"{corpus.name[:40]}-{key}"  # file systems end names at 255 bytes
     if not folder.exists():
         _prepare(cfg, corpus, folder)

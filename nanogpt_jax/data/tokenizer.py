@@ -23,6 +23,7 @@ from nanogpt_jax.config import UserError, suggestion
 # tiktoken's form of GPT-2's pattern; it splits as the original does, faster
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's vocab.bpe
+GPT2_VOCAB_SIZE = 50257
 PIECE = 1 << 20  # characters that one thread encodes at a time
 
 
@@ -111,19 +112,21 @@ class GPT2Tokenizer:
 
     name = "gpt2"
     file = "ranks.tiktoken"
+    end_of_text: int | None
 
     def __init__(self, stored: bytes) -> None:
         import tiktoken
 
         self.stored = stored
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, stored.splitlines())}
-        self.end_of_text: int | None = len(ranks)
         self.n_vocab = len(ranks) + 1
+        # the one id without a token: GPT-2's last; the first in a vocabulary that Hugging Face's trainer made
+        (self.end_of_text,) = set(range(self.n_vocab)) - set(ranks.values())
         self._encoding = tiktoken.Encoding(
             self.name,
             pat_str=GPT2_PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": len(ranks)},
+            special_tokens={"<|endoftext|>": self.end_of_text},
             explicit_n_vocab=self.n_vocab,
         )
 
@@ -168,9 +171,25 @@ class GPT2Tokenizer:
 TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer}
 
 
-def make(kind: str, text: str) -> Tokenizer:
-    """A tokenizer of that kind for `text`."""
-    return TOKENIZERS[kind].make(text)
+def make(wanted: str, text: str) -> Tokenizer:
+    """A tokenizer of the kind `wanted` for `text`, or the one in the directory, or the run, of that name."""
+    return TOKENIZERS[wanted].make(text) if wanted in TOKENIZERS else load_any(Path(wanted))
+
+
+def identity(wanted: str) -> str:
+    """What tells two values of data.tokenizer apart: the kind, or what is in the directory, wherever it lies."""
+    return wanted if wanted in TOKENIZERS else load_any(Path(wanted)).fingerprint
+
+
+def load_any(folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`, or in that run directory."""
+    if not folder.is_dir():
+        known = ", ".join(TOKENIZERS)
+        raise UserError(
+            f"data.tokenizer={folder} is neither one of {known} nor a directory with a tokenizer"
+            f"{suggestion(str(folder), TOKENIZERS)}"
+        )
+    return load(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
 
 
 def load(folder: Path) -> Tokenizer:
@@ -256,9 +275,14 @@ def _gpt2_ranks() -> dict[bytes, int]:
 
 def ranks_of_vocab(vocab: str) -> dict[bytes, int]:
     """Ranks from OpenAI's vocab.bpe: the 256 bytes in GPT-2's order, then a token for each line of merges."""
+    symbol_of = byte_symbols()
+    byte_of = {symbol: byte for byte, symbol in symbol_of.items()}
+    merged = [bytes(byte_of[c] for c in line if c != " ") for line in vocab.split("\n")[1:-1]]
+    return {token: rank for rank, token in enumerate([bytes([b]) for b in symbol_of] + merged)}
+
+
+def byte_symbols() -> dict[int, str]:
+    """Byte -> the character that GPT-2 writes for it, in the order of its ids; U+0100 and on for the unprintable."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
-    # GPT-2 writes the unprintable bytes as the characters from 256 on
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    merged = [bytes(byte_of[c] for c in line if c != " ") for line in vocab.split("\n")[1:-1]]
-    return {token: rank for rank, token in enumerate([bytes([b]) for b in printable + others] + merged)}
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
