@@ -1,6 +1,7 @@
 """The command line as a person meets it: real processes, and for each wrong input its message and exit code 2."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
@@ -153,7 +154,19 @@ def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, cle
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
 
 
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A directory with the settings of the runs that configs and README commands start from."""
+    for name in ("gpt2", "default"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        model = config.load(["gpt2"]).cfg.model
+        settings = config.Config(model=dataclasses.replace(model, vocab_size=50257))
+        (tmp_path / "runs" / name / "config.json").write_text(config.to_json(settings))
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.usefixtures("runs")
 def test_every_config_loads_by_name_and_tells_its_story(path):
     command = config.load([path.stem])
     assert command.run_dir == Path("runs") / path.stem
@@ -286,10 +299,12 @@ def test_the_readme_names_commands():
 
 
 @pytest.mark.parametrize("words", commands_of_the_readme(), ids=" ".join)
+@pytest.mark.usefixtures("runs")
 def test_every_command_of_the_readme_is_understood(words):
     """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
     from nanogpt_jax import cli
     from nanogpt_jax.inference import options
+    from nanogpt_jax.tools import hub
 
     name, *rest = words[1:] if words[0] == "python" else words
     if name == "nanogpt-jax":
@@ -298,6 +313,8 @@ def test_every_command_of_the_readme_is_understood(words):
         config.load(rest)
     elif name.removesuffix(".py") == "sample":
         options.read(rest)
+    elif name in hub.ARGUMENTS:
+        hub.arguments(name, rest)
     else:
         assert name in cli.COMMANDS, words
 

@@ -34,13 +34,17 @@ Writes a run as transformers reads it (config.json, model.safetensors, tokenizer
 DOWNLOADED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 DOWNLOADED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 TOKENS_COMPARED = 256
+ARGUMENTS = {  # the two words, the flags with a value, those without
+    "import-hf": ("MODEL RUN", ("tokenizer",), ("no_compare",)),
+    "export-hf": ("RUN DIR", ("checkpoint",), ("overwrite", "no_compare")),
+}
 
 
 def main_import(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
         print(IMPORT_USAGE)
         return 0
-    (name, target), flags = _arguments(argv, "import-hf", "MODEL RUN", ("tokenizer",), ("no_compare",))
+    (name, target), flags = arguments("import-hf", argv)
     run = Path(target)
     _refuse_existing(run)
     path = Path(name)
@@ -118,8 +122,7 @@ def main_export(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
         print(EXPORT_USAGE)
         return 0
-    switches = ("overwrite", "no_compare")
-    (name, target), flags = _arguments(argv, "export-hf", "RUN DIR", ("checkpoint",), switches)
+    (name, target), flags = arguments("export-hf", argv)
     run, out = Path(name), Path(target)
     settings = config.read_json(run / "config.json")
     cfg = settings.model
@@ -169,9 +172,10 @@ def main_export(argv: list[str]) -> int:
     return 0
 
 
-def _arguments(
-    argv: list[str], command: str, wanted: str, options: tuple[str, ...], switches: tuple[str, ...]
-) -> tuple[list[str], dict[str, str]]:
+def arguments(command: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The two words of a command line and its flags; UserError where it is not understood."""
+    wanted, options, switches = ARGUMENTS[command]
+
     def check(key: str) -> None:
         if key not in (*options, *switches):
             near = config.suggestion(key, [*options, *switches]) or f"\n       see nanogpt-jax {command} --help"
