@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.cli import door
-from nanogpt_jax.config import DataConfig, ModelConfig
+from nanogpt_jax.config import DataConfig, ModelConfig, OptimConfig
 from nanogpt_jax.data import tokenizer as tokenizers
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
@@ -26,8 +27,8 @@ from nanogpt_jax.interop import transformers_files, vocabulary, weights
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.tools import hub
 from nanogpt_jax.training.checkpoint import load_params
-from nanogpt_jax.training.optim import OPTIMIZERS, make_optimizer
-from nanogpt_jax.training.step import init_state, make_train_step
+from nanogpt_jax.training.optim import OPTIMIZERS, make_optimizer, with_frozen
+from nanogpt_jax.training.step import init_state
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2_odd.safetensors"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 40
@@ -416,6 +417,14 @@ def test_wrong_commands(place, monkeypatch, capsys, line, message):
     assert (place / "home" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    tokenizers.make("char", TEXT).save(tmp_path / "run" / "tokenizer")
+    assert command("export-hf", tmp_path / "run", tmp_path / "model.gguf") == 2
+    assert "llama.cpp ends a text at one token" in capsys.readouterr().err
+    assert not (tmp_path / "model.gguf").exists()
+
+
 def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("old")
@@ -475,33 +484,46 @@ def test_training_starts_from_a_run_keeps_what_is_frozen_and_goes_on_without_it(
     assert "going on in moved from step 6" in said
 
 
-def test_a_frozen_model_learns_nothing_whatever_the_optimizer():
-    """All but the last layer norm; -0.0 among the weights stays -0.0."""
-    cfg = config.Config(model=ModelConfig(**{**vars(CFG), "n_layer": 2, "scan_unroll": 1, "attention": "reference"}))
-    changes = {
-        "optim.freeze_layers": 2,
-        "optim.freeze_embeddings": True,
-        "train.batch_size": 2,
-        "optim.weight_decay": 0.5,
-    }
-    params = gpt2.init_params(cfg.model, jax.random.key(1))
-    params["wpe"] = params["wpe"].at[0].set(-0.0)
-    params["h"]["mlp"]["c_fc"]["bias"] = params["h"]["mlp"]["c_fc"]["bias"].at[:].set(-0.0)
-    tokens = np.random.default_rng(0).integers(0, V, (1, 2, 20)).astype(np.int32)
-    for name in OPTIMIZERS:
-        tuned = config.merge(cfg, {**changes, "optim.name": name}, "test")
-        mesh = make_mesh(tuned.mesh)
-        tx = make_optimizer(tuned.optim, 10)
-        state = init_state(tuned, tx, mesh, params)
-        step = make_train_step(tuned, tx, mesh)
-        for _ in range(3):
-            state, metrics = step(state, tokens, np.int32(1))
-        still = {k: v for k, v in state.params.items() if k != "ln_f"}
-        assert_bits_equal(still, {k: v for k, v in params.items() if k != "ln_f"})
-        assert (np.asarray(state.params["ln_f"]["scale"]) != 1).all(), name
-        assert 0 < float(metrics["grad_norm"][0]) < 10
-        moments = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
-        assert not any(np.any(x) for path, x in moments if "'h'" in str(path) or "wte" in str(path)), name
+def test_weights_to_start_from_are_laid_out_on_the_mesh(place):
+    cfg = config.read_json(place / "run/config.json")
+    tuned = config.merge(cfg, {"mesh.fsdp": 4, "mesh.data": 2, "train.batch_size": 8, "model.block_size": 7}, "test")
+    mesh = make_mesh(tuned.mesh)
+    alone, _ = load_params(place / "run", cfg)
+    params, _ = load_params(place / "run", cfg, mesh=mesh)
+    state = init_state(tuned, make_optimizer(tuned.optim, 10), mesh, params)
+    assert state.params["wte"].addressable_shards[0].data.shape == (384, 5)
+    assert_bits_equal(state.params, {**alone, "wpe": alone["wpe"][:7]})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_frozen_stays_to_the_bit_whatever_the_optimizer(name):
+    """Weight decay and all, and -0.0 among the weights stays -0.0; its moments stay zero."""
+    settings = OptimConfig(name=name, freeze_layers=2, freeze_embeddings=True, weight_decay=0.5, warmup_steps=0)
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: gpt2.init_params(CFG, jax.random.key(0)))
+    params, grads = (jax.tree.map(lambda x: random.normal(size=x.shape).astype("f"), shapes) for _ in range(2))
+    params["wpe"][0] = params["h"]["mlp"]["c_fc"]["bias"][0] = -0.0
+    tx = make_optimizer(settings, 10)
+    state, after = tx.init(params), params
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(with_frozen(settings, grads, 0.0), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2):
+        after, state = step(after, state)
+
+    def frozen(tree):
+        return {"wte": tree["wte"], "wpe": tree["wpe"], "h": jax.tree.map(lambda x: x[:2], tree["h"])}
+
+    assert_bits_equal(frozen(after), frozen(params))
+    for x, y in zip(jax.tree.leaves(after["h"]), jax.tree.leaves(params["h"]), strict=True):
+        assert (x[2] != y[2]).all()
+    assert (after["ln_f"]["scale"] != params["ln_f"]["scale"]).all()
+    moments = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_flatten_with_path(state)[0]]
+    assert all(not np.any(x) for path, x in moments if "wte" in path)
+    assert all(not np.any(x[:2]) and np.any(x[2]) for path, x in moments if "c_fc']['kernel" in path and x.ndim == 3)
 
 
 WRONG_STARTS = [

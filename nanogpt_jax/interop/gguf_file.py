@@ -32,6 +32,11 @@ def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.nd
         import gguf
     except ImportError:
         raise UserError("a .gguf file needs pip install 'nanogpt-jax[gguf]'") from None
+    if tokenizer.end_of_text is None:
+        raise UserError(
+            f"{path} cannot be written: llama.cpp ends a text at one token of the vocabulary, and all of these are "
+            "characters\n       export to a directory, for transformers, or train with --data.tokenizer=gpt2"
+        )
     partial = path.with_name(f".{path.name}.tmp")
     writer = gguf.GGUFWriter(partial, "gpt2")
     writer.add_name(name)
@@ -49,10 +54,10 @@ def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.nd
     kinds = [gguf.TokenType.UNUSED] * cfg.vocab_size
     for symbols, rank in vocab.items():
         tokens[rank], kinds[rank] = symbols, gguf.TokenType.NORMAL
-    if (end := tokenizer.end_of_text) is not None:
-        tokens[end], kinds[end] = END_OF_TEXT, gguf.TokenType.CONTROL
-        writer.add_bos_token_id(end)
-        writer.add_eos_token_id(end)
+    end = tokenizer.end_of_text
+    tokens[end], kinds[end] = END_OF_TEXT, gguf.TokenType.CONTROL
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)

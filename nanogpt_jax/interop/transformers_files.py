@@ -136,7 +136,9 @@ def _files_in(folder: Path) -> list[Path]:
             raise _pickled(path)
     others = sorted(folder.glob("*.safetensors"))
     hint = f"\n       to take one file: {others[0]}" if others else ""
-    raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json{hint}")
+    raise UserError(
+        f"{folder} has no model.safetensors and no model.safetensors.index.json; pickled weights are not taken{hint}"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -140,17 +140,12 @@ def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:
 
 
 def tokens_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-level symbols -> id, without the end of the text, and the pairs that merge, in order."""
+    """Of byte pairs: byte-level symbols -> id, without the end of the text, and the pairs that merge, in order."""
     symbol = byte_symbols()
 
     def symbols(token: bytes) -> str:
         return "".join(symbol[byte] for byte in token)
 
-    if isinstance(tokenizer, CharTokenizer):  # a character of several bytes merges from left to right
-        characters = [tokenizer.decode([i]).encode() for i in range(tokenizer.n_vocab)]
-        steps = {(c[:n], c[n : n + 1]): None for c in characters for n in range(1, len(c))}
-        merges = [(symbols(left), symbols(right)) for left, right in steps]
-        return {symbols(character): i for i, character in enumerate(characters)}, merges
     ranks = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.n_vocab) if i != tokenizer.end_of_text}
     pairs = []
     for token in (t for t in sorted(ranks, key=lambda t: ranks[t]) if len(t) > 1):
