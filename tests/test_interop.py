@@ -507,12 +507,12 @@ def test_what_is_frozen_stays_to_the_bit_whatever_the_optimizer(name):
     state, after = tx.init(params), params
 
     @jax.jit
-    def step(params, state):
+    def step(params, state, grads):
         updates, state = tx.update(with_frozen(settings, grads, 0.0), state, params)
         return optax.apply_updates(params, updates), state
 
     for _ in range(2):
-        after, state = step(after, state)
+        after, state = step(after, state, grads)
 
     def frozen(tree):
         return {"wte": tree["wte"], "wpe": tree["wpe"], "h": jax.tree.map(lambda x: x[:2], tree["h"])}

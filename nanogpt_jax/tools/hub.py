@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import secrets
@@ -75,8 +76,6 @@ def main_import(argv: list[str]) -> int:
             "not belong together\n       name the right one: --tokenizer DIR"
         )
 
-    import jax
-
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training import run_dir
     from nanogpt_jax.training.checkpoint import save_params
@@ -88,7 +87,6 @@ def main_import(argv: list[str]) -> int:
             return model.weights.read(tensor)
 
         params = weights.from_hugging_face(model.cfg, read)
-    params = jax.tree.map(jax.numpy.asarray, params)
     cfg = Config(model=model.cfg, data=config.DataConfig(tokenizer=target))
     partial = run.with_name(f".{run.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -110,7 +108,9 @@ def main_import(argv: list[str]) -> int:
         f"{run}: GPT-2 of {gpt2.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
         f"block_size={m.block_size} vocabulary {m.vocab_size}), tokenizer of {tokenizer.n_vocab}, from {name}"
     )
-    print("not compared (--no-compare)" if "no_compare" in flags else _compare(m, params, model.config, model.files))
+    ours = _own_logits(m, params, flags)
+    del params  # room for theirs
+    print(_compared(ours, model.config, model.files))
     print(
         f"next: {config.program('sample')} {run} --prompt 'Once upon a time'\n"
         f"      or train from it: {config.program('train')} --init-from {run} --data.source=FILE --run-dir NEW"
@@ -166,9 +166,9 @@ def main_export(argv: list[str]) -> int:
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     print(f"{out}: step {step} of {run}, as transformers reads it")
-    del tensors
-    shown = "not compared (--no-compare)"
-    print(shown if "no_compare" in flags else _compare(cfg, params, about, [out / "model.safetensors"]))
+    ours = _own_logits(cfg, params, flags)
+    del tensors, params  # room for theirs
+    print(_compared(ours, about, [out / "model.safetensors"]))
     return 0
 
 
@@ -252,26 +252,41 @@ def _progress(what: str, total: int) -> Iterator[Any]:
         yield lambda: bar.advance(task)
 
 
-def _compare(cfg: ModelConfig, params: Any, about: dict[str, Any], files: list[Path]) -> str:
-    """What is to be said of our logits beside those of transformers, which reads `files` in its own way."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        from safetensors.torch import load_file
-        from transformers import GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        return f"not compared with transformers: {e.name} is not installed (pip install 'nanogpt-jax[compare]')"
+def _tokens(n_vocab: int, block_size: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(n_vocab, size=(1, min(block_size, TOKENS_COMPARED)))
+
+
+def _own_logits(cfg: ModelConfig, params: Any, flags: dict[str, str]) -> Any:
+    """Ours [1, T, V] for random tokens; or, as text, why nothing is to be compared."""
+    if "no_compare" in flags:
+        return "not compared (--no-compare)"
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not compared with transformers: {missing[0]} is not installed (pip install 'nanogpt-jax[compare]')"
     import jax
     import numpy as np
 
     from nanogpt_jax.model import gpt2
 
-    T = min(cfg.block_size, TOKENS_COMPARED)
-    tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=(1, T))
     cfg = dataclasses.replace(cfg, attention="reference", dtype="float32", scan_unroll=1, remat="none")
-    ours = np.asarray(jax.jit(gpt2.forward, static_argnums=0)(cfg, params, tokens))[..., : cfg.vocab_size]
+    forward = jax.jit(gpt2.forward, static_argnums=0)
+    return np.asarray(forward(cfg, params, _tokens(cfg.vocab_size, cfg.block_size)))[..., : cfg.vocab_size]
 
+
+def _compared(ours: Any, about: dict[str, Any], files: list[Path]) -> str:
+    """What is to be said of `ours` beside the logits of transformers, which reads `files` in its own way."""
+    if isinstance(ours, str):
+        return ours
+    import numpy as np
+    import torch  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import load_file
+    from transformers import GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
+
+    theirs_about = GPT2Config.from_dict({**about, "attn_implementation": "eager"})
     with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config.from_dict({**about, "attn_implementation": "eager"})).eval()
+        model = GPT2LMHeadModel(theirs_about).eval()
     state = {}
     for path in files:
         for name, tensor in load_file(path).items():
@@ -281,6 +296,9 @@ def _compare(cfg: ModelConfig, params: Any, about: dict[str, Any], files: list[P
     left = model.load_state_dict(state, strict=False, assign=True)
     assert not left.missing_keys, f"transformers misses {left.missing_keys}"
     with torch.no_grad():
-        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+        theirs = model(torch.from_numpy(_tokens(theirs_about.vocab_size, theirs_about.n_positions))).logits.numpy()
     difference, size = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
-    return f"max |Δlogit| against transformers: {difference:.2e} on {T} random tokens (largest logit {size:.1f})"
+    return (
+        f"max |Δlogit| against transformers: {difference:.2e} on {ours.shape[1]} random tokens "
+        f"(largest logit {size:.1f})"
+    )
