@@ -197,6 +197,9 @@ def test_the_package_is_a_command_too(place, clean_env):
     refused(command("trian"), "unknown command trian", "did you mean train?")
     refused(command("train", "--model.n-layers", "3"), "did you mean model.n_layer?")
     assert "[model]" in command("train", "shakespeare_char", "--print-config").stdout
+    for name in ("import-hf", "export-hf"):
+        assert f"usage: nanogpt-jax {name}" in command(name, "--help").stdout
+        refused(command(name, "x"), f"{name} takes")
 
 
 def test_a_finished_run_is_left_alone(place, clean_env):

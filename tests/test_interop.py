@@ -435,6 +435,12 @@ def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_without_transformers_it_says_that_nothing_was_compared(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    assert cli.guarded(hub.main_export, [str(place / "run"), str(tmp_path / "out")]) == 0
+    assert "not compared with transformers: torch is not installed" in capsys.readouterr().out
+
+
 # ---- training from a run --------------------------------------------------------------------------------------------
 
 SMALL = (

@@ -88,7 +88,7 @@ def main_import(argv: list[str]) -> int:
 
         params = weights.from_hugging_face(model.cfg, read)
     cfg = Config(model=model.cfg, data=config.DataConfig(tokenizer=target))
-    partial = run.with_name(f".{run.name}.{secrets.token_hex(4)}.tmp")
+    partial = run.resolve().with_name(f".{run.resolve().name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
         tokenizer.save(partial / "tokenizer")
@@ -217,7 +217,7 @@ def _download(name: str) -> Path:
         raise UserError(
             f"no file or directory {name}, and it cannot be downloaded from the Hugging Face Hub "
             f"({str(e).splitlines()[0][:120]})\n"
-            "       on a machine with a network: huggingface-cli download, then give the directory here"
+            f"       where there is a network: hf download {name} --local-dir DIR; then give DIR here"
         ) from None
 
 
