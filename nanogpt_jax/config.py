@@ -75,10 +75,13 @@ class OptimConfig:
     grad_clip: float = 1.0  # longest global gradient norm; 0: no clipping
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # down from the peak; wsd: in the last 20 %
     warmup_steps: int = 20  # steps of linear warm-up
+    freeze_layers: int = 0  # the first so many blocks stay as they are (finetuning)
+    freeze_embeddings: bool = False  # the embeddings stay as they are, and with them the output head
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    init_from: str = "scratch"  # scratch: random weights; or a run, whose best weights, sizes and tokenizer are taken
     steps: int = 1600  # optimizer steps
     batch_size: int = 12  # sequences a step, over all devices and micro-batches
     micro_batch: int = 0  # sequences at a time (gradients accumulate); 0: the whole batch
@@ -138,10 +141,13 @@ def differences(old: Config, new: Config, keys: frozenset[str]) -> list[tuple[st
     return [(key, before[key], value) for key, value in items(new) if key in keys and before[key] != value]
 
 
+DOORS = ("train.py", "sample.py")
+
+
 def program(name: str) -> str:
     """How a person here types the command `name`: as they typed this one, "python train.py" or "nanogpt-jax train"."""
     typed = Path(sys.argv[0])
-    if typed.name in ("train.py", "sample.py"):
+    if typed.name in DOORS and f"{name}.py" in DOORS:
         return f"python {typed.with_name(f'{name}.py')}"
     return f"nanogpt-jax {name}"
 
@@ -273,8 +279,8 @@ def validate(cfg: Config, origin: Origin) -> Config:
     for key in "train.log_every train.keep".split():
         check(value[key] >= 1, key, "must be at least 1")
     for key in (
-        "model.vocab_size model.scan_unroll optim.weight_decay optim.grad_clip optim.warmup_steps train.micro_batch "
-        "train.steps_per_dispatch train.eval_every train.save_every train.seed data.threads"
+        "model.vocab_size model.scan_unroll optim.weight_decay optim.grad_clip optim.warmup_steps optim.freeze_layers "
+        "train.micro_batch train.steps_per_dispatch train.eval_every train.save_every train.seed data.threads"
     ).split():
         check(value[key] >= 0, key, "must not be negative")
     for key in "model.dropout optim.beta1 optim.beta2".split():
@@ -307,7 +313,8 @@ def validate(cfg: Config, origin: Origin) -> Config:
         "needs 16-bit numbers",
         "set model.dtype=bfloat16",
     )
-    check(m.scan_unroll <= m.n_layer, "model.scan_unroll", f"exceeds model.n_layer={m.n_layer}")
+    for key in ("model.scan_unroll", "optim.freeze_layers"):
+        check(value[key] <= m.n_layer, key, f"exceeds model.n_layer={m.n_layer}")
     if t.micro_batch:
         check(
             t.batch_size % t.micro_batch == 0,
@@ -416,13 +423,14 @@ class Command:
     print_config: bool = False
 
 
-USAGE = """usage: python train.py [CONFIG.toml] [--run-dir DIR] [--resume auto|never|must] [--overwrite]
-                       [--print-config] [--SECTION.NAME VALUE ...]
+USAGE = """usage: python train.py [CONFIG.toml] [--run-dir DIR] [--init-from RUN] [--resume auto|never|must]
+                       [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
 
 Trains a GPT-2 and keeps everything about it in a run directory. The same command again goes on where it stopped.
 
   CONFIG.toml     a config file, or the name of a shipped one: {shipped}
   --run-dir DIR   where the run is kept (default: runs/NAME, after the config file)
+  --init-from RUN start from the best weights of another run, or of an imported model: the same as --train.init-from
   --resume HOW    auto: go on if there is a run; never: only a new directory; must: only an old one (default: auto)
   --overwrite     delete the run in the directory and start over
   --print-config  show each value and where it came from, as TOML; do not train
@@ -463,7 +471,7 @@ def split_arguments(
 
 
 SWITCHES = ("overwrite", "print_config")
-OPTIONS = ("run_dir", "resume", *SWITCHES)
+OPTIONS = ("run_dir", "init_from", "resume", *SWITCHES)
 
 
 def _check_flag(key: str) -> None:
@@ -485,6 +493,12 @@ def load(argv: list[str]) -> Command:
         raise UserError(f"one config file at a time, but got {' and '.join(words)}")
     settings = {key: value for key, value in flags.items() if "." in key}
     options = {key: value for key, value in flags.items() if "." not in key}
+    if "init_from" in options:
+        short = options.pop("init_from")
+        if settings.setdefault("train.init_from", short) != short:
+            raise UserError(
+                f"--init-from={short} and --train.init-from={settings['train.init_from']} exclude each other"
+            )
 
     cfg, origin, name = Config(), dict.fromkeys(TYPES, "default"), "default"
     if words:
@@ -502,14 +516,55 @@ def load(argv: list[str]) -> Command:
         raise UserError(f"--resume={resume} is not one of auto, never, must")
     if resume == "must" and "overwrite" in options:
         raise UserError("--resume=must and --overwrite exclude each other")
+    run_dir = Path(options.get("run_dir", f"runs/{name}"))
+    if cfg.train.init_from != "scratch":
+        cfg, origin = _take_over(cfg, origin, run_dir, "overwrite" in options)
     return Command(
         cfg=validate(cfg, origin),
         origin=origin,
-        run_dir=Path(options.get("run_dir", f"runs/{name}")),
+        run_dir=run_dir,
         resume=resume,  # pyright: ignore[reportArgumentType]
         overwrite="overwrite" in options,
         print_config="print_config" in options,
     )
+
+
+def _take_over(cfg: Config, origin: Origin, run_dir: Path, overwrite: bool) -> tuple[Config, Origin]:
+    """`cfg` with what was left open of the model and the tokenizer taken from the run train.init_from.
+
+    A run that has begun in `run_dir` knows them itself, so that it goes on when the initial one is gone.
+    """
+    first = Path(cfg.train.init_from)
+    where = origin["train.init_from"]
+    begun = None if overwrite or not (run_dir / "config.json").is_file() else read_json(run_dir / "config.json")
+    if begun and begun.train.init_from == cfg.train.init_from:
+        before, source = begun, run_dir
+    elif first.is_dir():
+        before, source = read_json(first / "config.json"), first
+    else:
+        near = suggestion(str(first), [str(p.parent) for p in first.parent.glob("*/config.json")])
+        hint = near or f"\n       train one first, or import one: {program('import-hf')} gpt2 {first}"
+        raise UserError(f"train.init_from={first} is no run directory ({where}){hint}")
+    given, old = dict(items(cfg)), dict(items(before))
+    taken: dict[str, Any] = {}
+    for key in (key for key in TYPES if key.startswith("model.") and key not in EXECUTION):
+        if origin[key] == "default":
+            taken[key] = old[key]
+        elif given[key] == old[key] or key in ("model.dropout", "model.dtype"):
+            continue
+        elif key != "model.block_size":
+            raise UserError(
+                f"{key}={given[key]} ({origin[key]}), but train.init_from={first} ({where}) has {key}={old[key]}\n"
+                f"       leave {key} out, and it is {old[key]}"
+            )
+        elif given[key] > old[key]:
+            raise UserError(
+                f"{key}={given[key]} ({origin[key]}), but train.init_from={first} ({where}) has {key}={old[key]}\n"
+                "       a shorter context can be cut from it; for a longer one it has no positions"
+            )
+    if origin["data.tokenizer"] == "default":
+        taken["data.tokenizer"] = str(source)
+    return merge(cfg, taken, str(source)), {**origin, **dict.fromkeys(taken, str(source))}
 
 
 def render(cfg: Config, origin: Origin) -> str:

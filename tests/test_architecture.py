@@ -18,7 +18,10 @@ MAY_IMPORT = {
     "training": {"config", "model", "data", "distributed", "evaluation"},
     "inference": {"config", "model", "data"},
     "evaluation": {"config", "model", "data", "inference", "distributed"},
-    "tools": {"config", "runtime", "cli", "model", "data", "distributed", "training", "inference", "evaluation"},
+    "interop": {"config", "model", "data"},
+    "tools": {
+        *("config", "runtime", "cli", "model", "data", "distributed", "training", "inference", "evaluation", "interop")
+    },
     "cli": {"config", "runtime", "tools"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -1,6 +1,7 @@
 """The command line as a person meets it: real processes, and for each wrong input its message and exit code 2."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
@@ -153,7 +154,19 @@ def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, cle
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
 
 
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A directory with the settings of the runs that configs and README commands start from."""
+    for name in ("gpt2", "default"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        model = config.load(["gpt2"]).cfg.model
+        settings = config.Config(model=dataclasses.replace(model, vocab_size=50257))
+        (tmp_path / "runs" / name / "config.json").write_text(config.to_json(settings))
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.usefixtures("runs")
 def test_every_config_loads_by_name_and_tells_its_story(path):
     command = config.load([path.stem])
     assert command.run_dir == Path("runs") / path.stem
@@ -184,6 +197,9 @@ def test_the_package_is_a_command_too(place, clean_env):
     refused(command("trian"), "unknown command trian", "did you mean train?")
     refused(command("train", "--model.n-layers", "3"), "did you mean model.n_layer?")
     assert "[model]" in command("train", "shakespeare_char", "--print-config").stdout
+    for name in ("import-hf", "export-hf"):
+        assert f"usage: nanogpt-jax {name}" in command(name, "--help").stdout
+        refused(command(name, "x"), f"{name} takes")
 
 
 def test_a_finished_run_is_left_alone(place, clean_env):
@@ -286,11 +302,12 @@ def test_the_readme_names_commands():
 
 
 @pytest.mark.parametrize("words", commands_of_the_readme(), ids=" ".join)
+@pytest.mark.usefixtures("runs")
 def test_every_command_of_the_readme_is_understood(words):
     """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
     from nanogpt_jax import cli
     from nanogpt_jax.inference import options
-    from nanogpt_jax.tools import evaluate, prepare
+    from nanogpt_jax.tools import evaluate, hub, prepare
 
     name, *rest = words[1:] if words[0] == "python" else words
     if name == "nanogpt-jax":
@@ -303,6 +320,8 @@ def test_every_command_of_the_readme_is_understood(words):
         prepare.read(rest)
     elif name == "eval":
         evaluate.read(rest)
+    elif name in hub.ARGUMENTS:
+        hub.arguments(name, rest)
     else:
         assert name in cli.COMMANDS, words
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig, UserError
+from nanogpt_jax.interop import weights
 from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, layers
 from nanogpt_jax.model.layers import linear, project
 from nanogpt_jax.model.losses import cross_entropy
@@ -98,39 +99,10 @@ def test_logits_equal_numpy(L, H, C, T, V, bias):
     assert_close(logits(cfg, params, tokens), gpt2_numpy.forward(params, tokens, V), 1e-4)
 
 
-# Ours: Hugging Face's. Its Conv1D kernels are [in, out] and its out axis of c_attn is q, k, v, each head by head, so
-# a reshape is all; layers are stacked and the vocabulary padded.
-HUGGING_FACE = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "ln_f/scale": "ln_f.weight",
-    "ln_f/bias": "ln_f.bias",
-    "h/ln_1/scale": "h.{}.ln_1.weight",
-    "h/ln_1/bias": "h.{}.ln_1.bias",
-    "h/ln_2/scale": "h.{}.ln_2.weight",
-    "h/ln_2/bias": "h.{}.ln_2.bias",
-    "h/attn/c_attn/kernel": "h.{}.attn.c_attn.weight",
-    "h/attn/c_attn/bias": "h.{}.attn.c_attn.bias",
-    "h/attn/c_proj/kernel": "h.{}.attn.c_proj.weight",
-    "h/attn/c_proj/bias": "h.{}.attn.c_proj.bias",
-    "h/mlp/c_fc/kernel": "h.{}.mlp.c_fc.weight",
-    "h/mlp/c_fc/bias": "h.{}.mlp.c_fc.bias",
-    "h/mlp/c_proj/kernel": "h.{}.mlp.c_proj.weight",
-    "h/mlp/c_proj/bias": "h.{}.mlp.c_proj.bias",
-}
-
-
 def from_hugging_face(cfg: ModelConfig, arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The arrays under `prefix` ("weight." or "grad.") as {"h/attn/c_attn/kernel": array}, and none left over."""
     arrays = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-    flat = {}
-    for path, shape in shapes(cfg).items():
-        name = HUGGING_FACE[path]
-        if path.startswith("h/"):
-            flat[path] = np.stack([arrays.pop(name.format(layer)) for layer in range(cfg.n_layer)]).reshape(shape)
-        else:
-            array = arrays.pop(name)
-            flat[path] = np.pad(array, [(0, n - a) for n, a in zip(shape, array.shape, strict=True)])
+    flat = flatten_dict(weights.from_hugging_face(cfg, arrays.pop), sep="/")
     assert not arrays
     return flat
 

@@ -24,6 +24,7 @@ from nanogpt_jax.config import UserError, suggestion
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's vocab.bpe
 END_OF_TEXT = "<|endoftext|>"  # how the token shows where ids are decoded; in a corpus these letters are plain text
+GPT2_VOCAB_SIZE = 50257
 PIECE = 1 << 20  # characters that one thread encodes at a time
 LONGEST = 4 << 20  # characters without a place to cut, after which a text is cut all the same: memory stays bounded
 CUT = re.compile(r"(?<=\S)[ \n]")
@@ -122,19 +123,21 @@ class GPT2Tokenizer:
 
     name = "gpt2"
     file = "ranks.tiktoken"
+    end_of_text: int | None
 
     def __init__(self, stored: bytes) -> None:
         import tiktoken
 
         self.stored = stored
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, stored.splitlines())}
-        self.end_of_text: int | None = len(ranks)
         self.n_vocab = len(ranks) + 1
+        # the one id without a token: GPT-2's last; the first in a vocabulary that Hugging Face's trainer made
+        (self.end_of_text,) = set(range(self.n_vocab)) - set(ranks.values())
         self._encoding = tiktoken.Encoding(
             self.name,
             pat_str=GPT2_PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: len(ranks)},
+            special_tokens={END_OF_TEXT: self.end_of_text},
             explicit_n_vocab=self.n_vocab,
         )
 
@@ -323,9 +326,14 @@ def _gpt2_ranks() -> dict[bytes, int]:
 
 def ranks_of_vocab(vocab: str) -> dict[bytes, int]:
     """Ranks from OpenAI's vocab.bpe: the 256 bytes in GPT-2's order, then a token for each line of merges."""
+    symbol_of = byte_symbols()
+    byte_of = {symbol: byte for byte, symbol in symbol_of.items()}
+    merged = [bytes(byte_of[c] for c in line if c != " ") for line in vocab.split("\n")[1:-1]]
+    return {token: rank for rank, token in enumerate([bytes([b]) for b in symbol_of] + merged)}
+
+
+def byte_symbols() -> dict[int, str]:
+    """Byte -> the character that GPT-2 writes for it, in the order of its ids; U+0100 and on for the unprintable."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
-    # GPT-2 writes the unprintable bytes as the characters from 256 on
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    merged = [bytes(byte_of[c] for c in line if c != " ") for line in vocab.split("\n")[1:-1]]
-    return {token: rank for rank, token in enumerate([bytes([b]) for b in printable + others] + merged)}
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config import Config, UserError, read_json
+from nanogpt_jax.distributed.sharding import shardings
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.step import TrainState, init_state, state_shardings
@@ -74,11 +75,9 @@ class Checkpointer:
         if step == self.latest:
             return
         self.wait()  # orbax would wait for the save before, too; so its failure is told as that save's
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
-            meta=ocp.args.JsonSave(meta),
-        )
+        kept = {"params": state.params, "opt_state": state.opt_state}
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in kept.items() if jax.tree.leaves(tree)}
+        items = ocp.args.Composite(**trees, meta=ocp.args.JsonSave(meta))
         metrics = None if val_loss is None else {"val_loss": val_loss}
         self._guard(lambda: self._manager.save(step, args=items, metrics=metrics, force=True), step)
         self.latest = step
@@ -102,10 +101,14 @@ class Checkpointer:
     def resume(self, cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
         """The state of the newest whole checkpoint, laid out on `mesh` whatever it was saved on; else a fresh one.
 
+        A fresh one has the best weights of the run train.init_from, if one is named: read now, and never again.
         With it what else resuming needs: {"step": int, "best_val_loss": float or None}.
         """
         if self.latest is None:
-            return init_state(cfg, tx, mesh), {"step": 0, "best_val_loss": None}
+            first, params = Path(cfg.train.init_from), None
+            if cfg.train.init_from != "scratch":
+                params, _ = load_params(first, read_json(first / "config.json"), mesh=mesh)
+            return init_state(cfg, tx, mesh, params), {"step": 0, "best_val_loss": None}
         shapes, shardings = state_shardings(cfg, tx, mesh)
         abstract = jax.tree.map(_abstract, shapes, shardings)
         items = ocp.args.Composite(
@@ -140,8 +143,15 @@ def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: An
         ) from None
 
 
-def load_params(run_dir: Path, cfg: Config, which: str = "best") -> tuple[gpt2.Params, int]:
-    """The parameters of a checkpoint, on one device, and its step. No optimizer, no data needed.
+def save_params(run_dir: Path, params: gpt2.Params) -> None:
+    """Make a checkpoint at step 0 of parameters alone: to sample from and to start from, not to resume."""
+    with Checkpointer(run_dir, keep=1) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(0), params, optax.EmptyState()), 0, {"best_val_loss": None}, None)
+        checkpoints.wait()
+
+
+def load_params(run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | None = None) -> tuple[gpt2.Params, int]:
+    """The parameters of a checkpoint, laid out on `mesh` or on one device, and its step. No optimizer, no data needed.
 
     `which`: "best" by validation loss (the newest where none was measured), "latest", or a step's number.
     """
@@ -161,7 +171,8 @@ def load_params(run_dir: Path, cfg: Config, which: str = "best") -> tuple[gpt2.P
                 f"{run_dir} has no checkpoint {which}; it has {', '.join(map(str, steps))}, best and latest"
             )
         shapes = jax.eval_shape(lambda: gpt2.init_params(cfg.model, jax.random.key(0)))
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: _abstract(x, here), shapes)
+        one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        layout = shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
+        abstract = jax.tree.map(_abstract, shapes, layout)
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         return _restore(manager, run_dir, step, items)["params"], step

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -119,4 +120,27 @@ def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
 def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The whole chain from gradient to update: clip by global norm, then the optimizer with its schedule."""
     update = OPTIMIZERS[cfg.name](cfg, make_schedule(cfg, steps))
-    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), update) if cfg.grad_clip else update
+    update = optax.chain(optax.clip_by_global_norm(cfg.grad_clip), update) if cfg.grad_clip else update
+    if not (cfg.freeze_layers or cfg.freeze_embeddings):
+        return update
+
+    # weight decay moves what has no gradient; x + -0.0 is x for every x, and x + 0.0 is not for -0.0
+    def update_rest(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
+        updates, state = update.update(updates, state, params)
+        return with_frozen(cfg, updates, -0.0), state
+
+    return optax.GradientTransformation(update.init, update_rest)
+
+
+def with_frozen(cfg: OptimConfig, tree: optax.Updates, value: float) -> optax.Updates:
+    """`tree`, gradients or updates of the parameters, with `value` where they are frozen."""
+
+    def fill(path: tuple, x: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if cfg.freeze_embeddings and name in ("wte", "wpe"):
+            return jnp.full_like(x, value)
+        if cfg.freeze_layers and name.startswith("h/"):  # [L, ...]
+            return x.at[: cfg.freeze_layers].set(value)
+        return x
+
+    return jax.tree_util.tree_map_with_path(fill, tree)

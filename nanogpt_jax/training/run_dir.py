@@ -3,6 +3,7 @@
     RUN/config.json   the settings          RUN/checkpoints/STEP/   orbax
     RUN/data.json     the data's manifest   RUN/tokenizer/          so that sampling needs no data
     RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
+    RUN/import.json   of an imported model, which has no data and is not trained further in place: where it came from
 
 Nothing here imports jax: a run that must not be touched is refused before XLA starts.
 """
@@ -19,9 +20,11 @@ import filelock
 
 from nanogpt_jax import config
 from nanogpt_jax.config import Command, Config, UserError
+from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.prepare import Dataset
 
 NAMES = ("checkpoints", "tokenizer", "tensorboard", "wandb", "config.json", "data.json", "metrics.jsonl", "sample.txt")
+IMPORTED = "import.json"
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
@@ -40,6 +43,11 @@ def claim(command: Command) -> Iterator[Path]:
         names = sorted(p.name for p in run_dir.iterdir()) if run_dir.is_dir() else []
     except OSError as e:
         raise UserError(f"cannot read {run_dir}: {e.strerror}") from None
+    if IMPORTED in names:
+        raise UserError(
+            f"{run_dir} holds an imported model, which is not trained further in place\n"
+            f"       to train from it: {config.program('train')} --init-from {run_dir} --run-dir NEW"
+        )
     strangers = [name for name in names if name not in (*NAMES, "lock")]
     if "config.json" in names:
         config.read_json(run_dir / "config.json")  # another program's config.json is refused here
@@ -69,6 +77,18 @@ def claim(command: Command) -> Iterator[Path]:
                 shutil.rmtree(run_dir)
 
 
+def check_tokenizer(command: Command, data: Dataset) -> None:
+    """UserError where the data's tokenizer is not the one of the run that training starts from."""
+    first, wanted = Path(command.cfg.train.init_from), command.cfg.data.tokenizer
+    if command.cfg.train.init_from == "scratch" or command.origin["data.tokenizer"] == str(first):
+        return
+    if (first / "tokenizer").is_dir() and tokenizer.load(first / "tokenizer").fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"data.tokenizer={wanted} ({command.origin['data.tokenizer']}) is another tokenizer than that of "
+            f"train.init_from={first}, whose weights know only its own\n       leave data.tokenizer out"
+        )
+
+
 def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None:
     """Check that the run in the directory, if there is one, is this run; else write down what the new run is.
 
@@ -77,7 +97,10 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None
     steps = [] if command.overwrite else checkpoint_steps(run_dir)
     if steps:
         before = config.read_json(run_dir / "config.json")
-        changed = config.differences(before, cfg, frozenset(config.TYPES) - config.EXECUTION)
+        compared = frozenset(config.TYPES) - config.EXECUTION
+        if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
+            compared -= {"data.tokenizer"}
+        changed = config.differences(before, cfg, compared)
         if changed:
             shown = "\n".join(
                 f"       {k}: {old} in the run, {new} now ({command.origin[k]})" for k, old, new in changed

@@ -17,7 +17,7 @@ from nanogpt_jax.config import Config, ModelConfig, UserError
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, shard, shardings
 from nanogpt_jax.model import gpt2, losses
-from nanogpt_jax.training.optim import make_schedule
+from nanogpt_jax.training.optim import make_schedule, with_frozen
 
 Metrics = dict[str, jax.Array]
 
@@ -37,15 +37,23 @@ def state_shardings(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -
     return shapes, shardings(mesh, shapes)
 
 
-def _fresh(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
-    params = gpt2.init_params(cfg.model, jax.random.key(cfg.train.seed))
+def _fresh(cfg: Config, tx: optax.GradientTransformation, params: gpt2.Params | None = None) -> TrainState:
+    if params is None:
+        params = gpt2.init_params(cfg.model, jax.random.key(cfg.train.seed))
+    else:
+        params = {**params, "wpe": params["wpe"][: cfg.model.block_size]}
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
-def init_state(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state at step 0, born sharded: no device ever holds more than its part. Weights depend on the seed alone."""
+def init_state(
+    cfg: Config, tx: optax.GradientTransformation, mesh: Mesh, params: gpt2.Params | None = None
+) -> TrainState:
+    """The state at step 0, born sharded: no device ever holds more than its part. Weights depend on the seed alone.
+
+    Or they are `params`, of which a shorter context takes the first positions.
+    """
     _, layout = state_shardings(cfg, tx, mesh)
-    return jax.jit(lambda: _fresh(cfg, tx), out_shardings=layout)()
+    return jax.jit(functools.partial(_fresh, cfg, tx), out_shardings=layout)(params)
 
 
 def make_train_step(
@@ -70,6 +78,7 @@ def make_train_step(
         key = jax.random.fold_in(dropout_key, state.step) if cfg.model.dropout else None
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for attention.splash, which splits itself
             loss, grads = _gradients(cfg, mesh, state.params, tokens, key)
+        grads = with_frozen(cfg.optim, grads, 0.0)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = schedule(state.step)

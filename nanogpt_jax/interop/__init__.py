@@ -1,0 +1,1 @@
+"""GPT-2 as others keep it: Hugging Face's files in and out, GGUF out."""

@@ -1,0 +1,85 @@
+"""One GGUF file, as llama.cpp reads it: weights in float32, tokenizer and sizes, through the package `gguf`."""
+
+# C channels, V vocabulary, T positions
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt_jax.config import ModelConfig, UserError
+from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.interop.vocabulary import END_OF_TEXT, tokens_and_merges
+from nanogpt_jax.model.layers import EPSILON
+
+# Hugging Face's names, in a layer and outside, to llama.cpp's. Its matrices are [out, in], as the embeddings are.
+NAMES = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_f": "output_norm",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.ndarray], tokenizer: Tokenizer) -> None:
+    """`tensors` as `to_hugging_face` gives them -> the file at `path`, whole or not at all."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("a .gguf file needs pip install 'nanogpt-jax[gguf]'") from None
+    if tokenizer.end_of_text is None:
+        raise UserError(
+            f"{path} cannot be written: llama.cpp ends a text at one token of the vocabulary, and all of these are "
+            "characters\n       export to a directory, for transformers, or train with --data.tokenizer=gpt2"
+        )
+    partial = path.with_name(f".{path.name}.tmp")
+    writer = gguf.GGUFWriter(partial, "gpt2")
+    writer.add_name(name)
+    writer.add_block_count(cfg.n_layer)
+    writer.add_context_length(cfg.block_size)
+    writer.add_embedding_length(cfg.n_embd)
+    writer.add_feed_forward_length(4 * cfg.n_embd)
+    writer.add_head_count(cfg.n_head)
+    writer.add_layer_norm_eps(EPSILON)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+
+    vocab, merges = tokens_and_merges(tokenizer)
+    # ids for which the tokenizer has no text
+    tokens = [f"[PAD{i}]" for i in range(cfg.vocab_size)]
+    kinds = [gguf.TokenType.UNUSED] * cfg.vocab_size
+    for symbols, rank in vocab.items():
+        tokens[rank], kinds[rank] = symbols, gguf.TokenType.NORMAL
+    end = tokenizer.end_of_text
+    tokens[end], kinds[end] = END_OF_TEXT, gguf.TokenType.CONTROL
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([f"{left} {right}" for left, right in merges])
+    writer.add_add_bos_token(False)
+
+    for theirs, tensor in tensors.items():
+        module, _, leaf = theirs.rpartition(".")
+        block, layer = "", module
+        if module.startswith("h."):
+            _, index, layer = module.split(".", 2)
+            block = f"blk.{index}."
+        matrix = tensor.ndim == 2 and layer not in ("wte", "wpe")
+        writer.add_tensor(f"{block}{NAMES[layer]}.{leaf}", np.ascontiguousarray(tensor.T if matrix else tensor))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(partial, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        partial.unlink(missing_ok=True)

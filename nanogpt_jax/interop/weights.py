@@ -1,0 +1,98 @@
+"""The same weights under Hugging Face's names and under ours.
+
+Their Conv1D kernels are [in, out] like ours, and the out axis of c_attn is queries, keys, values, each head by head. So
+a reshape is all there is to a tensor; our layers are stacked and our vocabulary is padded with zeros.
+"""
+
+# C channels, T positions, V vocabulary, L layers
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.model import gpt2
+
+Read = Callable[[str], np.ndarray]
+
+
+def table(cfg: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our path -> their name, with {} for the layer, and their shape: all that a GPT-2 has, biases included."""
+    C = cfg.n_embd
+    return {
+        "wte": ("wte.weight", (cfg.vocab_size, C)),
+        "wpe": ("wpe.weight", (cfg.block_size, C)),
+        "h/ln_1/scale": ("h.{}.ln_1.weight", (C,)),
+        "h/ln_1/bias": ("h.{}.ln_1.bias", (C,)),
+        "h/attn/c_attn/kernel": ("h.{}.attn.c_attn.weight", (C, 3 * C)),
+        "h/attn/c_attn/bias": ("h.{}.attn.c_attn.bias", (3 * C,)),
+        "h/attn/c_proj/kernel": ("h.{}.attn.c_proj.weight", (C, C)),
+        "h/attn/c_proj/bias": ("h.{}.attn.c_proj.bias", (C,)),
+        "h/ln_2/scale": ("h.{}.ln_2.weight", (C,)),
+        "h/ln_2/bias": ("h.{}.ln_2.bias", (C,)),
+        "h/mlp/c_fc/kernel": ("h.{}.mlp.c_fc.weight", (C, 4 * C)),
+        "h/mlp/c_fc/bias": ("h.{}.mlp.c_fc.bias", (4 * C,)),
+        "h/mlp/c_proj/kernel": ("h.{}.mlp.c_proj.weight", (4 * C, C)),
+        "h/mlp/c_proj/bias": ("h.{}.mlp.c_proj.bias", (C,)),
+        "ln_f/scale": ("ln_f.weight", (C,)),
+        "ln_f/bias": ("ln_f.bias", (C,)),
+    }
+
+
+def their_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Each tensor of a GPT2Model of this size: {"h.0.attn.c_attn.weight": (C, 3C)}."""
+    found = {}
+    for path, (name, shape) in table(cfg).items():
+        for layer in range(cfg.n_layer if path.startswith("h/") else 1):
+            found[name.format(layer)] = shape
+    return found
+
+
+def from_hugging_face(cfg: ModelConfig, read: Read) -> gpt2.Params:
+    """Our parameters, float32 numpy arrays, from `read("h.0.ln_1.weight")`, called once a tensor.
+
+    16-bit numbers are widened, which is exact. A tensor is copied straight to its place: no second copy of the model.
+    """
+    shapes = jax.eval_shape(lambda: gpt2.init_params(cfg, jax.random.key(0)))
+    params: gpt2.Params = {}
+    for path, (name, _) in table(cfg).items():
+        *folders, leaf = path.split("/")
+        if not cfg.bias and leaf == "bias":
+            continue
+        ours = np.zeros(_at(shapes, path).shape, np.float32)
+        if path.startswith("h/"):
+            for layer in range(cfg.n_layer):
+                ours[layer] = read(name.format(layer)).reshape(ours.shape[1:])
+        else:
+            theirs = read(name)
+            ours[: len(theirs)] = theirs
+        place = params
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = ours
+    return params
+
+
+def to_hugging_face(cfg: ModelConfig, params: gpt2.Params) -> dict[str, np.ndarray]:
+    """Their tensors of our parameters; zeros for the biases of a model without. Views where numpy can look in."""
+    found = {}
+    for path, (name, shape) in table(cfg).items():
+        absent = path.endswith("bias") and not cfg.bias
+        ours = None if absent else np.asarray(_at(params, path))
+        for layer in range(cfg.n_layer if path.startswith("h/") else 1):
+            if ours is None:
+                theirs = np.zeros(shape, np.float32)
+            elif path.startswith("h/"):
+                theirs = ours[layer].reshape(shape)
+            else:
+                theirs = ours[: shape[0]]  # without the padding of the vocabulary
+            found[name.format(layer)] = theirs
+    return found
+
+
+def _at(tree: gpt2.Params, path: str) -> Any:
+    return functools.reduce(operator.getitem, path.split("/"), tree)

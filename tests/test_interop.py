@@ -1,0 +1,615 @@
+"""GPT-2's weights in and out: bit for bit, with their tokenizers; training that starts from them; what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer as TheirTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nanogpt_jax import cli, config
+from nanogpt_jax.cli import door
+from nanogpt_jax.config import DataConfig, ModelConfig, OptimConfig
+from nanogpt_jax.data import tokenizer as tokenizers
+from nanogpt_jax.data.prepare import open_data
+from nanogpt_jax.distributed.mesh import make_mesh
+from nanogpt_jax.interop import transformers_files, vocabulary, weights
+from nanogpt_jax.model import gpt2
+from nanogpt_jax.tools import hub
+from nanogpt_jax.training.checkpoint import load_params
+from nanogpt_jax.training.optim import OPTIMIZERS, make_optimizer, with_frozen
+from nanogpt_jax.training.step import init_state
+
+FIXTURE = Path(__file__).parent / "fixtures" / "gpt2_odd.safetensors"
+TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 40
+V = 300  # 256 bytes, 43 merges, the end of the text
+ABOUT = {"model_type": "gpt2", "n_positions": 19, "vocab_size": V, "n_layer": 3, "n_head": 5, "n_embd": 20}
+CFG = ModelConfig(block_size=19, vocab_size=V, n_layer=3, n_head=5, n_embd=20, bias=True)
+
+
+def arrays() -> dict[str, np.ndarray]:
+    """The tensors of a GPT2LMHeadModel that PyTorch made, with more rows in its vocabulary."""
+    found = {n.removeprefix("weight."): a for n, a in load_file(FIXTURE).items() if n.startswith("weight.")}
+    more = np.random.default_rng(0).normal(0, 0.2, (V - len(found["wte.weight"]), 20)).astype(np.float32)
+    found["wte.weight"] = np.concatenate([found["wte.weight"], more])
+    found["wte.weight"][-1, 0] = -0.0
+    return found
+
+
+def trained_tokenizer(text: str, size: int) -> TheirTokenizer:
+    """As `train_new_from_iterator` makes them: the end of the text is token 0."""
+    made = TheirTokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    made.decoder = decoders.ByteLevel()  # pyright: ignore
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    made.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),  # pyright: ignore
+    )
+    return made
+
+
+def own_tokenizer(size: int = V) -> tokenizers.GPT2Tokenizer:
+    """Byte pairs of TEXT in GPT-2's order: bytes, merges, the end of the text."""
+    numbers = " ".join(str(n) for n in range(200))
+    theirs = json.loads(trained_tokenizer(TEXT + numbers, size).to_str())["model"]["merges"]
+    assert len(theirs) == size - 257
+    byte_of = {symbol: byte for byte, symbol in tokenizers.byte_symbols().items()}
+    tokens = [bytes([b]) for b in tokenizers.byte_symbols()]
+    tokens += [bytes(byte_of[c] for c in "".join(pair)) for pair in theirs]
+    return tokenizers.GPT2Tokenizer(vocabulary._rank_file({token: rank for rank, token in enumerate(tokens)}))
+
+
+def write_model(folder: Path, tensors: dict[str, np.ndarray] | None = None, **about: object) -> Path:
+    """A model's directory with a tokenizer, as transformers would leave it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**ABOUT, **about}))
+    save_file(arrays() if tensors is None else tensors, folder / "model.safetensors")
+    for name, text in vocabulary.tokenizer_files(own_tokenizer(), 19).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def assert_bits_equal(a: Any, b: Any) -> None:
+    def same(x, y):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(same, a, b)
+
+
+def command(*words: str | Path) -> int:
+    """`nanogpt-jax WORDS`, in this process."""
+    name, *rest = map(str, words)
+    return cli.guarded({"import-hf": hub.main_import, "export-hf": hub.main_export}[name], [*rest, "--no-compare"])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """hf/ a model in transformers' files, run/ made of it by import-hf, out/ by export-hf from that."""
+    folder = tmp_path_factory.mktemp("interop")
+    write_model(folder / "hf")
+    assert command("import-hf", folder / "hf", folder / "run") == 0
+    assert command("export-hf", folder / "run", folder / "out") == 0
+    return folder
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def test_an_imported_model_has_transformers_logits(place):
+    cfg = config.read_json(place / "run" / "config.json")
+    params, step = load_params(place / "run", cfg)
+    expected = load_file(FIXTURE)
+    cfg = gpt2.resolve(cfg.model, "cpu")
+    logits = jax.jit(gpt2.forward, static_argnums=0)(cfg, params, expected["tokens"][:, :-1])
+    np.testing.assert_allclose(logits[..., :131], expected["logits"], rtol=0, atol=1e-4)
+    assert step == 0
+
+
+def test_import_then_export_and_export_then_import_are_bit_for_bit(place):
+    written = load_file(place / "out" / "model.safetensors")
+    assert_bits_equal({n.removeprefix("transformer."): a for n, a in written.items()}, arrays())
+    assert command("import-hf", place / "out", place / "again") == 0
+    runs = [load_params(place / r, config.read_json(place / r / "config.json"))[0] for r in ("run", "again")]
+    assert_bits_equal(*runs)
+    assert config.read_json(place / "again" / "config.json").model == CFG
+    assert (place / "again/tokenizer/ranks.tiktoken").read_bytes() == own_tokenizer().stored
+
+
+def prefixed(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    masks = {f"transformer.h.{i}.attn.bias": np.ones((1, 1, 19, 19), np.float32) for i in range(3)}
+    masks |= {f"transformer.h.{i}.attn.masked_bias": np.full((), -1e4, np.float32) for i in range(3)}
+    head = {"lm_head.weight": tensors["wte.weight"]}
+    save_file({**{f"transformer.{n}": a for n, a in tensors.items()}, **masks, **head}, folder / "model.safetensors")
+
+
+def in_shards(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(places.values()):
+        save_file({n: a for n, a in tensors.items() if places[n] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def narrow(dtype: Any) -> Callable:
+    return lambda folder, tensors: save_file(
+        {n: a.astype(dtype) for n, a in tensors.items()}, folder / "model.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("write", "dtype"),
+    [
+        (prefixed, np.float32),
+        (in_shards, np.float32),
+        (narrow(np.float16), np.float16),
+        (narrow(ml_dtypes.bfloat16), ml_dtypes.bfloat16),
+    ],
+    ids=["prefix, head and masks", "shards", "float16", "bfloat16"],
+)
+def test_every_way_of_writing_a_gpt2_is_read(tmp_path, write, dtype):
+    folder = write_model(tmp_path / "hf")
+    write(folder, arrays())
+    model = transformers_files.open_model(folder)
+    assert model.cfg == CFG
+    params = weights.from_hugging_face(model.cfg, model.weights.read)
+    expected = {n: a.astype(dtype).astype(np.float32) for n, a in arrays().items()}
+    assert_bits_equal(weights.to_hugging_face(CFG, params), expected)
+    assert not params["wte"][V:].any()
+
+
+def test_a_file_without_config_json_has_its_sizes_read_off(tmp_path, capsys):
+    cfg = ModelConfig(block_size=8, vocab_size=V, n_layer=2, n_head=2, n_embd=128, bias=True)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in weights.their_shapes(cfg).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = transformers_files.open_model(tmp_path / "model.safetensors")
+    assert model.cfg == cfg
+    assert "n_head=2 is n_embd=128 / 64" in model.note
+
+
+def test_a_model_without_biases_is_written_with_zeros(tmp_path):
+    cfg = ModelConfig(block_size=8, vocab_size=V, n_layer=2, n_head=2, n_embd=12)
+    shapes = jax.eval_shape(lambda: gpt2.init_params(cfg, jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32), shapes)
+    params["wte"][V:] = 0
+    written = weights.to_hugging_face(cfg, params)
+    assert {n: a.shape for n, a in written.items()} == weights.their_shapes(cfg)
+    assert all(not a.any() for n, a in written.items() if n.endswith("bias"))
+    assert_bits_equal(params, weights.from_hugging_face(cfg, written.__getitem__))
+
+
+def test_gguf_holds_the_same_weights_and_the_tokenizer(place):
+    import gguf
+
+    assert command("export-hf", place / "run", place / "model.gguf") == 0
+    found = gguf.GGUFReader(place / "model.gguf")
+    value = {name: field.contents() for name, field in found.fields.items()}
+    assert value["general.architecture"] == "gpt2"
+    sizes = ("block_count", "context_length", "embedding_length", "attention.head_count", "feed_forward_length")
+    assert [value[f"gpt2.{name}"] for name in sizes] == [3, 19, 20, 5, 80]
+    assert len(value["tokenizer.ggml.tokens"]) == V
+    assert value["tokenizer.ggml.tokens"][-1] == "<|endoftext|>"
+    assert value["tokenizer.ggml.merges"][0] == " ".join(vocabulary.tokens_and_merges(own_tokenizer())[1][0])
+    tensors = {t.name: np.asarray(t.data) for t in found.tensors}
+    ours = arrays()
+    assert len(tensors) == len(ours)
+    np.testing.assert_array_equal(tensors["blk.2.ffn_down.weight"], ours["h.2.mlp.c_proj.weight"].T)
+    np.testing.assert_array_equal(tensors["blk.1.attn_qkv.weight"], ours["h.1.attn.c_attn.weight"].T)
+    np.testing.assert_array_equal(tensors["position_embd.weight"], ours["wpe.weight"])
+    np.testing.assert_array_equal(tensors["token_embd.weight"], ours["wte.weight"])
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+def theirs(tokenizer: tokenizers.Tokenizer) -> TheirTokenizer:
+    return TheirTokenizer.from_str(vocabulary.tokenizer_files(tokenizer, 64)["tokenizer.json"])
+
+
+GPT2 = tokenizers.make("gpt2", "")
+PAIRS = {"gpt2": (GPT2, theirs(GPT2)), "own": (own_tokenizer(), theirs(own_tokenizer()))}
+words = st.text(st.characters(exclude_categories=["Cs"])) | st.text("aeglnorti \n'd", max_size=60)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@given(text=words)
+def test_an_exported_tokenizer_gives_the_same_ids(kind, text):
+    ours, exported = PAIRS[kind]
+    ids = exported.encode(text).ids
+    assert ids == ours.encode(text).tolist()
+    assert exported.decode(ids) == text
+    assert exported.token_to_id("<|endoftext|>") == ours.end_of_text
+
+
+@given(text=st.text("ab\n .ñ北👩", max_size=30))
+def test_an_exported_char_tokenizer_gives_the_same_ids(text):
+    ours = tokenizers.make("char", "ab\n .ñ北👩")
+    exported = theirs(ours)
+    assert exported.encode(text).ids == ours.encode(text).tolist()
+    assert exported.decode(ours.encode(text).tolist()) == text
+    with pytest.raises(Exception, match="UNK"):  # like ours, it does not invent a token
+        exported.encode("x")
+
+
+@given(text=words)
+def test_a_tokenizer_trained_elsewhere_is_read(tmp_path_factory, text):
+    folder = tmp_path_factory.getbasetemp() / "trained"
+    if not folder.exists():
+        folder.mkdir()
+        trained_tokenizer(TEXT + "áéíóú don't 12 ", 290).save(str(folder / "tokenizer.json"))
+    original = TheirTokenizer.from_file(str(folder / "tokenizer.json"))
+    ours = vocabulary.read_tokenizer(folder)
+    assert ours is not None
+    assert ours.end_of_text == 0
+    assert ours.encode(text).tolist() == original.encode(text).ids
+    assert theirs(ours).encode(text).ids == original.encode(text).ids
+
+
+@pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.json merges.txt"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_tokenizer_comes_back_from_either_form(tmp_path, kind, kept):
+    ours = PAIRS[kind][0]
+    for name, text in vocabulary.tokenizer_files(ours, 64).items():
+        if name in kept.split():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    back = vocabulary.read_tokenizer(tmp_path)
+    assert back is not None
+    assert back.stored == ours.stored
+
+
+def test_merges_of_gpt2_are_openais():
+    """Known answers: the first and the last line of vocab.bpe."""
+    vocab, merges = vocabulary.tokens_and_merges(GPT2)
+    assert (len(vocab), len(merges)) == (50256, 50000)
+    assert merges[0] == ("Ġ", "t")
+    assert "".join(merges[-1]) == "Ġgazed"
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def edit(name: str, **changes: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        about = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**about, **changes}))
+
+    return spoil
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        found = arrays()
+        change(found)
+        save_file(found, folder / "model.safetensors")
+
+    return spoil
+
+
+def cut(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(9000)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def shard_missing(folder: Path) -> None:
+    in_shards(folder, arrays())
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def tokenizer_json(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        about = json.loads((folder / "tokenizer.json").read_text())
+        change(about)
+        (folder / "tokenizer.json").write_text(json.dumps(about))
+
+    return spoil
+
+
+NO_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
+# (what is wrong, how the directory is spoiled, words of the message)
+WRONG_MODELS = [
+    ("pickled", pickled, ["pytorch_model.bin is a pickled file", "runs whatever code", "save_pretrained"]),
+    ("nothing in it", without("model.safetensors"), ["has no model.safetensors"]),
+    ("no config.json", without("config.json"), ["has no config.json"]),
+    ("config.json is no JSON", lambda f: (f / "config.json").write_text("{"), ["config.json is no JSON"]),
+    ("a llama", edit("config.json", model_type="llama"), ["model_type='llama'", "only GPT-2"]),
+    ("quantized", edit("config.json", quantization_config={}), ["quantized"]),
+    ("erf GELU", edit("config.json", activation_function="gelu"), ["activation_function='gelu'", "gelu_new"]),
+    ("scaled by layer", edit("config.json", scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx=True"]),
+    ("another epsilon", edit("config.json", layer_norm_epsilon=1e-6), ["layer_norm_epsilon=1e-06"]),
+    ("another width", edit("config.json", n_inner=99), ["n_inner=99"]),
+    ("heads", edit("config.json", n_head=3), ["n_embd=20 is no multiple of n_head=3"]),
+    ("no number", edit("config.json", n_layer="three"), ["n_layer='three' must be a whole number"]),
+    ("cut short", cut, ["model.safetensors is cut short"]),
+    ("a shard is missing", shard_missing, ["model-00002-of-00002.safetensors is missing"]),
+    ("index leads out", lambda f: (f / "model.safetensors").unlink() or (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), ["no weight_map"]),
+    ("tensor missing", tensors(lambda t: t.pop("h.1.mlp.c_fc.bias")), ["tensor h.1.mlp.c_fc.bias is missing"]),
+    ("more layers", edit("config.json", n_layer=5), ["tensor h.3.ln_1.weight and 23 more is missing", "n_layer=5"]),
+    ("fewer layers", edit("config.json", n_layer=2), ["h.2.", "is no tensor of a GPT-2 of n_layer=2"]),
+    ("classifier", tensors(lambda t: t.update({"score.weight": t["wpe.weight"]})), ["score.weight is no tensor"]),
+    ("shape", edit("config.json", n_positions=20), ["wpe.weight is [19, 20]", "asks for [20, 20]", "n_positions=20"]),
+    ("untied head", tensors(lambda t: t.update({"lm_head.weight": t["wte.weight"] * 2})), ["untied head"]),
+    ("whole numbers", tensors(lambda t: t.update({"wpe.weight": t["wpe.weight"].astype(np.int32)})), ["wpe.weight is int32", "only float32"]),
+    ("no tokenizer", without(*NO_TOKENIZER), ["has no tokenizer", "300 tokens are not GPT-2's", "--tokenizer DIR"]),
+    ("not BPE", tokenizer_json(lambda t: t["model"].update(type="Unigram")), ["its model is 'Unigram', not BPE"]),
+    ("another pattern", tokenizer_json(lambda t: t.update(pre_tokenizer={"type": "Whitespace"})), ["its pre_tokenizer is"]),
+    ("a prefix space", tokenizer_json(lambda t: t["pre_tokenizer"].update(add_prefix_space=True)), ["its pre_tokenizer is"]),
+    ("a prefix space, set beside", edit("tokenizer_config.json", add_prefix_space=True), ["add_prefix_space is true"]),
+    ("normalized", tokenizer_json(lambda t: t.update(normalizer={"type": "NFC"})), ["it normalizes text"]),
+    ("a byte is missing", tokenizer_json(lambda t: t["model"]["vocab"].pop("!")), ["1 of the 256 bytes have no token"]),
+    ("merges in another order", tokenizer_json(lambda t: t["model"]["merges"].reverse()), ["in the order of their ids"]),
+    ("no end of text", tokenizer_json(lambda t: t.update(added_tokens=[])), ["it has no <|endoftext|>"]),
+    ("damaged tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json is damaged"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "message"), [w[1:] for w in WRONG_MODELS], ids=[w[0] for w in WRONG_MODELS])
+def test_wrong_models(place, tmp_path, capsys, spoil, message):
+    folder = shutil.copytree(place / "hf", tmp_path / "hf")
+    spoil(folder)
+    assert command("import-hf", folder, tmp_path / "run") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    for word in message:
+        assert word in shown
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+WRONG_COMMANDS = [
+    ("no such directory", "import-hf ./gone new", ["no file or directory ./gone"]),
+    ("hub without network", "import-hf gpt2 new", ["no file or directory gpt2", "cannot be downloaded"]),
+    ("pickled file", "import-hf model.bin new", ["model.bin is a pickled file"]),
+    ("another file", "import-hf text.txt new", ["text.txt is no .safetensors file"]),
+    ("one word", "import-hf hf", ["import-hf takes MODEL RUN, but got hf"]),
+    ("misspelt flag", "import-hf hf new --tokeniser x", ["unknown flag --tokeniser", "did you mean tokenizer?"]),
+    ("run exists", "import-hf hf run", ["run exists and is not empty"]),
+    ("run is a file", "import-hf hf text.txt", ["text.txt is a file"]),
+    ("no such tokenizer", "import-hf hf new --tokenizer home", ["--tokenizer=home has neither tokenizer.json"]),
+    ("tokenizer too large", "import-hf hf new --tokenizer gpt2", ["has 50257 tokens, the model only 300"]),
+    ("no run", "export-hf gone new", ["gone is not a run directory"]),
+    ("a directory with files", "export-hf run home", ["home is not empty", "--overwrite"]),
+    ("onto a run", "export-hf run run --overwrite", ["run is a run directory"]),
+    ("a file", "export-hf run text.txt", ["text.txt is a file"]),
+    ("gguf exists", "export-hf run old.gguf", ["old.gguf exists", "--overwrite"]),
+    ("no checkpoint", "export-hf run new --checkpoint 7", ["run has no checkpoint 7; it has 0"]),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), [w[1:] for w in WRONG_COMMANDS], ids=[w[0] for w in WRONG_COMMANDS])
+def test_wrong_commands(place, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(place)
+    (place / "home").mkdir(exist_ok=True)
+    (place / "home" / "thesis.txt").write_text("mine")
+    (place / "gpt2").mkdir(exist_ok=True)
+    for name in ("model.bin", "text.txt", "old.gguf"):
+        (place / name).write_text("x")
+    if "tokenizer gpt2" in line:
+        for name, text in vocabulary.tokenizer_files(GPT2, 64).items():
+            (place / "gpt2" / name).write_text(text, encoding="utf-8")
+    else:
+        shutil.rmtree(place / "gpt2")
+    assert command(*line.split()) == 2
+    shown = capsys.readouterr().err
+    for word in message:
+        assert word in shown
+    assert not (place / "new").exists()
+    assert (place / "home" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    tokenizers.make("char", TEXT).save(tmp_path / "run" / "tokenizer")
+    assert command("export-hf", tmp_path / "run", tmp_path / "model.gguf") == 2
+    assert "llama.cpp ends a text at one token" in capsys.readouterr().err
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("old")
+    (tmp_path / "out" / "README.md").write_text("mine")
+    assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["n_layer"] == 3
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_without_transformers_it_says_that_nothing_was_compared(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    assert cli.guarded(hub.main_export, [str(place / "run"), str(tmp_path / "out")]) == 0
+    assert "not compared with transformers: torch is not installed" in capsys.readouterr().out
+
+
+# ---- training from a run --------------------------------------------------------------------------------------------
+
+SMALL = (
+    "--data.source text.txt --optim.name adamw --optim.learning-rate 1e-3 --optim.warmup-steps 2 "
+    "--train.batch-size 2 --train.log-every 1 --train.save-every 3 --train.steps-per-dispatch 1"
+).split()
+
+
+@pytest.fixture
+def train(place, monkeypatch, capsys):
+    """`train(*flags)` is train.py in a place with text.txt and the imported run -> (code, what it said)."""
+    monkeypatch.chdir(place)
+    (place / "text.txt").write_text(TEXT * 2, encoding="utf-8")
+
+    def go(*flags: str, steps: int = 6) -> tuple[int, str]:
+        code = cli.guarded(door("train").main, [*SMALL, *flags, f"--train.steps={steps}"])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return go
+
+
+def params_of(run: str, which: str = "latest") -> gpt2.Params:
+    return load_params(Path(run), config.read_json(Path(run, "config.json")), which)[0]
+
+
+def test_training_starts_from_a_run_keeps_what_is_frozen_and_goes_on_without_it(train, place):
+    shutil.copytree("run", "first")
+    frozen = ["--optim.freeze-layers", "2", "--optim.freeze-embeddings", "true", "--optim.weight-decay", "0.5"]
+    flags = ["--init-from", "first", "--run-dir", "tuned", "--model.block-size", "11", *frozen]
+    code, said = train(*flags)
+    assert code == 0, said
+    cfg = config.read_json(Path("tuned/config.json"))
+    assert cfg.model == config.merge(config.Config(model=CFG), {"model.block_size": 11}, "").model
+    assert cfg.train.init_from == "first"
+    before, after = params_of("run"), params_of("tuned")
+    assert_bits_equal(after["wte"], before["wte"])
+    assert_bits_equal(after["wpe"], before["wpe"][:11])
+    assert_bits_equal(jax.tree.map(lambda x: x[:2], after["h"]), jax.tree.map(lambda x: x[:2], before["h"]))
+    moved = jax.tree.map(lambda x, y: bool((np.asarray(x[2]) != np.asarray(y[2])).any()), after["h"], before["h"])
+    assert all(jax.tree.leaves(moved))
+    # the initial run has gone: the run knows its model and its tokenizer itself
+    shutil.rmtree("first")
+    shutil.move("tuned", "moved")
+    code, said = train(*[f if f != "tuned" else "moved" for f in flags], steps=8)
+    assert code == 0, said
+    assert "going on in moved from step 6" in said
+
+
+def test_weights_to_start_from_are_laid_out_on_the_mesh(place):
+    cfg = config.read_json(place / "run/config.json")
+    tuned = config.merge(cfg, {"mesh.fsdp": 4, "mesh.data": 2, "train.batch_size": 8, "model.block_size": 7}, "test")
+    mesh = make_mesh(tuned.mesh)
+    alone, _ = load_params(place / "run", cfg)
+    params, _ = load_params(place / "run", cfg, mesh=mesh)
+    state = init_state(tuned, make_optimizer(tuned.optim, 10), mesh, params)
+    assert state.params["wte"].addressable_shards[0].data.shape == (384, 5)
+    assert_bits_equal(state.params, {**alone, "wpe": alone["wpe"][:7]})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_frozen_stays_to_the_bit_whatever_the_optimizer(name):
+    """Weight decay and all, and -0.0 among the weights stays -0.0; its moments stay zero."""
+    settings = OptimConfig(name=name, freeze_layers=2, freeze_embeddings=True, weight_decay=0.5, warmup_steps=0)
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: gpt2.init_params(CFG, jax.random.key(0)))
+    params, grads = (jax.tree.map(lambda x: random.normal(size=x.shape).astype("f"), shapes) for _ in range(2))
+    params["wpe"][0] = params["h"]["mlp"]["c_fc"]["bias"][0] = -0.0
+    tx = make_optimizer(settings, 10)
+    state, after = tx.init(params), params
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(with_frozen(settings, grads, 0.0), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2):
+        after, state = step(after, state, grads)
+
+    def frozen(tree):
+        return {"wte": tree["wte"], "wpe": tree["wpe"], "h": jax.tree.map(lambda x: x[:2], tree["h"])}
+
+    assert_bits_equal(frozen(after), frozen(params))
+    for x, y in zip(jax.tree.leaves(after["h"]), jax.tree.leaves(params["h"]), strict=True):
+        assert (x[2] != y[2]).all()
+    assert (after["ln_f"]["scale"] != params["ln_f"]["scale"]).all()
+    moments = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_flatten_with_path(state)[0]]
+    assert all(not np.any(x) for path, x in moments if "wte" in path)
+    assert all(not np.any(x[:2]) and np.any(x[2]) for path, x in moments if "c_fc']['kernel" in path and x.ndim == 3)
+
+
+WRONG_STARTS = [
+    ("no run", "--init-from gone", ["train.init_from=gone is no run directory (command line)", "import-hf"]),
+    ("misspelt run", "--init-from rum", ["did you mean run?"]),
+    ("another width", "--init-from run --model.n-embd 32 --model.n-head 4", ["model.n_head=4 (command line)", "train.init_from=run (command line) has model.n_head=5"]),
+    ("without biases", "--init-from run --model.bias false", ["model.bias=False (command line)", "has model.bias=True"]),
+    ("longer context", "--init-from run --model.block-size 64", ["model.block_size=64", "has model.block_size=19"]),
+    ("another tokenizer", "--init-from run --data.tokenizer char", ["data.tokenizer=char (command line) is another tokenizer than that of train.init_from=run"]),
+    ("given twice", "--init-from run --train.init-from hf", ["exclude each other"]),
+    ("no such tokenizer", "--data.tokenizer chars", ["data.tokenizer=chars is neither one of char, gpt2 nor a directory", "did you mean char?"]),
+    ("no tokenizer there", "--data.tokenizer home", ["no tokenizer in home"]),
+    ("more frozen layers than layers", "--init-from run --optim.freeze-layers 4", ["optim.freeze_layers=4 exceeds model.n_layer=3"]),
+    ("in place", "--init-from run --run-dir run", ["run holds an imported model", "--init-from run --run-dir NEW"]),
+    ("in place, overwrite", "--run-dir run --overwrite", ["run holds an imported model"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "message"), [w[1:] for w in WRONG_STARTS], ids=[w[0] for w in WRONG_STARTS])
+def test_wrong_starts(train, place, flags, message):
+    (place / "home").mkdir(exist_ok=True)
+    flags = flags if "run-dir" in flags else f"{flags} --run-dir never"
+    code, said = train(*flags.split())
+    assert code == 2
+    for word in message:
+        assert word in said
+    assert not (place / "never").exists()
+    assert (place / "run/checkpoints/0").is_dir()
+
+
+def test_the_tokenizer_of_a_directory_or_a_run_prepares_data_once(place, monkeypatch):
+    monkeypatch.chdir(place)
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    found = [open_data(DataConfig(source="text.txt", tokenizer=name)) for name in ("run", "run/tokenizer")]
+    assert found[0].folder == found[1].folder
+    assert found[0].tokenizer.stored == own_tokenizer().stored
+    assert found[0].tokenizer.decode(found[0].train[:20]) == TEXT[: len(found[0].tokenizer.decode(found[0].train[:20]))]
+
+
+# ---- beside transformers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["char", "own", "gpt2"])
+def test_transformers_loads_what_we_write(tmp_path, capsys, kind):
+    """A pipeline's greedy text is ours, and a model that transformers saved comes in and goes out bit for bit."""
+    import make_fixtures
+    from transformers import AutoTokenizer, pipeline
+
+    made = {"char": lambda: tokenizers.make("char", TEXT), "own": own_tokenizer, "gpt2": lambda: GPT2}[kind]()
+    model = make_fixtures.make_model(0, n_layer=2, n_head=2, n_embd=32, vocab_size=made.n_vocab, n_positions=32)
+    model.save_pretrained(tmp_path / "hf")
+    if kind == "char":  # nobody else has such a tokenizer: the run is made by hand
+        found = transformers_files.open_model(tmp_path / "hf")
+        from nanogpt_jax.training.checkpoint import save_params
+
+        save_params(tmp_path / "run", weights.from_hugging_face(found.cfg, found.weights.read))
+        (tmp_path / "run/config.json").write_text(config.to_json(config.Config(model=found.cfg)))
+        made.save(tmp_path / "run/tokenizer")
+    else:
+        for name, text in vocabulary.tokenizer_files(made, 32).items():
+            (tmp_path / "hf" / name).write_text(text, encoding="utf-8")
+        assert cli.guarded(hub.main_import, [str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    assert cli.guarded(hub.main_export, [str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    difference = [float(line.split(": ")[1].split()[0]) for line in shown.splitlines() if "max |Δlogit|" in line]
+    assert len(difference) == (1 if kind == "char" else 2)
+    assert max(difference) < 1e-4
+    assert_bits_equal(load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "hf/model.safetensors"))
+
+    from nanogpt_jax.inference.generate import Rules
+    from nanogpt_jax.inference.sampler import generate_text
+
+    auto = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = "El gato "
+    assert auto.encode(prompt) == made.encode(prompt).tolist()
+    cfg = config.read_json(tmp_path / "run/config.json")
+    params, _ = load_params(tmp_path / "run", cfg)
+    cfg = gpt2.resolve(cfg.model, "cpu")
+    ours = generate_text(cfg, params, made, [prompt], rules=Rules(temperature=0), max_new_tokens=15, seed=0)[0]
+    theirs = pipeline("text-generation", str(tmp_path / "out"))(prompt, max_new_tokens=15, do_sample=False)
+    assert theirs[0]["generated_text"] == prompt + ours
