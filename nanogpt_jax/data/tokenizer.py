@@ -84,7 +84,7 @@ class CharTokenizer:
         self._id_of[self._code_points] = np.arange(n, dtype=np.int32)
 
     @classmethod
-    def make(cls, texts: Iterable[str], end_of_text: bool) -> "CharTokenizer":
+    def make(cls, texts: Iterable[str], end_of_text: bool = False) -> "CharTokenizer":
         seen = np.zeros(0x110000, bool)
         for text in texts:
             seen[_code_points(text)] = True
