@@ -423,8 +423,9 @@ def test_the_adapter_rolls_and_writes(model):
     ids = model.tokenizer.encode(text).tolist()
     first, *_ = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text[:9],), (text,), ("",)))
     np.testing.assert_allclose(first, -alone(model, [0, *ids[:9]])[0].sum(), rtol=1e-5)
-    long = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text[: T + 4],)))[0]
-    parts = alone(model, [0, *ids[:T]])[0].sum() + alone(model, ids[3 : T + 4])[0][-4:].sum()
+    long = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text[: 2 * T + 4],)))[0]
+    parts = alone(model, [0, *ids[:T]])[0].sum() + alone(model, ids[T - 1 : 2 * T])[0].sum()
+    parts += alone(model, ids[T + 3 : 2 * T + 4])[0][-4:].sum()
     np.testing.assert_allclose(long, -parts, rtol=1e-5)
     written = lm.generate_until(
         requests("generate_until", ("El gato", {"until": [" "], "max_gen_toks": 5}), ("El", {"max_gen_toks": 3}))
