@@ -49,7 +49,7 @@ def train(cfg, run, data, stop):
     from nanogpt_jax.inference.sampler import opening_and_continuation
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import Checkpointer, load_params
-    from nanogpt_jax.training.loop import choose_steps_per_dispatch, fit, headline
+    from nanogpt_jax.training.loop import choose_steps_per_dispatch, fit, headline, language_model
     from nanogpt_jax.training.metrics import MetricsLog
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
@@ -64,7 +64,7 @@ def train(cfg, run, data, stop):
         state, meta = checkpoints.resume(cfg, tx, mesh)  # born sharded, or the newest whole checkpoint
         print(headline(cfg, run, data, mesh, meta["step"]), flush=True)
         with MetricsLog(run, cfg.train, meta["step"]) as log:
-            outcome = fit(cfg, mesh, state, step, K, data, checkpoints, log, meta, stop)
+            outcome = fit(cfg, mesh, state, step, K, language_model(cfg, mesh, data), checkpoints, log, meta, stop)
     if outcome.signal:
         return outcome, ""
     params, _ = load_params(run, cfg)  # the best checkpoint, as sample.py takes it

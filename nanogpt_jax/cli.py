@@ -54,6 +54,7 @@ def tool(name: str) -> ModuleType:
 COMMANDS: dict[str, tuple[str, Main]] = {
     "train": ("train a GPT-2, or go on with a run (train.py)", lambda argv: door("train").main(argv)),
     "sample": ("write text with a trained model (sample.py)", lambda argv: door("sample").main(argv)),
+    "classify": ("train a text classifier, measure it, ask it", lambda argv: tool("classify").main(argv)),
     "scaling": ("measure how the cost of a token grows with the model", lambda argv: tool("scaling").main(argv)),
     "bench": ("measure how fast this machine trains and samples", lambda argv: tool("bench").main(argv)),
 }

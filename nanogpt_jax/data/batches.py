@@ -42,13 +42,21 @@ def batch(
     and from an offset that are new in each epoch, so that a sequence does not always begin at the same tokens.
     """
     n = n_windows(tokens, block_size)
+    window, key = order(n, seed=seed, step=step, batch_size=batch_size, rows=rows)
+    offset = _mix(key) % np.uint64(min(block_size, len(tokens) - n * block_size))
+    start = offset + window * np.uint64(block_size)
+    return np.asarray(tokens[start[..., None].astype(np.int64) + np.arange(block_size + 1)], np.int32)
+
+
+def order(
+    n: int, *, seed: int, step: int | np.ndarray, batch_size: int, rows: slice | np.ndarray = slice(None)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of n things make up a step, each once an epoch: [B] uint64, or [K, B]; and the key of their epoch."""
     first = np.asarray(step, np.uint64)[..., None] * np.uint64(batch_size)
     sequence = first + np.arange(batch_size, dtype=np.uint64)[rows]
     epoch, position = np.divmod(sequence, np.uint64(n))  # a batch may straddle two epochs
     key = _mix(_mix(epoch) ^ np.uint64(seed))
-    offset = _mix(key) % np.uint64(min(block_size, len(tokens) - n * block_size))
-    start = offset + shuffle(position, n, key) * np.uint64(block_size)
-    return np.asarray(tokens[start[..., None].astype(np.int64) + np.arange(block_size + 1)], np.int32)
+    return shuffle(position, n, key), key
 
 
 def shuffle(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from nanogpt_jax.config import Config, UserError
-from nanogpt_jax.model import gpt2
+from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.run_dir import checkpoint_steps
-from nanogpt_jax.training.step import TrainState, init_state, state_shardings
+from nanogpt_jax.training.step import TrainState, init_params, init_state, state_shardings
 
 # One failed read or write is one error of ours. Without this, orbax tells it once for every array, and every save as a
 # warning; and Python prints a traceback for each of its coroutines that was under way when the first one failed.
@@ -70,7 +70,10 @@ class Checkpointer:
         self._manager.close()
 
     def save(self, state: TrainState, step: int, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Begin to save; returns as soon as the state is copied. A step that is already saved is left as it is."""
+        """Begin to save; returns as soon as the state is copied. A step that is already saved is left as it is.
+
+        The best checkpoint is the one with the least `val_loss`: whatever loss the run measures its success by.
+        """
         if step == self.latest:
             return
         self.wait()  # orbax would wait for the save before, too; so its failure is told as that save's
@@ -102,10 +105,11 @@ class Checkpointer:
     def resume(self, cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
         """The state of the newest whole checkpoint, laid out on `mesh` whatever it was saved on; else a fresh one.
 
-        With it what else resuming needs: {"step": int, "best_val_loss": float or None}.
+        With it what else resuming needs: {"step": int, "best_val_loss": float or None, "stale": evaluations since}.
         """
+        fresh = {"step": 0, "best_val_loss": None, "stale": 0}
         if self.latest is None:
-            return init_state(cfg, tx, mesh), {"step": 0, "best_val_loss": None}
+            return init_state(cfg, tx, mesh), fresh
         shapes, shardings = state_shardings(cfg, tx, mesh)
         abstract = jax.tree.map(_abstract, shapes, shardings)
         items = ocp.args.Composite(
@@ -115,7 +119,7 @@ class Checkpointer:
         )
         restored = _restore(self._manager, self._run_dir, self.latest, items)
         step = jax.device_put(jnp.int32(self.latest), shardings.step)
-        meta = {**restored["meta"], "step": self.latest}
+        meta = {**fresh, **restored["meta"], "step": self.latest}
         return TrainState(step, restored["params"], restored["opt_state"]), meta
 
 
@@ -140,7 +144,7 @@ def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: An
         ) from None
 
 
-def load_params(run_dir: Path, cfg: Config, which: str = "best") -> tuple[gpt2.Params, int]:
+def load_params(run_dir: Path, cfg: Config, which: str = "best") -> tuple[Params, int]:
     """The parameters of a checkpoint, on one device, and its step. No optimizer, no data needed.
 
     `which`: "best" by validation loss (the newest where none was measured), "latest", or a step's number.
@@ -160,7 +164,7 @@ def load_params(run_dir: Path, cfg: Config, which: str = "best") -> tuple[gpt2.P
             raise UserError(
                 f"{run_dir} has no checkpoint {which}; it has {', '.join(map(str, steps))}, best and latest"
             )
-        shapes = jax.eval_shape(lambda: gpt2.init_params(cfg.model, jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: init_params(cfg))
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda x: _abstract(x, here), shapes)
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))

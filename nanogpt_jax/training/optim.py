@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules: optax's, in two tables. Adding one is a function and an entry."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -120,3 +121,14 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     """The whole chain from gradient to update: clip by global norm, then the optimizer with its schedule."""
     update = OPTIMIZERS[cfg.name](cfg, make_schedule(cfg, steps))
     return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), update) if cfg.grad_clip else update
+
+
+def head_alone(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` for a classifier's head; all other parameters stay as they are, and need no moments."""
+
+    def part(path: tuple, _leaf: object) -> str:
+        return "head" if path_name(path).startswith("head/") else "body"
+
+    return optax.partition(
+        {"head": tx, "body": optax.set_to_zero()}, functools.partial(jax.tree_util.tree_map_with_path, part)
+    )

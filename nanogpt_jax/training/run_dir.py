@@ -19,6 +19,7 @@ import filelock
 
 from nanogpt_jax import config
 from nanogpt_jax.config import Command, Config, UserError
+from nanogpt_jax.data.labelled import LabelledData
 from nanogpt_jax.data.prepare import Dataset
 
 NAMES = ("checkpoints", "tokenizer", "tensorboard", "wandb", "config.json", "data.json", "metrics.jsonl", "sample.txt")
@@ -42,7 +43,7 @@ def claim(command: Command) -> Iterator[Path]:
         raise UserError(f"cannot read {run_dir}: {e.strerror}") from None
     strangers = [name for name in names if name not in (*NAMES, "lock")]
     if "config.json" in names:
-        config.read_json(run_dir / "config.json")  # another program's config.json is refused here
+        config.read_json(run_dir / "config.json", type(command.cfg))  # another program's config.json is refused here
     elif strangers:
         raise UserError(
             f"--run-dir {run_dir} holds other files ({strangers[0]}) and is no run\n       choose a new directory"
@@ -69,15 +70,15 @@ def claim(command: Command) -> Iterator[Path]:
                 shutil.rmtree(run_dir)
 
 
-def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None:
+def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | LabelledData) -> None:
     """Check that the run in the directory, if there is one, is this run; else write down what the new run is.
 
     `cfg` is the command's configuration with the vocabulary size filled in.
     """
     steps = [] if command.overwrite else checkpoint_steps(run_dir)
     if steps:
-        before = config.read_json(run_dir / "config.json")
-        changed = config.differences(before, cfg, frozenset(config.TYPES) - config.EXECUTION)
+        before = config.read_json(run_dir / "config.json", type(cfg))
+        changed = config.differences(before, cfg, frozenset(config.types_of(type(cfg))) - config.EXECUTION)
         if changed:
             shown = "\n".join(
                 f"       {k}: {old} in the run, {new} now ({command.origin[k]})" for k, old, new in changed
@@ -123,10 +124,10 @@ def is_finished(run_dir: Path, cfg: Config) -> bool:
     return bool(steps) and steps[-1] >= cfg.train.steps
 
 
-def command_again(argv: list[str], steps: int | None = None) -> str:
+def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
     """The command that goes on with this run: the one that was typed, with other `steps` if given."""
     values = {"--resume", "--train.steps"} if steps else {"--resume"}
-    words, skip = config.program("train").split(" ", 1), False
+    words, skip = config.program(name).split(" ", 1), False
     for word in argv:
         flag, equals, _ = word.partition("=")
         if not skip and word != "--overwrite" and flag not in values:
@@ -136,8 +137,9 @@ def command_again(argv: list[str], steps: int | None = None) -> str:
 
 
 def newest(folder: Path) -> Path:
-    """The run that was trained last among the directories in `folder`."""
+    """The language model that was trained last among the directories in `folder`."""
     runs = [p.parent for p in folder.glob("*/config.json") if checkpoint_steps(p.parent)]
+    runs = [run for run in runs if not config.is_classifier(run)]
     if not runs:
         raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")
     return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)

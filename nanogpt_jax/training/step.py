@@ -13,13 +13,15 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from nanogpt_jax.config import Config, ModelConfig, UserError
+from nanogpt_jax.config import ClassifierConfig, Config, ModelConfig, UserError
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, shard, shardings
-from nanogpt_jax.model import gpt2, losses
+from nanogpt_jax.model import classifier, gpt2, losses
 from nanogpt_jax.training.optim import make_schedule
 
 Metrics = dict[str, jax.Array]
+# (model, params, rows [B, W] int32, dropout key or None) -> mean nats []
+Loss = Callable[[ModelConfig, gpt2.Params, jax.Array, jax.Array | None], jax.Array]
 
 
 @flax.struct.dataclass
@@ -37,8 +39,16 @@ def state_shardings(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -
     return shapes, shardings(mesh, shapes)
 
 
+def init_params(cfg: Config) -> gpt2.Params:
+    """Initial weights of a language model, or of a classifier."""
+    key = jax.random.key(cfg.train.seed)
+    if isinstance(cfg, ClassifierConfig):
+        return classifier.init_params(cfg.model, cfg.classify.n_labels, key)
+    return gpt2.init_params(cfg.model, key)
+
+
 def _fresh(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
-    params = gpt2.init_params(cfg.model, jax.random.key(cfg.train.seed))
+    params = init_params(cfg)
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
@@ -49,15 +59,17 @@ def init_state(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> Tra
 
 
 def make_train_step(
-    cfg: Config, tx: optax.GradientTransformation, mesh: Mesh, steps_per_dispatch: int = 1
+    cfg: Config, tx: optax.GradientTransformation, mesh: Mesh, steps_per_dispatch: int = 1, loss: Loss | None = None
 ) -> Callable[[TrainState, jax.Array, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
     """(state, tokens [K, B, T+1] int32, n <= K) -> the state n steps later, and metrics of [K] float32 each.
+
+    Another `loss` than next-token prediction may have other rows than T+1 tokens.
 
     The loop's length n is a run-time value, so one program serves a full dispatch, the last short one and a single
     step, and every step is computed by the same instructions wherever a run was cut: that makes resuming exact.
     Metrics: loss (nats a token, before the update), grad_norm (before clipping), learning_rate. The state is donated.
     """
-    K, t = steps_per_dispatch, cfg.train
+    K, t, loss_of = steps_per_dispatch, cfg.train, loss or mean_loss
     ways = batch_ways(mesh)
     if (t.micro_batch or t.batch_size) % ways:
         name = "train.micro_batch" if t.micro_batch else "train.batch_size"
@@ -68,7 +80,7 @@ def make_train_step(
 
     def one_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(dropout_key, state.step) if cfg.model.dropout else None
-        loss, grads = _gradients(cfg, mesh, state.params, tokens, key)
+        loss, grads = _gradients(cfg, loss_of, mesh, state.params, tokens, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = schedule(state.step)
@@ -97,9 +109,9 @@ def make_train_step(
     return train_step
 
 
-def _gradients(cfg: Config, mesh: Mesh, params: gpt2.Params, tokens: jax.Array, key: jax.Array | None):
+def _gradients(cfg: Config, loss: Loss, mesh: Mesh, params: gpt2.Params, tokens: jax.Array, key: jax.Array | None):
     """Mean loss of tokens [B, T+1] and its gradients, `micro_batch` sequences at a time: the mean over all is exact."""
-    grad = jax.value_and_grad(lambda params, tokens, key: mean_loss(cfg.model, params, tokens, key))
+    grad = jax.value_and_grad(lambda params, tokens, key: loss(cfg.model, params, tokens, key))
     B, micro = cfg.train.batch_size, cfg.train.micro_batch or cfg.train.batch_size
     if micro == B:
         return grad(params, tokens, key)
@@ -140,3 +152,14 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[gpt2.Params, jax.Array,
         return jnp.sum(nats * weights)
 
     return eval_step
+
+
+def make_predict_step(cfg: Config, mesh: Mesh) -> Callable[[gpt2.Params, jax.Array], jax.Array]:
+    """(a classifier's params, rows [B, W+2] int32) -> log-probabilities of the labels [B, K] float32."""
+
+    @functools.partial(jax.jit, in_shardings=(None, shard(mesh, BATCH)), out_shardings=shard(mesh))
+    def predict_step(params: gpt2.Params, rows: jax.Array) -> jax.Array:
+        tokens, lengths, _ = classifier.unpack(rows)
+        return jax.nn.log_softmax(classifier.logits(cfg.model, params, tokens, lengths))
+
+    return predict_step
