@@ -117,14 +117,13 @@ class LabelledConfig:
     text_column: str = "text"  # where the text stands
     label_column: str = "label"  # where the label stands: a string or a whole number
     keep: Literal["first", "last"] = "first"  # which model.block_size tokens of a longer text are read
-    tokenizer: Literal["char", "gpt2"] = "char"  # one token a character, or GPT-2's byte pairs; or the started run's
+    tokenizer: str = "char"  # char: one token a character; gpt2: GPT-2's byte pairs
     val_fraction: float = 0.1  # share of each label kept to choose the checkpoint by
     test_fraction: float = 0.1  # share of each label kept for `classify eval`
 
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    init_from: str = "scratch"  # the run of a language model whose weights and tokenizer it starts from, or scratch
     freeze: bool = False  # train the head alone, on the language model as it is
     class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare label's texts count more, n / (K * n_label)
     epochs: int = 10  # passes over the training texts
@@ -135,6 +134,7 @@ class ClassifyConfig:
 
 @dataclass(frozen=True)
 class ClassifierTrainConfig(TrainConfig):
+    init_from: str = "scratch"  # scratch: random weights; or a language model's run: its best weights, sizes, tokenizer
     steps: int = 0  # optimizer steps; 0: classify.epochs passes
     batch_size: int = 16  # texts a step, over all devices and micro-batches
     micro_batch: int = 0  # texts at a time (gradients accumulate); 0: the whole batch
@@ -303,14 +303,19 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
         check(value["classify.epochs"] >= 1, "classify.epochs", "must be at least 1")
         check(value["classify.patience"] >= 0, "classify.patience", "must not be negative")
         check(value["classify.n_labels"] >= 0, "classify.n_labels", "must not be negative")
+        check(
+            cfg.data.tokenizer in ("char", "gpt2") or cfg.train.init_from != "scratch",
+            "data.tokenizer",
+            "is not one of char, gpt2",
+        )
         kept = cfg.data.val_fraction + cfg.data.test_fraction
         check(cfg.data.test_fraction >= 0, "data.test_fraction", "must not be negative", "0 keeps no test texts")
         check(kept < 1, "data.test_fraction", f"and data.val_fraction={cfg.data.val_fraction} leave no training texts")
         check(
-            not (cfg.classify.freeze and cfg.classify.init_from == "scratch"),
+            not (cfg.classify.freeze and cfg.train.init_from == "scratch"),
             "classify.freeze",
             "would train a head on weights that nobody has trained",
-            "set classify.init_from to a language model's run",
+            "set train.init_from to a language model's run",
         )
     else:
         check(value["train.steps"] >= 1, "train.steps", "must be at least 1")
@@ -389,7 +394,7 @@ BODY = "model.n_layer model.n_head model.n_embd model.bias model.vocab_size data
 
 def with_body(cfg: ClassifierConfig, origin: dict[str, str]) -> ClassifierConfig:
     """`cfg` with what the run that it starts from decides: the shape of the model, and the tokenizer."""
-    run, mine = cfg.classify.init_from, dict(items(cfg))
+    run, mine = cfg.train.init_from, dict(items(cfg))
     if run == "scratch":
         return cfg
     path = Path(run) / "config.json"
@@ -468,7 +473,7 @@ def _other_kind(run: Path, wanted: Kind) -> str:
         return f"{run} is a classifier, not a language model\n       ask it: {program('classify predict')} {run} TEXT"
     return (
         f"{run} is a language model, not a classifier\n       "
-        f"train one from it: {program('classify train')} --classify.init-from {run} --data.source FILE"
+        f"train one from it: {program('classify train')} --train.init-from {run} --data.source FILE"
     )
 
 

@@ -322,7 +322,8 @@ class Encoder:
 
     def __init__(self, tok: Tokenizer, block_size: int, keep: str):
         self._tok, self._block_size, self._keep = tok, block_size, keep
-        self._known = set(tok.decode(range(tok.n_vocab))) if tok.name == "char" else None
+        ids = [i for i in range(tok.n_vocab) if i != tok.end_of_text]
+        self._known = set(tok.decode(ids)) if tok.name == "char" else None
         self.cut = self.seen = 0  # texts longer than the context, and all
         self.dropped: Counter[str] = Counter()
 

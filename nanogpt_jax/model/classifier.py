@@ -26,9 +26,9 @@ def logits(
 ) -> jax.Array:
     """tokens [B, W] int32 of `lengths` [B] >= 1, padded on the right with anything -> logits [B, K] float32.
 
-    With `freeze` the gradient ends at the head. Dropout is on where a key is given.
+    Dropout is on where a key is given. With `freeze` the gradient ends at the head, and the body has no dropout.
     """
-    x = gpt2.hidden(cfg, params, tokens, dropout_key)
+    x = gpt2.hidden(cfg, params, tokens, None if freeze else dropout_key)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, C]
     last = gpt2.LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, last).astype(jnp.float32)  # pyright: ignore
     last = lax.stop_gradient(last) if freeze else last

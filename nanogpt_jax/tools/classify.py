@@ -76,9 +76,9 @@ def train(argv: list[str]) -> int:
 
     from nanogpt_jax.training.signals import stop_on_signals
 
-    base = None if command.cfg.classify.init_from == "scratch" else Path(command.cfg.classify.init_from)
+    base = None if command.cfg.train.init_from == "scratch" else Path(command.cfg.train.init_from)
     if base and not run_dir.checkpoint_steps(base):
-        raise UserError(f"classify.init_from={base} has no checkpoint yet")
+        raise UserError(f"train.init_from={base} has no checkpoint yet")
     with run_dir.claim(command) as run, stop_on_signals() as stop:
         data = labelled.open_data(command.cfg, tokenizer.load(base / "tokenizer") if base else None)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, command.origin)
@@ -129,7 +129,7 @@ def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, base: Path | No
     predict, rows = make_predict_step(cfg, mesh), eval_rows(cfg, batch_ways(mesh))
     val = data.splits["val"]
 
-    def scores(params: Any) -> dict[str, float]:
+    def scores(params: Any, predict: Any = predict) -> dict[str, float]:
         return classification.scores(_log_probabilities(predict, params, val, data.width, rows), val.labels)
 
     task = Task(
@@ -159,8 +159,8 @@ def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, base: Path | No
                 outcome = fit(cfg, mesh, state, step, K, task, checkpoints, log, meta, stop)
     if outcome.signal:
         return outcome, None, {}
-    params, best = load_params(run, cfg)
-    return outcome, best, scores(params)
+    params, best = load_params(run, cfg)  # the best checkpoint, as eval and predict take it: on one device
+    return outcome, best, scores(params, make_predict_step(cfg, make_mesh(config.MeshConfig())))
 
 
 def _body(base: Path, cfg: ClassifierConfig) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _headline(cfg: ClassifierConfig, run: Path, data: LabelledData, mesh: Any, s
 
     from nanogpt_jax.model import gpt2
 
-    m, c, head = cfg.model, cfg.classify, (cfg.model.n_embd + 1) * cfg.classify.n_labels
+    m, c, t, head = cfg.model, cfg.classify, cfg.train, (cfg.model.n_embd + 1) * cfg.classify.n_labels
     begin = f"going on in {run} from step {step}" if step else f"training in {run}"
     trained = f"the {head:,} of the head" if c.freeze else "all"
     sizes = ", ".join(
@@ -191,9 +191,9 @@ def _headline(cfg: ClassifierConfig, run: Path, data: LabelledData, mesh: Any, s
     )
     counts = ", ".join(f"{shown(label)} {n:,}" for label, n in list(data.manifest["splits"]["train"].items())[:12])
     lines = [
-        f"{begin}: GPT-2 of {gpt2.n_params(m):,} parameters from {c.init_from}, a head of {head:,}, {trained} trained, "
+        f"{begin}: GPT-2 of {gpt2.n_params(m):,} parameters from {t.init_from}, a head of {head:,}, {trained} trained, "
         f"on {mesh.size} {jax.default_backend()}",
-        f"{cfg.train.steps} steps of {cfg.train.batch_size} texts {data.width} tokens wide; {cfg.data.source}: {sizes}",
+        f"{t.steps} steps of {t.batch_size} texts {data.width} tokens wide; {cfg.data.source}: {sizes}",
         f"{c.n_labels} labels, in training: {counts}{', ...' if c.n_labels > 12 else ''}",
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in data.notes)])
@@ -254,40 +254,53 @@ class _Classifier:
         return labelled.Encoder(self.tokenizer, self.cfg.model.block_size, self.cfg.data.keep)
 
     def log_probabilities(self, texts: Texts) -> np.ndarray:
-        from nanogpt_jax.config import MeshConfig
         from nanogpt_jax.distributed.mesh import make_mesh
         from nanogpt_jax.training.step import make_predict_step
 
-        predict = make_predict_step(self.cfg, make_mesh(MeshConfig()))
+        predict = make_predict_step(self.cfg, make_mesh(config.MeshConfig()))
         width, rows = labelled.width_for([texts], self.cfg.model.block_size), min(32, -(-len(texts) // 8) * 8)
         return _log_probabilities(predict, self.params, texts, width, rows, bar=True)
 
 
-def _arguments(name: str, argv: list[str], known: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+FLAGS = {
+    "eval": ("source", "split", "text_column", "label_column", "checkpoint", "picture", *SWITCHES),
+    "predict": ("file", "text_column", "checkpoint", "json"),
+}
+
+
+def arguments(name: str, argv: list[str]) -> tuple[str, list[str], dict[str, str]]:
+    """The run, the texts and the flags of `classify eval` or `classify predict`."""
+
     def check(key: str) -> None:
-        if key not in known:
-            near = config.suggestion(key, known) or f"\n       see nanogpt-jax classify {name} --help"
+        if key not in FLAGS[name]:
+            near = config.suggestion(key, FLAGS[name]) or f"\n       see {config.program(f'classify {name}')} --help"
             raise UserError(f"unknown flag --{key.replace('_', '-')}{near}")
 
-    words, flags = config.split_arguments(argv, SWITCHES, check)
-    if not words:
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, flags = config.split_arguments(argv[:end], SWITCHES, check)
+    run, *texts = [*words, *argv[end + 1 :]] or [""]
+    if not run:
         raise UserError(f"classify {name} needs the directory of a run\n       see nanogpt-jax classify {name} --help")
-    return words, flags
+    if name == "eval" and texts:
+        raise UserError(f"one run at a time, but got {run} and {texts[0]}")
+    if name == "eval" and "source" not in flags:
+        for flag in [f for f in ("split", "text_column", "label_column") if f in flags]:
+            raise UserError(f"--{flag.replace('_', '-')} says how to read --source, which is not given")
+    if texts and "file" in flags:
+        raise UserError(f"texts and --file={flags['file']} exclude each other; leave one out")
+    if any(not text.strip() for text in texts):
+        raise UserError("one of the texts is empty, and nothing can be told from that")
+    return run, texts, flags
 
 
 def evaluate(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
         print(EVAL_USAGE)
         return 0
-    known = ("source", "split", "text_column", "label_column", "checkpoint", "picture", *SWITCHES)
-    words, flags = _arguments("eval", argv, known)
-    if len(words) > 1:
-        raise UserError(f"one run at a time, but got {' and '.join(words)}")
-    if "source" not in flags and (alone := [f for f in ("split", "text_column", "label_column") if f in flags]):
-        raise UserError(f"--{alone[0].replace('_', '-')} is of another --source, which is not given")
+    run, _, flags = arguments("eval", argv)
     plt = _pyplot(flags["picture"]) if "picture" in flags else None
     baseline = _baseline() if "baseline" in flags else None
-    model = _Classifier(options.existing(words[0]), flags.get("checkpoint", "best"))
+    model = _Classifier(options.existing(run), flags.get("checkpoint", "best"))
     data = None
     if "source" not in flags or baseline:
         data = labelled.open_data(model.cfg, model.tokenizer)
@@ -339,15 +352,10 @@ def evaluate(argv: list[str]) -> int:
 
 
 def predict(argv: list[str]) -> int:
-    flagged = argv[: argv.index("--")] if "--" in argv else argv
-    if cli.asks_for_help(flagged):
+    if cli.asks_for_help(argv[: argv.index("--")] if "--" in argv else argv):
         print(PREDICT_USAGE)
         return 0
-    words, flags = _arguments("predict", flagged, ("file", "text_column", "checkpoint", "json"))
-    (run, *texts), more = words, argv[len(flagged) + 1 :]
-    texts += more
-    if texts and "file" in flags:
-        raise UserError(f"texts and --file={flags['file']} exclude each other; leave one out")
+    run, texts, flags = arguments("predict", argv)
     model = _Classifier(options.existing(run), flags.get("checkpoint", "best"))
     if "file" in flags:
         column = flags.get("text_column", model.cfg.data.text_column)
@@ -356,8 +364,6 @@ def predict(argv: list[str]) -> int:
         if sys.stdin.isatty():
             raise UserError("nothing to classify: give texts, --file FILE, or pipe lines into it")
         texts = labelled.lines_of(sys.stdin.buffer.read(), "standard input")
-    elif any(not text.strip() for text in texts):
-        raise UserError("an empty text: nothing can be told from that")
     encoder = model.encoder()
     tokens, starts = encoder.tokens(texts, lambda i: f"text {i + 1} ({texts[i]!r:.60})")
     model.load()
