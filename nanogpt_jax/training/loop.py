@@ -53,8 +53,14 @@ def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
     def scores(params: Params) -> dict[str, float]:
         return evaluate(eval_step, params, data.val, cfg, rows, data.manifest["val"]["bytes"])
 
-    say = "validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte"
-    return Task(T + 1, batch, scores, say, operator.itemgetter("loss"), t.batch_size * T)
+    return Task(
+        row=T + 1,
+        batch=batch,
+        evaluate=scores,
+        say="validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte",
+        loss=operator.itemgetter("loss"),
+        tokens_per_step=t.batch_size * T,
+    )
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def command_again(argv: list[str], steps: int | None = None, name: str = "train"
 def newest(folder: Path) -> Path:
     """The language model that was trained last among the directories in `folder`."""
     runs = [p.parent for p in folder.glob("*/config.json") if checkpoint_steps(p.parent)]
-    runs = [run for run in runs if not config.is_classifier(run)]
-    if not runs:
-        raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")
-    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+    for run in sorted(runs, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True):
+        if not config.is_classifier(run):
+            return run
+    raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")
