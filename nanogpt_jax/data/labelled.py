@@ -165,7 +165,7 @@ def _jsonl(what: str, path: Path) -> Iterator[Record]:
         except (json.JSONDecodeError, RecursionError) as e:
             raise UserError(f"{what}, line {number}: not JSON: {e}") from None
         if not isinstance(record, dict):
-            raise UserError(f"{what}, line {number}: not a JSON object: {line[:60]}")
+            raise UserError(f"{what}, line {number}: not a JSON object: {line[:60]!r}")
         yield number, record
 
 
@@ -219,7 +219,7 @@ def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator
 def _column(what: str, line: int, record: dict[str, Any], setting: str, name: str) -> Any:
     if name not in record:
         raise UserError(
-            f"{what}, line {line}: there is no column {setting}={name}; there are {', '.join(map(str, record))}"
+            f"{what}, line {line}: there is no column {setting}={name}; there are {', '.join(shown(str(c)) for c in record)}"
         )
     return record[name]
 
@@ -367,7 +367,7 @@ class Encoder:
             )
         if self.dropped:
             most = " ".join(repr(c) for c, _ in self.dropped.most_common(8))
-            notes.append(f"{self.dropped.total():,} characters that the tokenizer does not know are left out: {most}")
+            notes.append(f"characters that the tokenizer does not know are left out, {self.dropped.total():,}: {most}")
         return notes
 
 
