@@ -218,9 +218,8 @@ def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator
 
 def _column(what: str, line: int, record: dict[str, Any], setting: str, name: str) -> Any:
     if name not in record:
-        raise UserError(
-            f"{what}, line {line}: there is no column {setting}={name}; there are {', '.join(shown(str(c)) for c in record)}"
-        )
+        there = ", ".join(shown(column) for column in record)
+        raise UserError(f"{what}, line {line}: there is no column {setting}={name}; there are {there}")
     return record[name]
 
 
