@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         nullcontext(open_data(command.cfg.data)) as data,  # prepared on first use; Ctrl-C ends that at once
         stop_on_signals() as stop,
     ):
-        run_dir.check_tokenizer(command, data)
+        run_dir.check_start(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, command.origin)
         run_dir.prepare(run, command, cfg, data)
         longer = f"or train longer: {run_dir.command_again(argv, steps=2 * cfg.train.steps)}"
@@ -54,7 +54,7 @@ def train(cfg, run, data, stop):
     from nanogpt_jax.inference.sampler import opening_and_continuation
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import Checkpointer, load_params
-    from nanogpt_jax.training.loop import choose_steps_per_dispatch, fit, headline
+    from nanogpt_jax.training.loop import choose_steps_per_dispatch, fit, headline, language_model
     from nanogpt_jax.training.metrics import MetricsLog
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
@@ -69,7 +69,7 @@ def train(cfg, run, data, stop):
         state, meta = checkpoints.resume(cfg, tx, mesh)  # born sharded, or the newest whole checkpoint
         print(headline(cfg, run, data, mesh, meta["step"]), flush=True)
         with MetricsLog(run, cfg.train, meta["step"]) as log:
-            outcome = fit(cfg, mesh, state, step, K, data, checkpoints, log, meta, stop)
+            outcome = fit(cfg, mesh, state, step, K, language_model(cfg, mesh, data), checkpoints, log, meta, stop)
     if outcome.signal:
         return outcome, ""
     params, _ = load_params(run, cfg)  # the best checkpoint, as sample.py takes it

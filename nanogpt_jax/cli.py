@@ -58,6 +58,7 @@ COMMANDS: dict[str, tuple[str, Main]] = {
     "eval": ("measure how good a run is, and which of two is better", lambda argv: tool("evaluate").main(argv)),
     "import-hf": ("make a run of a GPT-2 in Hugging Face's files", lambda argv: tool("hub").main_import(argv)),
     "export-hf": ("write a run for transformers, or as GGUF", lambda argv: tool("hub").main_export(argv)),
+    "classify": ("train a text classifier, measure it, ask it", lambda argv: tool("classify").main(argv)),
     "scaling": ("measure how the cost of a token grows with the model", lambda argv: tool("scaling").main(argv)),
     "bench": ("measure how fast this machine trains and samples", lambda argv: tool("bench").main(argv)),
 }

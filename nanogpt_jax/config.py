@@ -5,8 +5,12 @@ through `coerce` and `validate`, so a wrong key or value gets the same message e
 typo is reported before XLA starts.
 """
 
+# ClassifierConfig.data is another class than Config.data:
+# pyright: reportIncompatibleVariableOverride=false
+
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import sys
@@ -14,7 +18,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -113,18 +117,73 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
+# ---- the same for a classifier: its own data, a section more, and defaults for a few thousand labelled texts ---------
+
+
+@dataclass(frozen=True)
+class LabelledConfig:
+    source: str = "python"  # a .jsonl, .csv, .tsv or .parquet file, hf:NAME[:CONFIG], or python: is it prose or code
+    split: str = "train"  # of hf:NAME, the split that is taken
+    text_column: str = "text"  # where the text stands
+    label_column: str = "label"  # where the label stands: a string or a whole number
+    keep: Literal["first", "last"] = "first"  # which model.block_size tokens of a longer text are read
+    tokenizer: str = "char"  # char, gpt2, bpe:8192 (learned from the texts), or a folder that holds a tokenizer
+    val_fraction: float = 0.1  # share of each label kept to choose the checkpoint by
+    test_fraction: float = 0.1  # share of each label kept for `classify eval`
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    freeze: bool = False  # train the head alone, on the language model as it is
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare label's texts count more, n / (K * n_label)
+    epochs: int = 5  # passes over the training texts
+    monitor: Literal["loss", "macro-f1"] = "loss"  # what the best checkpoint is best by, on the validation texts
+    patience: int = 0  # evaluations without a better one after which the run ends; 0: it goes on to the last step
+    n_labels: int = 0  # K; 0: as many as the data has
+
+
+@dataclass(frozen=True)
+class ClassifierTrainConfig(TrainConfig):
+    steps: int = 0  # optimizer steps; 0: classify.epochs passes
+    batch_size: int = 16  # texts a step, over all devices and micro-batches
+    micro_batch: int = 0  # texts at a time (gradients accumulate); 0: the whole batch
+    eval_every: int = 0  # steps between looks at the validation texts; 0: once an epoch
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(Config):
+    """All settings of a classifier's run: GPT-2 with a head over the last token."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(block_size=256, dropout=0.1))
+    data: LabelledConfig = field(default_factory=LabelledConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig("adamw", 1e-3))
+    train: ClassifierTrainConfig = field(default_factory=ClassifierTrainConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+
+
+Settings = TypeVar("Settings", bound=Config)
+Kind = type[Config]  # Config: a language model's; ClassifierConfig
+COMMANDS = {Config: "train", ClassifierConfig: "classify train"}  # what trains one
+
 # How to run, not what is computed: these may differ between a run and its resumption.
 EXECUTION = frozenset(
     "model.attention model.remat model.scan_unroll data.dir data.threads train.steps train.micro_batch "
     "train.steps_per_dispatch train.eval_every train.save_every train.log_every train.keep train.tensorboard "
-    "train.wandb mesh.data mesh.fsdp mesh.tensor".split()
+    "train.wandb mesh.data mesh.fsdp mesh.tensor classify.epochs classify.patience".split()
 )
 
-TYPES: dict[str, Any] = {
-    f"{section}.{name}": hint
-    for section, kind in get_type_hints(Config).items()
-    for name, hint in get_type_hints(kind).items()
-}
+
+@functools.cache
+def types_of(kind: Kind) -> dict[str, Any]:
+    """The type of every setting: "model.n_layer" -> int."""
+    return {
+        f"{section}.{name}": hint
+        for section, settings in get_type_hints(kind).items()
+        for name, hint in get_type_hints(settings).items()
+    }
+
+
+TYPES = types_of(Config)
 Origin = Mapping[str, str]  # "model.n_embd" -> "default", "configs/x.toml", "command line"
 
 
@@ -158,17 +217,17 @@ def suggestion(word: str, known: Any) -> str:
     return f"\n       did you mean {near[0]}?" if near else ""
 
 
-def unknown_setting(key: str, where: str) -> UserError:
-    hint = suggestion(key, TYPES)
+def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
+    known = types_of(kind)
+    hint = suggestion(key, known)
     if not hint:  # the right name in the wrong section
-        hint = suggestion(key.split(".")[-1], [k.split(".")[1] for k in TYPES])
-        hint = hint or f"\n       sections are {', '.join(get_type_hints(Config))}; see {program('train')} --help"
+        hint = suggestion(key.split(".")[-1], [k.split(".")[1] for k in known])
+        hint = hint or f"\n       sections are {', '.join(get_type_hints(kind))}; see {program(COMMANDS[kind])} --help"
     return UserError(f"unknown setting {key} ({where}){hint}")
 
 
-def coerce(key: str, value: Any, where: str) -> Any:
-    """`value` as the type of setting `key`. Text from the command line is read as TOML would read it."""
-    hint = TYPES[key]
+def coerce(key: str, hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint`, the type of setting `key`. Text from the command line is read as TOML would read it."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:
@@ -239,25 +298,26 @@ def _parse(kind: type, text: str) -> Any:
         return text
 
 
-def merge(cfg: Config, values: Mapping[str, Any], where: str) -> Config:
+def merge(cfg: Settings, values: Mapping[str, Any], where: str) -> Settings:
     """`cfg` with `values` ("model.n_layer" -> 4) laid over it."""
+    types = types_of(type(cfg))
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        if key not in TYPES:
-            raise unknown_setting(key, where)
+        if key not in types:
+            raise unknown_setting(key, where, type(cfg))
         section, name = key.split(".")
-        sections.setdefault(section, {})[name] = coerce(key, value, where)
+        sections.setdefault(section, {})[name] = coerce(key, types[key], value, where)
     return dataclasses.replace(
         cfg, **{s: dataclasses.replace(getattr(cfg, s), **changed) for s, changed in sections.items()}
     )
 
 
-def flatten(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], where: str, kind: Kind = Config) -> dict[str, Any]:
     """{"model": {"n_layer": 4}} -> {"model.n_layer": 4}; anything else than sections of settings is refused."""
     flat = {}
     for section, values in tree.items():
         if not isinstance(values, Mapping):
-            near = [key for key in TYPES if key.endswith("." + section.replace("-", "_"))]
+            near = [key for key in types_of(kind) if key.endswith("." + section.replace("-", "_"))]
             hint = f"\n       did you mean {near[0]}, in a section [{near[0].split('.')[0]}]?" if near else ""
             raise UserError(f"unknown setting {section} ({where}): settings stand in sections{hint}")
         for name, value in values.items():
@@ -265,7 +325,7 @@ def flatten(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     return flat
 
 
-def validate(cfg: Config, origin: Origin) -> Config:
+def validate(cfg: Settings, origin: Origin) -> Settings:
     """`cfg` itself, or an error that names the setting, its value, where it came from and what to do."""
     value = dict(items(cfg))
 
@@ -274,7 +334,7 @@ def validate(cfg: Config, origin: Origin) -> Config:
             line = f"{key}={value[key]} {wrong} ({origin.get(key, 'default')})"
             raise UserError(line + (f"; {remedy}" if remedy else ""))
 
-    for key in "model.block_size model.n_layer model.n_head model.n_embd train.steps train.batch_size".split():
+    for key in "model.block_size model.n_layer model.n_head model.n_embd train.batch_size".split():
         check(value[key] >= 1, key, "must be at least 1")
     for key in "train.log_every train.keep".split():
         check(value[key] >= 1, key, "must be at least 1")
@@ -282,18 +342,30 @@ def validate(cfg: Config, origin: Origin) -> Config:
         "model.vocab_size model.scan_unroll optim.weight_decay optim.grad_clip optim.warmup_steps optim.freeze_layers "
         "train.micro_batch train.steps_per_dispatch train.eval_every train.save_every train.seed data.threads"
     ).split():
-        check(value[key] >= 0, key, "must not be negative")
+        check(key not in value or value[key] >= 0, key, "must not be negative")
     for key in "model.dropout optim.beta1 optim.beta2".split():
         check(0 <= value[key] < 1, key, "must lie in [0, 1)")
     check(0 < cfg.data.val_fraction < 1, "data.val_fraction", "must lie between 0 and 1", "0.1 keeps a tenth")
-    check(
-        not cfg.data.mixture or cfg.data.source == DataConfig.source,
-        "data.source",
-        "and data.mixture exclude each other",
-        "leave one out",
-    )
     check(0 <= cfg.optim.min_learning_rate <= 1, "optim.min_learning_rate", "must lie in [0, 1]: a share of the peak")
     check(cfg.optim.learning_rate > 0, "optim.learning_rate", "must be above 0")
+    if isinstance(cfg, ClassifierConfig):
+        check(value["train.steps"] >= 0, "train.steps", "must not be negative")
+        check(value["classify.epochs"] >= 1, "classify.epochs", "must be at least 1")
+        check(value["classify.patience"] >= 0, "classify.patience", "must not be negative")
+        check(value["classify.n_labels"] >= 0, "classify.n_labels", "must not be negative")
+        kept = cfg.data.val_fraction + cfg.data.test_fraction
+        check(cfg.data.test_fraction >= 0, "data.test_fraction", "must not be negative", "0 keeps no test texts")
+        check(kept < 1, "data.test_fraction", f"and data.val_fraction={cfg.data.val_fraction} leave no training texts")
+        check(
+            not (cfg.classify.freeze and cfg.train.init_from == "scratch"),
+            "classify.freeze",
+            "would train a head on weights that nobody has trained",
+            "set train.init_from to a language model's run",
+        )
+    else:
+        check(value["train.steps"] >= 1, "train.steps", "must be at least 1")
+        either = not cfg.data.mixture or cfg.data.source == DataConfig.source
+        check(either, "data.source", "and data.mixture exclude each other", "leave one out")
     check(cfg.train.seed < 2**32, "train.seed", "must be below 2**32")
 
     m, t = cfg.model, cfg.train
@@ -339,7 +411,7 @@ def validate(cfg: Config, origin: Origin) -> Config:
     return cfg
 
 
-def with_vocabulary(cfg: Config, n_vocab: int, origin: Origin) -> Config:
+def with_vocabulary(cfg: Settings, n_vocab: int, origin: Origin) -> Settings:
     """`cfg` with the tokenizer's number of tokens filled in, or an error if a smaller vocabulary was set."""
     size = cfg.model.vocab_size or n_vocab
     if size < n_vocab:
@@ -348,6 +420,21 @@ def with_vocabulary(cfg: Config, n_vocab: int, origin: Origin) -> Config:
             f"({origin['model.vocab_size']}); leave it out, and it is {n_vocab}"
         )
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+
+
+def with_labels(cfg: ClassifierConfig, n_labels: int, n_texts: int, origin: Origin) -> ClassifierConfig:
+    """`cfg` with the number of labels, and an epoch's length in steps, filled in."""
+    if cfg.classify.n_labels not in (0, n_labels):
+        raise UserError(
+            f"classify.n_labels={cfg.classify.n_labels} ({origin['classify.n_labels']}), but the data has {n_labels} "
+            "labels; leave it out"
+        )
+    epoch, t = -(-n_texts // cfg.train.batch_size), cfg.train
+    return dataclasses.replace(
+        cfg,
+        classify=dataclasses.replace(cfg.classify, n_labels=n_labels),
+        train=dataclasses.replace(t, steps=t.steps or cfg.classify.epochs * epoch, eval_every=t.eval_every or epoch),
+    )
 
 
 # ---- the file -------------------------------------------------------------------------------------------------------
@@ -372,10 +459,10 @@ def find_config(name: str) -> Path:
     raise UserError(f"no config file {name}{suggestion(name, shipped)}\n       shipped: {', '.join(shipped)}")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, kind: Kind = Config) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            return flatten(tomllib.load(file), str(path))
+            return flatten(tomllib.load(file), str(path), kind)
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{path} is not valid TOML: {e}") from None
     except UnicodeDecodeError:
@@ -388,11 +475,34 @@ def to_json(cfg: Config) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
 
 
-def read_json(path: Path) -> Config:
-    """The settings of a run, from its config.json.
+def read_json(path: Path, kind: type[Settings] = Config) -> Settings:
+    """The settings of a run of that kind, from its config.json.
 
     A setting that the file lacks (an older run) has its default; one that is unknown is refused.
     """
+    tree = _read_tree(path)
+    if ("classify" in tree) != (kind is ClassifierConfig):
+        raise UserError(_other_kind(path.parent, kind))
+    values = flatten(tree, str(path), kind)
+    cfg = merge(kind(), values, str(path))
+    return validate(cfg, dict.fromkeys(values, str(path)))
+
+
+def _other_kind(run: Path, wanted: Kind) -> str:
+    if wanted is Config:
+        return f"{run} is a classifier, not a language model\n       ask it: {program('classify predict')} {run} TEXT"
+    return (
+        f"{run} is a language model, not a classifier\n       "
+        f"train one from it: {program('classify train')} --train.init-from {run} --data.source FILE"
+    )
+
+
+def is_classifier(run: Path) -> bool:
+    """Whether a run directory holds a classifier, and not a language model."""
+    return "classify" in _read_tree(run / "config.json")
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -403,19 +513,17 @@ def read_json(path: Path) -> Config:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged: it holds no settings")
-    values = flatten(tree, str(path))
-    cfg = merge(Config(), values, str(path))
-    return validate(cfg, dict.fromkeys(values, str(path)))
+    return tree
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Command:
-    """One `train.py` command: the settings, where each came from, and what to do with the run directory."""
+class Command(Generic[Settings]):
+    """One training command: the settings, where each came from, and what to do with the run directory."""
 
-    cfg: Config
+    cfg: Settings
     origin: Origin
     run_dir: Path
     resume: Literal["auto", "never", "must"] = "auto"
@@ -423,7 +531,7 @@ class Command:
     print_config: bool = False
 
 
-USAGE = """usage: python train.py [CONFIG.toml] [--run-dir DIR] [--init-from RUN] [--resume auto|never|must]
+TRAIN_USAGE = """usage: python train.py [CONFIG.toml] [--run-dir DIR] [--init-from RUN] [--resume auto|never|must]
                        [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
 
 Trains a GPT-2 and keeps everything about it in a run directory. The same command again goes on where it stopped.
@@ -434,6 +542,12 @@ Trains a GPT-2 and keeps everything about it in a run directory. The same comman
   --resume HOW    auto: go on if there is a run; never: only a new directory; must: only an old one (default: auto)
   --overwrite     delete the run in the directory and start over
   --print-config  show each value and where it came from, as TOML; do not train
+"""
+CLASSIFY_USAGE = """usage: nanogpt-jax classify train [CONFIG.toml] [--run-dir DIR] [--resume auto|never|must]
+                                   [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
+
+Trains GPT-2 with a head over the last token's hidden state to name the label of a text. The arguments are train.py's;
+runs go to runs/classifier, or to runs/NAME after a CONFIG.toml of yours.
 """
 
 
@@ -474,21 +588,21 @@ SWITCHES = ("overwrite", "print_config")
 OPTIONS = ("run_dir", "init_from", "resume", *SWITCHES)
 
 
-def _check_flag(key: str) -> None:
+def _check_flag(kind: Kind, key: str) -> None:
     """UserError where `key` is no flag of train.py; it names the setting that may be meant."""
     if "." in key:
-        if key not in TYPES:
-            raise unknown_setting(key, "command line")
+        if key not in types_of(kind):
+            raise unknown_setting(key, "command line", kind)
     elif key not in OPTIONS:
-        full = [k for k in TYPES if k.endswith("." + key)]
+        full = [k for k in types_of(kind) if k.endswith("." + key)]
         near = f"\n       did you mean --{full[0]}?" if full else suggestion(key, OPTIONS)
-        near = near or f"\n       settings are --SECTION.NAME; see {program('train')} --help"
+        near = near or f"\n       settings are --SECTION.NAME; see {program(COMMANDS[kind])} --help"
         raise UserError(f"unknown flag --{key.replace('_', '-')} (command line){near}")
 
 
-def load(argv: list[str]) -> Command:
-    """Read a `train.py` command line: defaults, then the TOML file, then the command line."""
-    words, flags = split_arguments(argv, SWITCHES, _check_flag)
+def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
+    """Read a training command line: defaults, then the TOML file, then the command line."""
+    words, flags = split_arguments(argv, SWITCHES, functools.partial(_check_flag, kind))
     if len(words) > 1:
         raise UserError(f"one config file at a time, but got {' and '.join(words)}")
     settings = {key: value for key, value in flags.items() if "." in key}
@@ -500,10 +614,11 @@ def load(argv: list[str]) -> Command:
                 f"--init-from={short} and --train.init-from={settings['train.init_from']} exclude each other"
             )
 
-    cfg, origin, name = Config(), dict.fromkeys(TYPES, "default"), "default"
+    cfg, origin = kind(), dict.fromkeys(types_of(kind), "default")
+    name = "default" if kind is Config else "classifier"
     if words:
         path = find_config(words[0])
-        values = read_toml(path)
+        values = read_toml(path, kind)
         cfg = merge(cfg, values, str(path))
         origin.update(dict.fromkeys(values, str(path)))
         name = path.stem
@@ -529,14 +644,15 @@ def load(argv: list[str]) -> Command:
     )
 
 
-def _take_over(cfg: Config, origin: Origin, run_dir: Path, overwrite: bool) -> tuple[Config, Origin]:
+def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) -> tuple[Settings, Origin]:
     """`cfg` with what was left open of the model and the tokenizer taken from the run train.init_from.
 
     A run that has begun in `run_dir` knows them itself, so that it goes on when the initial one is gone.
     """
     first = Path(cfg.train.init_from)
     where = origin["train.init_from"]
-    begun = None if overwrite or not (run_dir / "config.json").is_file() else read_json(run_dir / "config.json")
+    mine = run_dir / "config.json"
+    begun = None if overwrite or not mine.is_file() else read_json(mine, type(cfg))
     if begun and begun.train.init_from == cfg.train.init_from:
         before, source = begun, run_dir
     elif first.is_dir():
@@ -548,7 +664,7 @@ def _take_over(cfg: Config, origin: Origin, run_dir: Path, overwrite: bool) -> t
     given, old = dict(items(cfg)), dict(items(before))
     taken: dict[str, Any] = {}
     for key in (key for key in TYPES if key.startswith("model.") and key not in EXECUTION):
-        if origin[key] == "default":
+        if origin[key] == "default" and not (key == "model.dropout" and isinstance(cfg, ClassifierConfig)):
             taken[key] = old[key]
         elif given[key] == old[key] or key in ("model.dropout", "model.dtype"):
             continue
@@ -586,8 +702,8 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # JSON's text, numbers and booleans are TOML's too
 
 
-def help_text() -> str:
-    """The `--help` page. tyro draws the table of settings from the comments behind them."""
+def help_text(kind: Kind = Config) -> str:
+    """The `--help` page of what trains this kind. tyro draws the table of settings from the comments behind them."""
     import contextlib
     import io
 
@@ -595,7 +711,8 @@ def help_text() -> str:
 
     page = io.StringIO()
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        tyro.cli(Config, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+        tyro.cli(kind, args=["--help"], config=(tyro.conf.FlagConversionOff,))
     shipped = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml")))
     settings = page.getvalue().partition("model options")[2]  # before it, tyro's usage lines and our docstring
-    return USAGE.format(shipped=shipped) + "\n model options" + settings
+    usage = TRAIN_USAGE.format(shipped=shipped) if kind is Config else CLASSIFY_USAGE
+    return usage + "\n model options" + settings

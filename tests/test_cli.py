@@ -303,11 +303,11 @@ def test_the_readme_names_commands():
 
 @pytest.mark.parametrize("words", commands_of_the_readme(), ids=" ".join)
 @pytest.mark.usefixtures("runs")
-def test_every_command_of_the_readme_is_understood(words):
+def test_every_command_of_the_readme_is_understood(words, tmp_path, monkeypatch):
     """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
     from nanogpt_jax import cli
     from nanogpt_jax.inference import options
-    from nanogpt_jax.tools import evaluate, hub, prepare
+    from nanogpt_jax.tools import classify, evaluate, hub, prepare
 
     name, *rest = words[1:] if words[0] == "python" else words
     if name == "nanogpt-jax":
@@ -322,6 +322,13 @@ def test_every_command_of_the_readme_is_understood(words):
         evaluate.read(rest)
     elif name in hub.ARGUMENTS:
         hub.arguments(name, rest)
+    elif name == "classify" and rest[0] == "train":
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs/done").mkdir(parents=True)
+        (tmp_path / "runs/done/config.json").write_text(config.to_json(config.Config()))
+        config.load(rest[1:], config.ClassifierConfig)
+    elif name == "classify":
+        classify.arguments(rest[0], rest[1:])
     else:
         assert name in cli.COMMANDS, words
 

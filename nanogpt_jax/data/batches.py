@@ -56,8 +56,7 @@ def batch(
     and from an offset that are new in each epoch, so that a sequence does not always begin at the same tokens. In a
     mixture each source has its own epochs, and sequence q comes from a source that q alone decides.
     """
-    first = np.asarray(step, np.uint64)[..., None] * np.uint64(batch_size)
-    sequence = first + np.arange(batch_size, dtype=np.uint64)[rows]
+    sequence = _sequences(step, batch_size, rows)
     if not isinstance(tokens, Mixture):
         return _windows(tokens, sequence, seed, block_size, "the training split")
     which, number = assign(tokens.cycle, sequence)
@@ -68,13 +67,30 @@ def batch(
     return found
 
 
+def order(n: int, *, seed: int, step: int | np.ndarray, batch_size: int) -> np.ndarray:
+    """Which of n things make up a step, each once an epoch: [B] uint64, or [K, B]."""
+    return _shuffled(n, _sequences(step, batch_size), seed)[0]
+
+
+def _sequences(step: int | np.ndarray, batch_size: int, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    """The numbers, counted from the first step on, of what a step takes: [B] uint64; of K steps: [K, B]."""
+    first = np.asarray(step, np.uint64)[..., None] * np.uint64(batch_size)
+    return first + np.arange(batch_size, dtype=np.uint64)[rows]
+
+
+def _shuffled(n: int, sequence: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each number stands among n things that every epoch visits once, and the key of its epoch."""
+    epoch, position = np.divmod(sequence, np.uint64(n))  # a batch may straddle two epochs
+    key = _mix(_mix(epoch) ^ np.uint64(seed))
+    return shuffle(position, n, key), key
+
+
 def _windows(tokens: np.ndarray, sequence: np.ndarray, seed: int, block_size: int, name: str) -> np.ndarray:
     """Windows of one source: their numbers since the first step, [...] uint64 -> int32 [..., T+1]."""
     n = n_windows(tokens, block_size, name)
-    epoch, position = np.divmod(sequence, np.uint64(n))  # a batch may straddle two epochs
-    key = _mix(_mix(epoch) ^ np.uint64(seed))
+    window, key = _shuffled(n, sequence, seed)
     offset = _mix(key) % np.uint64(min(block_size, len(tokens) - n * block_size))
-    start = offset + shuffle(position, n, key) * np.uint64(block_size)
+    start = offset + window * np.uint64(block_size)
     return np.asarray(tokens[start[..., None].astype(np.int64) + np.arange(block_size + 1)], np.int32)
 
 

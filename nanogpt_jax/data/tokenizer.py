@@ -217,6 +217,11 @@ def make(kind: str, texts: str | Iterable[str], end_of_text: bool = False) -> To
     return BytePairTokenizer.learn(texts, int(size)) if name == "bpe" else GPT2Tokenizer.make()
 
 
+def open_or_make(kind: str, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer in the folder `kind`, or one made of that kind."""
+    return make(kind, texts) if kind.partition(":")[0] in TOKENIZERS else load(find(kind))
+
+
 def find(place: str) -> Path:
     """The folder of a tokenizer in `place`: a run directory, a folder of prepared tokens, or its tokenizer/ itself."""
     for folder in (Path(place), Path(place, "tokenizer")):

@@ -21,6 +21,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"h/mlp/c_fc/bias$", P(None, "tensor")),
     (r"h/mlp/c_proj/kernel$", P(None, "tensor", "fsdp")),
     (r"(ln_1|ln_2|ln_f)/(scale|bias)$|c_proj/bias$", P()),
+    (r"head/kernel$", P("fsdp")),  # a classifier's
+    (r"head/bias$", P()),
 )
 
 BATCH = P(("data", "fsdp"))  # the first axis of tokens [B, T+1]; micro-batches are cut inside the step

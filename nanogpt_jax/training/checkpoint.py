@@ -19,9 +19,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.distributed.sharding import shardings
-from nanogpt_jax.model import gpt2
+from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.run_dir import checkpoint_steps
-from nanogpt_jax.training.step import TrainState, init_state, state_shardings
+from nanogpt_jax.training.step import TrainState, init_params, init_state, state_shardings
 
 # One failed read or write is one error of ours. Without this, orbax tells it once for every array, and every save as a
 # warning; and Python prints a traceback for each of its coroutines that was under way when the first one failed.
@@ -71,7 +71,10 @@ class Checkpointer:
         self._manager.close()
 
     def save(self, state: TrainState, step: int, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Begin to save; returns as soon as the state is copied. A step that is already saved is left as it is."""
+        """Begin to save; returns as soon as the state is copied. A step that is already saved is left as it is.
+
+        The best checkpoint is the one with the least `val_loss`: whatever loss the run measures its success by.
+        """
         if step == self.latest:
             return
         self.wait()  # orbax would wait for the save before, too; so its failure is told as that save's
@@ -102,13 +105,14 @@ class Checkpointer:
         """The state of the newest whole checkpoint, laid out on `mesh` whatever it was saved on; else a fresh one.
 
         A fresh one has the best weights of the run train.init_from, if one is named: read now, and never again.
-        With it what else resuming needs: {"step": int, "best_val_loss": float or None}.
+        With it what else resuming needs: {"step": int, "best_val_loss": float or None, "stale": evaluations since}.
         """
+        fresh = {"step": 0, "best_val_loss": None, "stale": 0}
         if self.latest is None:
             first, params = Path(cfg.train.init_from), None
             if cfg.train.init_from != "scratch":
                 params, _ = load_params(first, read_json(first / "config.json"), mesh=mesh)
-            return init_state(cfg, tx, mesh, params), {"step": 0, "best_val_loss": None}
+            return init_state(cfg, tx, mesh, params), fresh
         shapes, shardings = state_shardings(cfg, tx, mesh)
         abstract = jax.tree.map(_abstract, shapes, shardings)
         items = ocp.args.Composite(
@@ -118,7 +122,7 @@ class Checkpointer:
         )
         restored = _restore(self._manager, self._run_dir, self.latest, items)
         step = jax.device_put(jnp.int32(self.latest), shardings.step)
-        meta = {**restored["meta"], "step": self.latest}
+        meta = {**fresh, **restored["meta"], "step": self.latest}
         return TrainState(step, restored["params"], restored["opt_state"]), meta
 
 
@@ -143,14 +147,14 @@ def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: An
         ) from None
 
 
-def save_params(run_dir: Path, params: gpt2.Params) -> None:
+def save_params(run_dir: Path, params: Params) -> None:
     """Make a checkpoint at step 0 of parameters alone: to sample from and to start from, not to resume."""
     with Checkpointer(run_dir, keep=1) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(0), params, optax.EmptyState()), 0, {"best_val_loss": None}, None)
         checkpoints.wait()
 
 
-def load_params(run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | None = None) -> tuple[gpt2.Params, int]:
+def load_params(run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | None = None) -> tuple[Params, int]:
     """The parameters of a checkpoint, laid out on `mesh` or on one device, and its step. No optimizer, no data needed.
 
     `which`: "best" by validation loss (the newest where none was measured), "latest", or a step's number.
@@ -170,7 +174,7 @@ def load_params(run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | No
             raise UserError(
                 f"{run_dir} has no checkpoint {which}; it has {', '.join(map(str, steps))}, best and latest"
             )
-        shapes = jax.eval_shape(lambda: gpt2.init_params(cfg.model, jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: init_params(cfg))
         one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         layout = shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
         abstract = jax.tree.map(_abstract, shapes, layout)

@@ -1,10 +1,11 @@
 """Step, log, evaluate, save, in that order, until the last step or a signal."""
 
 import math
+import operator
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,45 @@ from nanogpt_jax.data.prepare import Dataset
 from nanogpt_jax.distributed.sharding import BATCH, shard
 from nanogpt_jax.evaluation.loss import evaluate, make_score
 from nanogpt_jax.model import gpt2
+from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import MetricsLog, Progress
 from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on and how it is measured: all that `fit` asks about a kind of model."""
+
+    row: int  # int32 numbers that the step takes for each sequence
+    batch: Callable[[np.ndarray], np.ndarray]  # steps [n] -> rows [n, B, row]
+    evaluate: Callable[[Params], dict[str, float]]  # of the whole validation split
+    say: str  # the scores in words, for str.format
+    loss: Callable[[dict[str, float]], float]  # of the scores, what the best checkpoint has least of
+    tokens_per_step: float
+    patience: int = 0  # evaluations without a better one after which the run ends; 0: never
+
+
+def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
+    """Next-token prediction."""
+    t, T = cfg.train, cfg.model.block_size
+    score = make_score(cfg.model, mesh)
+
+    def batch(steps: np.ndarray) -> np.ndarray:
+        return batches.batch(data.train, seed=t.seed, step=steps, batch_size=t.batch_size, block_size=T)
+
+    def scores(params: Params) -> dict[str, float]:
+        return evaluate(score, params, data.val, mesh, block_size=T, n_bytes=data.manifest["val"]["bytes"])
+
+    return Task(
+        row=T + 1,
+        batch=batch,
+        evaluate=scores,
+        say="validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte",
+        loss=operator.itemgetter("loss"),
+        tokens_per_step=t.batch_size * T,
+    )
 
 
 @dataclass(frozen=True)
@@ -70,28 +106,26 @@ def fit(
     state: TrainState,
     train_step: Any,
     steps_per_dispatch: int,
-    data: Dataset,
+    task: Task,
     checkpoints: Checkpointer,
     log: MetricsLog,
     meta: dict[str, Any],
     stop: StopRequest,
 ) -> Outcome:
     """Train from `state` to cfg.train.steps. The state is donated; what it became is in the last checkpoint."""
-    t, K, T = cfg.train, steps_per_dispatch, cfg.model.block_size
+    t, K = cfg.train, steps_per_dispatch
     start, clock = int(state.step), time.monotonic()
-    score = make_score(cfg.model, mesh)
     layout = shard(mesh, P(None, *BATCH))
 
     def tokens_of(first: int, n: int) -> jax.Array:
-        stack = np.zeros((K, t.batch_size, T + 1), np.int32)
-        steps = np.arange(first, first + n)
-        stack[:n] = batches.batch(data.train, seed=t.seed, step=steps, batch_size=t.batch_size, block_size=T)
+        stack = np.zeros((K, t.batch_size, task.row), np.int32)
+        stack[:n] = task.batch(np.arange(first, first + n))
         return jax.device_put(stack, layout)
 
     plan = list(dispatches(start, t.steps, K, (t.eval_every, t.save_every)))
     ahead = batches.prefetch(((first, n, tokens_of(first, n)) for first, n in plan), depth=2)
     progress = Progress(start, t.steps)
-    reader = _Reader(cfg, log, progress)
+    reader = _Reader(cfg, task.tokens_per_step, log, progress)
     validation: dict[str, float] = {}
     step = start
     try:
@@ -107,22 +141,24 @@ def fit(
             if is_last or (t.eval_every and step % t.eval_every == 0):
                 reader.drain()
                 began = time.monotonic()
-                n_bytes = data.manifest["val"]["bytes"]
-                scores = evaluate(score, state.params, data.val, mesh, block_size=T, n_bytes=n_bytes)
+                scores = task.evaluate(state.params)
                 validation = {f"val/{name}": value for name, value in scores.items()}
                 log.write(step, validation)
-                progress.say(
-                    f"step {step}: validation loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} bits per byte"
-                )
-                val_loss = scores["loss"]
+                progress.say(f"step {step}: {task.say.format(**scores)}")
+                val_loss = task.loss(scores)
                 reader.pause(time.monotonic() - began)
             best = meta["best_val_loss"]
             is_best = val_loss is not None and (best is None or val_loss < best)
             if is_best:
-                meta = {**meta, "best_val_loss": val_loss}
+                meta = {**meta, "best_val_loss": val_loss, "stale": 0}
+            elif val_loss is not None:
+                meta = {**meta, "stale": meta["stale"] + 1}
+                is_last = is_last or 0 < task.patience <= meta["stale"]
             if is_last or is_best or (t.save_every and step % t.save_every == 0):
                 reader.drain()  # a loss that is not finite stops the run here, before it is saved
                 checkpoints.save(state, step, meta, val_loss)
+            if is_last:
+                break
         reader.drain()
         if stop.received:
             checkpoints.save(state, step, meta, None)
@@ -136,8 +172,8 @@ def fit(
 class _Reader:
     """Reads the metrics of an earlier dispatch while the device works on the next, and passes them on."""
 
-    def __init__(self, cfg: Config, log: MetricsLog, progress: Progress):
-        self._cfg, self._log, self._progress = cfg, log, progress
+    def __init__(self, cfg: Config, tokens_per_step: float, log: MetricsLog, progress: Progress):
+        self._cfg, self._tokens, self._log, self._progress = cfg, tokens_per_step, log, progress
         self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
         self._clock = time.monotonic()
         self._counted = 0  # steps since the clock was read
@@ -161,7 +197,7 @@ class _Reader:
         t = self._cfg.train
         self._counted += n
         now = time.monotonic()
-        speed = self._counted * t.batch_size * self._cfg.model.block_size / max(now - self._clock, 1e-9)
+        speed = self._counted * self._tokens / max(now - self._clock, 1e-9)
         for i in range(n):
             step = first + i + 1
             loss, norm, rate = (float(values[name][i]) for name in ("loss", "grad_norm", "learning_rate"))

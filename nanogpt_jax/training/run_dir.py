@@ -21,6 +21,7 @@ import filelock
 from nanogpt_jax import config
 from nanogpt_jax.config import Command, Config, UserError
 from nanogpt_jax.data import tokenizer
+from nanogpt_jax.data.labelled import LabelledData
 from nanogpt_jax.data.prepare import Dataset
 
 NAMES = ("checkpoints", "tokenizer", "tensorboard", "wandb", "config.json", "data.json", "metrics.jsonl", "sample.txt")
@@ -50,7 +51,7 @@ def claim(command: Command) -> Iterator[Path]:
         )
     strangers = [name for name in names if name not in (*NAMES, "lock")]
     if "config.json" in names:
-        config.read_json(run_dir / "config.json")  # another program's config.json is refused here
+        config.read_json(run_dir / "config.json", type(command.cfg))  # another program's config.json is refused here
     elif strangers:
         raise UserError(
             f"--run-dir {run_dir} holds other files ({strangers[0]}) and is no run\n       choose a new directory"
@@ -77,10 +78,14 @@ def claim(command: Command) -> Iterator[Path]:
                 shutil.rmtree(run_dir)
 
 
-def check_tokenizer(command: Command, data: Dataset) -> None:
-    """UserError where the data's tokenizer is not the one of the run that training starts from."""
+def check_start(command: Command, data: Dataset | LabelledData) -> None:
+    """UserError where the run that training starts from has no weights, or another tokenizer than the data."""
     first, wanted = Path(command.cfg.train.init_from), command.cfg.data.tokenizer
-    if command.cfg.train.init_from == "scratch" or command.origin["data.tokenizer"] == str(first):
+    if command.cfg.train.init_from == "scratch":
+        return
+    if not checkpoint_steps(command.run_dir) and not checkpoint_steps(first):
+        raise UserError(f"train.init_from={first} has no checkpoint yet")
+    if command.origin["data.tokenizer"] == str(first):
         return
     if (first / "tokenizer").is_dir() and tokenizer.load(first / "tokenizer").fingerprint != data.tokenizer.fingerprint:
         raise UserError(
@@ -89,15 +94,15 @@ def check_tokenizer(command: Command, data: Dataset) -> None:
         )
 
 
-def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset) -> None:
+def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | LabelledData) -> None:
     """Check that the run in the directory, if there is one, is this run; else write down what the new run is.
 
     `cfg` is the command's configuration with the vocabulary size filled in.
     """
     steps = [] if command.overwrite else checkpoint_steps(run_dir)
     if steps:
-        before = config.read_json(run_dir / "config.json")
-        compared = frozenset(config.TYPES) - config.EXECUTION
+        before = config.read_json(run_dir / "config.json", type(cfg))
+        compared = frozenset(config.types_of(type(cfg))) - config.EXECUTION
         if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
             compared -= {"data.tokenizer"}
         changed = config.differences(before, cfg, compared)
@@ -146,10 +151,10 @@ def is_finished(run_dir: Path, cfg: Config) -> bool:
     return bool(steps) and steps[-1] >= cfg.train.steps
 
 
-def command_again(argv: list[str], steps: int | None = None) -> str:
+def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
     """The command that goes on with this run: the one that was typed, with other `steps` if given."""
     values = {"--resume", "--train.steps"} if steps else {"--resume"}
-    words, skip = config.program("train").split(" ", 1), False
+    words, skip = config.program(name).split(" ", 1), False
     for word in argv:
         flag, equals, _ = word.partition("=")
         if not skip and word != "--overwrite" and flag not in values:
@@ -159,8 +164,9 @@ def command_again(argv: list[str], steps: int | None = None) -> str:
 
 
 def newest(folder: Path) -> Path:
-    """The run that was trained last among the directories in `folder`."""
+    """The language model that was trained last among the directories in `folder`."""
     runs = [p.parent for p in folder.glob("*/config.json") if checkpoint_steps(p.parent)]
-    if not runs:
-        raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")
-    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+    for run in sorted(runs, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True):
+        if not config.is_classifier(run):
+            return run
+    raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")

@@ -13,13 +13,15 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from nanogpt_jax.config import Config, ModelConfig, UserError
+from nanogpt_jax.config import ClassifierConfig, Config, ModelConfig, UserError
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, shard, shardings
-from nanogpt_jax.model import gpt2, losses
+from nanogpt_jax.model import classifier, gpt2, losses
 from nanogpt_jax.training.optim import make_schedule, with_frozen
 
 Metrics = dict[str, jax.Array]
+# (model, params, rows [B, W] int32, dropout key or None) -> mean nats []
+Loss = Callable[[ModelConfig, gpt2.Params, jax.Array, jax.Array | None], jax.Array]
 
 
 @flax.struct.dataclass
@@ -37,11 +39,18 @@ def state_shardings(cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -
     return shapes, shardings(mesh, shapes)
 
 
-def _fresh(cfg: Config, tx: optax.GradientTransformation, params: gpt2.Params | None = None) -> TrainState:
-    if params is None:
-        params = gpt2.init_params(cfg.model, jax.random.key(cfg.train.seed))
-    else:
-        params = {**params, "wpe": params["wpe"][: cfg.model.block_size]}
+def init_params(cfg: Config) -> gpt2.Params:
+    """Initial weights of a language model, or of a classifier."""
+    key = jax.random.key(cfg.train.seed)
+    if isinstance(cfg, ClassifierConfig):
+        return classifier.init_params(cfg.model, cfg.classify.n_labels, key)
+    return gpt2.init_params(cfg.model, key)
+
+
+def _fresh(cfg: Config, tx: optax.GradientTransformation, given: gpt2.Params | None = None) -> TrainState:
+    params = init_params(cfg)
+    if given is not None:  # a classifier's head is not among them
+        params = {**params, **given, "wpe": given["wpe"][: cfg.model.block_size]}
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
@@ -57,15 +66,17 @@ def init_state(
 
 
 def make_train_step(
-    cfg: Config, tx: optax.GradientTransformation, mesh: Mesh, steps_per_dispatch: int = 1
+    cfg: Config, tx: optax.GradientTransformation, mesh: Mesh, steps_per_dispatch: int = 1, loss: Loss | None = None
 ) -> Callable[[TrainState, jax.Array, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
     """(state, tokens [K, B, T+1] int32, n <= K) -> the state n steps later, and metrics of [K] float32 each.
+
+    Another `loss` than next-token prediction may have other rows than T+1 tokens.
 
     The loop's length n is a run-time value, so one program serves a full dispatch, the last short one and a single
     step, and every step is computed by the same instructions wherever a run was cut: that makes resuming exact.
     Metrics: loss (nats a token, before the update), grad_norm (before clipping), learning_rate. The state is donated.
     """
-    K, t = steps_per_dispatch, cfg.train
+    K, t, loss_of = steps_per_dispatch, cfg.train, loss or mean_loss
     ways = batch_ways(mesh)
     if (t.micro_batch or t.batch_size) % ways:
         name = "train.micro_batch" if t.micro_batch else "train.batch_size"
@@ -77,7 +88,7 @@ def make_train_step(
     def one_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(dropout_key, state.step) if cfg.model.dropout else None
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for attention.splash, which splits itself
-            loss, grads = _gradients(cfg, mesh, state.params, tokens, key)
+            loss, grads = _gradients(cfg, loss_of, mesh, state.params, tokens, key)
         grads = with_frozen(cfg.optim, grads, 0.0)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -107,9 +118,9 @@ def make_train_step(
     return train_step
 
 
-def _gradients(cfg: Config, mesh: Mesh, params: gpt2.Params, tokens: jax.Array, key: jax.Array | None):
+def _gradients(cfg: Config, loss: Loss, mesh: Mesh, params: gpt2.Params, tokens: jax.Array, key: jax.Array | None):
     """Mean loss of tokens [B, T+1] and its gradients, `micro_batch` sequences at a time: the mean over all is exact."""
-    grad = jax.value_and_grad(lambda params, tokens, key: mean_loss(cfg.model, params, tokens, key))
+    grad = jax.value_and_grad(lambda params, tokens, key: loss(cfg.model, params, tokens, key))
     B, micro = cfg.train.batch_size, cfg.train.micro_batch or cfg.train.batch_size
     if micro == B:
         return grad(params, tokens, key)
@@ -142,3 +153,15 @@ def mean_loss(cfg: ModelConfig, params: gpt2.Params, tokens: jax.Array, dropout_
     """Mean cross-entropy in nats of predicting tokens [B, T+1] from position 1 on -> [] float32."""
     logits = gpt2.forward(cfg, params, tokens[:, :-1], dropout_key=dropout_key)
     return losses.cross_entropy(logits, tokens[:, 1:]).mean()
+
+
+def make_predict_step(cfg: Config, mesh: Mesh) -> Callable[[gpt2.Params, jax.Array], jax.Array]:
+    """(a classifier's params, rows [B, W+2] int32) -> log-probabilities of the labels [B, K] float32."""
+
+    @functools.partial(jax.jit, in_shardings=(None, shard(mesh, BATCH)), out_shardings=shard(mesh))
+    def predict_step(params: gpt2.Params, rows: jax.Array) -> jax.Array:
+        tokens, lengths, _ = classifier.unpack(rows)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.nn.log_softmax(classifier.logits(cfg.model, params, tokens, lengths))
+
+    return predict_step

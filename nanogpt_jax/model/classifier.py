@@ -1,0 +1,55 @@
+"""GPT-2 with a head over the last token, as Radford et al. (2018) fine-tune it: text in, a label's logits out.
+
+The parameters are gpt2.py's and `head` {kernel [C, K], bias [K]}. The causal mask lets the last token alone look at
+the whole text, so its vector after `ln_f` is what the head reads; and no token looks at the padding behind it.
+"""
+
+# B batch, W width of the padded texts, C channels, K labels
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.model import gpt2, losses
+from nanogpt_jax.model.gpt2 import Params
+
+
+def init_params(cfg: ModelConfig, n_labels: int, key: jax.Array) -> Params:
+    """GPT-2's initial weights for the same key, and a head ~ N(0, 0.02²) with bias zero."""
+    kernel = gpt2.INIT_STD * jax.random.normal(jax.random.fold_in(key, 1), (cfg.n_embd, n_labels))
+    return {**gpt2.init_params(cfg, key), "head": {"kernel": kernel, "bias": jnp.zeros(n_labels)}}
+
+
+def logits(
+    cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, freeze=False, dropout_key=None
+) -> jax.Array:
+    """tokens [B, W] int32 of `lengths` [B] >= 1, padded on the right with anything -> logits [B, K] float32.
+
+    Dropout is on where a key is given. With `freeze` the gradient ends at the head, and the body has no dropout.
+    """
+    x = gpt2.hidden(cfg, params, tokens, None if freeze else dropout_key)
+    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, C]
+    last = gpt2.LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, last).astype(jnp.float32)  # pyright: ignore
+    last = lax.stop_gradient(last) if freeze else last
+    return last @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def unpack(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """rows [B, W+2] int32, as data/labelled.py packs them -> tokens [B, W], lengths [B], labels [B]."""
+    return rows[:, :-2], rows[:, -2], rows[:, -1]
+
+
+def mean_loss(
+    cfg: ModelConfig,
+    params: Params,
+    rows: jax.Array,
+    dropout_key=None,
+    *,
+    weights: jax.typing.ArrayLike,
+    freeze: bool = False,
+) -> jax.Array:
+    """Mean over the rows [B, W+2] of weights[label] · cross-entropy in nats -> [] float32; weights [K]."""
+    tokens, lengths, labels = unpack(rows)
+    nats = losses.cross_entropy(logits(cfg, params, tokens, lengths, freeze=freeze, dropout_key=dropout_key), labels)
+    return (jnp.asarray(weights)[labels] * nats).mean()

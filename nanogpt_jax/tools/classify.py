@@ -1,0 +1,434 @@
+"""`nanogpt-jax classify train|eval|predict`: name the label of a text with GPT-2 and a head over its last token."""
+
+import functools
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt_jax import cli, config, runtime
+from nanogpt_jax.config import ClassifierConfig, UserError
+from nanogpt_jax.data import labelled, tokenizer
+from nanogpt_jax.data.labelled import LabelledData, Texts, shown
+from nanogpt_jax.evaluation import classification
+from nanogpt_jax.inference import options
+from nanogpt_jax.training import run_dir
+
+USAGE = """usage: nanogpt-jax classify train|eval|predict [ARGUMENTS], or nanogpt-jax classify train --help
+
+  train    make a classifier from labelled texts (.jsonl, .csv, .tsv, .parquet, hf:NAME)
+  eval     accuracy, macro-F1 and the confusion matrix of one
+  predict  labels and probabilities of texts"""
+
+EVAL_USAGE = """usage: nanogpt-jax classify eval RUN [--FLAG VALUE ...]
+
+Measures a classifier on its test split (its validation split, if it kept no test texts) or on other labelled texts.
+
+  --source SOURCE        other texts: a .jsonl, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG]
+  --split NAME           of hf:NAME, the split that is taken (default: test)
+  --text-column NAME     where the text stands in SOURCE (default: as in training)
+  --label-column NAME    where the label stands in SOURCE (default: as in training)
+  --checkpoint WHICH     best, latest or a step (default: best)
+  --picture FILE         draw the confusion matrix (needs pip install 'nanogpt-jax[plot]'): .svg, .png, .pdf
+  --baseline             beside it, TF-IDF and logistic regression, trained on the run's training texts
+                         (needs pip install 'nanogpt-jax[baseline]')
+  --json                 one JSON object instead of tables"""
+
+PREDICT_USAGE = """usage: nanogpt-jax classify predict RUN [TEXT ...] [--FLAG VALUE ...]
+
+Prints the likeliest label and its probability, a line for each text. Without TEXT or --file it reads standard input, a
+text a line. Words after -- are texts, whatever they begin with.
+
+  --file FILE            a text a line; or a column of a .jsonl, .csv or .tsv file
+  --text-column NAME     which column (default: as in training)
+  --checkpoint WHICH     best, latest or a step (default: best)
+  --json                 JSON lines with the probability of every label"""
+
+SWITCHES = ("json", "baseline")
+
+
+def main(argv: list[str]) -> int:
+    commands = {"train": train, "eval": evaluate, "predict": predict}
+    if not argv or (argv[0] not in commands and cli.asks_for_help(argv)):
+        print(USAGE)
+        return 0
+    if argv[0] not in commands:
+        raise UserError(f"classify {argv[0]} is none of train, eval, predict{config.suggestion(argv[0], commands)}")
+    return commands[argv[0]](argv[1:])
+
+
+# ---- train: the twin of train.py ------------------------------------------------------------------------------------
+
+
+def train(argv: list[str]) -> int:
+    if cli.asks_for_help(argv):
+        print(config.help_text(ClassifierConfig))
+        return 0
+    command = config.load(argv, ClassifierConfig)
+    if command.print_config:
+        print(config.render(command.cfg, command.origin), runtime.describe(), sep="\n\n")
+        return 0
+
+    from nanogpt_jax.training.signals import stop_on_signals
+
+    with run_dir.claim(command) as run, stop_on_signals() as stop:
+        data = labelled.open_data(command.cfg)
+        run_dir.check_start(command, data)
+        cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, command.origin)
+        cfg = config.with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
+        run_dir.prepare(run, command, cfg, data)
+        program = config.program("classify")
+        then = f"next: {program} eval {run}\n      {program} predict {run} TEXT"
+        if run_dir.is_finished(run, cfg):
+            print(f"{run} is finished: step {cfg.train.steps} of {cfg.train.steps}\n{then}")
+            return 0
+        outcome, best, scores = _train(cfg, run, data, stop)
+        if outcome.signal:
+            print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}")
+            print(f"go on with the same command: {run_dir.command_again(['train', *argv], name='classify')}")
+            return 128 + outcome.signal
+        early = "" if outcome.step == cfg.train.steps else f", early (classify.patience={cfg.classify.patience})"
+        print(
+            f"done at step {outcome.step} after {outcome.seconds:.0f} s{early}; the best checkpoint is step {best}: "
+            f"validation {SAY.format(**scores)}\n{then}"
+        )
+        return 0
+
+
+SAY = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}"
+
+
+def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, stop: Any):
+    """Settings to a trained classifier -> how it ended, the best checkpoint's step and its validation scores."""
+    import jax
+
+    from nanogpt_jax.distributed.mesh import batch_ways, make_mesh
+    from nanogpt_jax.model import classifier, gpt2
+    from nanogpt_jax.training.checkpoint import Checkpointer, load_params
+    from nanogpt_jax.training.loop import Outcome, Task, choose_steps_per_dispatch, fit
+    from nanogpt_jax.training.metrics import MetricsLog
+    from nanogpt_jax.training.optim import head_alone, make_optimizer
+    from nanogpt_jax.training.step import make_predict_step, make_train_step
+
+    platform, t, c = jax.default_backend(), cfg.train, cfg.classify
+    cfg = replace(cfg, model=gpt2.resolve(cfg.model, platform))
+    mesh = make_mesh(cfg.mesh)
+    tx = make_optimizer(cfg.optim, t.steps)
+    tx = head_alone(tx) if c.freeze else tx
+    weights = class_weights(data.splits["train"].labels, c.n_labels, c.class_weights)
+    loss = functools.partial(classifier.mean_loss, weights=weights, freeze=c.freeze)
+    K = choose_steps_per_dispatch(cfg, platform)
+    predict, ways = make_predict_step(cfg, mesh), batch_ways(mesh)
+    rows = -(-max(t.micro_batch or t.batch_size, 32) // ways) * ways
+    val = data.splits["val"]
+
+    def scores(params: Any, predict: Any = predict) -> dict[str, float]:
+        return classification.scores(_log_probabilities(predict, params, val, data.width, rows), val.labels)
+
+    task = Task(
+        row=data.width + 2,
+        batch=functools.partial(data.splits["train"].batch, seed=t.seed, batch_size=t.batch_size, width=data.width),
+        evaluate=scores,
+        say=f"validation {SAY}",
+        loss=lambda scores: scores["loss"] if c.monitor == "loss" else 1 - scores["macro_f1"],
+        tokens_per_step=t.batch_size * len(data.splits["train"].tokens) / len(data.splits["train"]),
+        patience=c.patience,
+    )
+    with Checkpointer(run, t.keep) as checkpoints:
+        state, meta = checkpoints.resume(cfg, tx, mesh)
+        print(_headline(cfg, run, data, mesh, meta["step"]), flush=True)
+        if 0 < c.patience <= meta["stale"]:
+            outcome = Outcome(meta["step"], 0.0, None, {})
+        else:
+            with MetricsLog(run, t, meta["step"]) as log:
+                step = make_train_step(cfg, tx, mesh, K, loss)
+                outcome = fit(cfg, mesh, state, step, K, task, checkpoints, log, meta, stop)
+    if outcome.signal:
+        return outcome, None, {}
+    params, best = load_params(run, cfg)  # the best checkpoint, as eval and predict take it: on one device
+    return outcome, best, scores(params, make_predict_step(cfg, make_mesh(config.MeshConfig())))
+
+
+def class_weights(labels: np.ndarray, n_labels: int, kind: str) -> np.ndarray:
+    """[K] float32. balanced: N / (K · N_label): each label weighs the same in all, and a text 1 on average."""
+    counts = np.bincount(labels, minlength=n_labels)
+    return np.asarray(len(labels) / (n_labels * counts) if kind == "balanced" else np.ones(n_labels), np.float32)
+
+
+def _headline(cfg: ClassifierConfig, run: Path, data: LabelledData, mesh: Any, step: int) -> str:
+    import jax
+
+    from nanogpt_jax.model import gpt2
+
+    m, c, t, head = cfg.model, cfg.classify, cfg.train, (cfg.model.n_embd + 1) * cfg.classify.n_labels
+    begin = f"going on in {run} from step {step}" if step else f"training in {run}"
+    trained = f"the {head:,} of the head" if c.freeze else "all"
+    sizes = ", ".join(
+        f"{len(texts):,} to {what}"
+        for what, texts in zip(("train on", "validate", "test"), data.splits.values(), strict=True)
+    )
+    counts = ", ".join(f"{shown(label)} {n:,}" for label, n in list(data.manifest["splits"]["train"].items())[:12])
+    lines = [
+        f"{begin}: GPT-2 of {gpt2.n_params(m):,} parameters from {t.init_from}, a head of {head:,}, {trained} trained, "
+        f"on {mesh.size} {jax.default_backend()}",
+        f"{t.steps} steps of {t.batch_size} texts {data.width} tokens wide; {cfg.data.source}: {sizes}",
+        f"{c.n_labels} labels, in training: {counts}{', ...' if c.n_labels > 12 else ''}",
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in data.notes)])
+
+
+# ---- eval and predict -----------------------------------------------------------------------------------------------
+
+
+def _log_probabilities(
+    predict: Callable[..., Any], params: Any, texts: Texts, width: int, batch_size: int, bar: bool = False
+) -> np.ndarray:
+    """[N, K] float32, in batches of one shape. With `bar`, progress on a terminal's standard error."""
+    from rich.console import Console
+    from rich.progress import track
+
+    starts = range(0, len(texts), batch_size)
+    watched = track(
+        starts, "texts", console=Console(stderr=True), transient=True, disable=not (bar and sys.stderr.isatty())
+    )
+    found = [
+        predict(params, texts.rows(np.minimum(np.arange(i, i + batch_size), len(texts) - 1), width)) for i in watched
+    ]
+    return np.concatenate([np.asarray(x) for x in found])[: len(texts)]
+
+
+class _Classifier:
+    """A run, opened: settings, tokenizer, labels and parameters."""
+
+    def __init__(self, run: Path, checkpoint: str):
+        self.run, self.cfg = run, config.read_json(run / "config.json", ClassifierConfig)
+        self.tokenizer = tokenizer.load(run / "tokenizer")
+        try:
+            self.manifest = json.loads((run / "data.json").read_text(encoding="utf-8"))
+            self.labels: list[labelled.Label] = self.manifest["labels"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{run / 'data.json'} is missing or damaged ({e})") from None
+        c, m = self.cfg.classify, self.cfg.model
+        if len(self.labels) != c.n_labels or self.tokenizer.n_vocab > m.vocab_size:
+            raise UserError(
+                f"{run} is damaged: {len(self.labels)} labels and {self.tokenizer.n_vocab} tokens, but a model for "
+                f"{c.n_labels} and {m.vocab_size}"
+            )
+        if not run_dir.checkpoint_steps(run):
+            raise UserError(f"{run} has no checkpoint yet")
+        self._checkpoint = checkpoint
+
+    def load(self) -> None:
+        """The parameters: takes seconds, so only when all else is known to be right."""
+        import jax
+
+        from nanogpt_jax.model import gpt2
+        from nanogpt_jax.training.checkpoint import load_params
+
+        self.cfg = replace(self.cfg, model=gpt2.resolve(self.cfg.model, jax.default_backend()))
+        self.params, self.step = load_params(self.run, self.cfg, self._checkpoint)
+
+    def encoder(self) -> labelled.Encoder:
+        return labelled.Encoder(self.tokenizer, self.cfg.model.block_size, self.cfg.data.keep)
+
+    def log_probabilities(self, texts: Texts) -> np.ndarray:
+        from nanogpt_jax.distributed.mesh import make_mesh
+        from nanogpt_jax.training.step import make_predict_step
+
+        predict = make_predict_step(self.cfg, make_mesh(config.MeshConfig()))
+        width, rows = labelled.width_for([texts], self.cfg.model.block_size), min(32, -(-len(texts) // 8) * 8)
+        return _log_probabilities(predict, self.params, texts, width, rows, bar=True)
+
+
+FLAGS = {
+    "eval": ("source", "split", "text_column", "label_column", "checkpoint", "picture", *SWITCHES),
+    "predict": ("file", "text_column", "checkpoint", "json"),
+}
+
+
+def arguments(name: str, argv: list[str]) -> tuple[str, list[str], dict[str, str]]:
+    """The run, the texts and the flags of `classify eval` or `classify predict`."""
+
+    def check(key: str) -> None:
+        if key not in FLAGS[name]:
+            near = config.suggestion(key, FLAGS[name]) or f"\n       see {config.program(f'classify {name}')} --help"
+            raise UserError(f"unknown flag --{key.replace('_', '-')}{near}")
+
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, flags = config.split_arguments(argv[:end], SWITCHES, check)
+    run, *texts = [*words, *argv[end + 1 :]] or [""]
+    if not run:
+        raise UserError(f"classify {name} needs the directory of a run\n       see nanogpt-jax classify {name} --help")
+    if name == "eval" and texts:
+        raise UserError(f"one run at a time, but got {run} and {texts[0]}")
+    if name == "eval" and "source" not in flags:
+        for flag in [f for f in ("split", "text_column", "label_column") if f in flags]:
+            raise UserError(f"--{flag.replace('_', '-')} says how to read --source, which is not given")
+    if texts and "file" in flags:
+        raise UserError(f"texts and --file={flags['file']} exclude each other; leave one out")
+    if any(not text.strip() for text in texts):
+        raise UserError("one of the texts is empty, and nothing can be told from that")
+    return run, texts, flags
+
+
+def evaluate(argv: list[str]) -> int:
+    if cli.asks_for_help(argv):
+        print(EVAL_USAGE)
+        return 0
+    run, _, flags = arguments("eval", argv)
+    plt = _pyplot(flags["picture"]) if "picture" in flags else None
+    baseline = _baseline() if "baseline" in flags else None
+    model = _Classifier(options.existing(run), flags.get("checkpoint", "best"))
+    data = None
+    if "source" not in flags or baseline:
+        data = labelled.open_data(model.cfg, model.tokenizer)
+        if data.fingerprint != model.manifest["fingerprint"]:
+            raise UserError(
+                f"the data of {model.run} has changed: {model.cfg.data.source} gives other texts now than in training\n"
+                "       bring the old texts back, or give others with --source"
+            )
+    if "source" in flags:
+        d = model.cfg.data
+        other = replace(
+            d,
+            source=flags["source"],
+            split=flags.get("split", "test"),
+            text_column=flags.get("text_column", d.text_column),
+            label_column=flags.get("label_column", d.label_column),
+        )
+        encoder = model.encoder()
+        texts, what = encoder.encode(labelled.read(other), model.labels, f"--source={other.source}"), other.source
+        notes = encoder.notes()
+    else:
+        assert data is not None
+        split = "test" if len(data.splits["test"]) else "val"
+        texts, what, notes = data.splits[split], f"the {split} split of {model.cfg.data.source}", data.notes
+    model.load()
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    found = {f"{model.run} at step {model.step}": model.log_probabilities(texts)}
+    if baseline:
+        assert data is not None
+        balanced = model.cfg.classify.class_weights
+        found["TF-IDF + logistic regression"] = baseline(data.splits["train"], texts, len(model.labels), balanced)
+    commonest = np.bincount(texts.labels).max() / len(texts)
+    results = {name: classification.scores(x, texts.labels) for name, x in found.items()}
+    matrices = {
+        n: classification.confusion_matrix(texts.labels, x.argmax(1), len(model.labels)) for n, x in found.items()
+    }
+    if "json" in flags:
+        each = [{"name": n, **results[n], "confusion": matrices[n].tolist()} for n in found]
+        about = {"source": what, "texts": len(texts), "labels": model.labels, "commonest": commonest}
+        print(json.dumps({**about, "results": each}, ensure_ascii=False))
+    else:
+        print(f"{len(texts)} texts: {what}; the commonest label alone would be right in {commonest:.4f}")
+        for name in found:
+            print(f"\n{name}: {SAY.format(**results[name])}\n{_table(matrices[name], model.labels)}")
+    if plt:
+        _draw(plt, matrices[next(iter(found))], model.labels, Path(flags["picture"]))
+    return 0
+
+
+def predict(argv: list[str]) -> int:
+    if cli.asks_for_help(argv[: argv.index("--")] if "--" in argv else argv):
+        print(PREDICT_USAGE)
+        return 0
+    run, texts, flags = arguments("predict", argv)
+    model = _Classifier(options.existing(run), flags.get("checkpoint", "best"))
+    if "file" in flags:
+        column = flags.get("text_column", model.cfg.data.text_column)
+        texts = labelled.read_texts(Path(flags["file"]), column)
+    elif not texts:
+        if sys.stdin.isatty():
+            raise UserError("nothing to classify: give texts, --file FILE, or pipe lines into it")
+        texts = labelled.lines_of(sys.stdin.buffer.read(), "standard input")
+    encoder = model.encoder()
+    tokens, starts = encoder.tokens(texts, lambda i: f"text {i + 1} ({texts[i]!r:.60})")
+    model.load()
+    for note in encoder.notes():
+        print(f"note: {note}", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    for p in np.exp(model.log_probabilities(Texts(texts, np.zeros(len(texts), np.int32), tokens, starts))):
+        best = int(p.argmax())
+        if "json" in flags:
+            each = {str(label): round(float(x), 6) for label, x in zip(model.labels, p, strict=True)}
+            row = {"label": model.labels[best], "probability": round(float(p[best]), 6), "probabilities": each}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print(f"{shown(model.labels[best])}\t{p[best]:.4f}")
+    return 0
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def _table(confusion: np.ndarray, labels: list[labelled.Label]) -> str:
+    """The confusion matrix with precision, recall and F1, for a terminal."""
+    names = [shown(label) for label in labels]
+    first = max(map(len, [*names, "label"]))
+    columns = [name[:12] for name in names]
+    widths = [max(len(c), 5) for c in columns]
+    head = [f"{'label':<{first}}", *(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))]
+    lines = ["rows: the label; columns: what was predicted", "  ".join([*head, "precision  recall      F1"])]
+    for name, row, (p, r, f) in zip(names, confusion, classification.precision_recall_f1(confusion), strict=True):
+        counts = [f"{n:>{w}}" for n, w in zip(row, widths, strict=True)]
+        lines.append("  ".join([f"{name:<{first}}", *counts, f"{p:9.4f}  {r:6.4f}  {f:6.4f}"]))
+    return "\n".join(lines)
+
+
+def _pyplot(picture: str) -> Any:
+    try:
+        import matplotlib  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(f"--picture={picture} needs pip install 'nanogpt-jax[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    known = plt.figure().canvas.get_supported_filetypes()
+    if Path(picture).suffix.lstrip(".") not in known:
+        raise UserError(f"--picture={picture} must end in one of {', '.join(f'.{k}' for k in known)}")
+    if not Path(picture).parent.is_dir():
+        raise UserError(f"--picture={picture}: there is no directory {Path(picture).parent}")
+    return plt
+
+
+def _draw(plt: Any, confusion: np.ndarray, labels: list[labelled.Label], path: Path) -> None:
+    K = len(labels)
+    names = [shown(label)[:24].replace("$", r"\$") for label in labels]  # between two $ matplotlib reads mathematics
+    figure, axis = plt.subplots(figsize=(2.5 + 0.6 * K, 2 + 0.6 * K), layout="constrained")
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(K), names, rotation=45, ha="right")
+    axis.set_yticks(range(K), names)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("label")
+    if K <= 30:
+        for i, j in np.ndindex(K, K):
+            axis.text(j, i, confusion[i, j], ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
+    try:
+        figure.savefig(path)
+    except OSError as e:
+        raise UserError(f"cannot write --picture={path}: {e.strerror}") from None
+
+
+def _baseline() -> Callable[[Texts, Texts, int, str], np.ndarray]:
+    """TF-IDF of words and pairs of words, and logistic regression: what a classifier has to beat."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer  # pyright: ignore[reportMissingImports]
+        from sklearn.linear_model import LogisticRegression  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("--baseline needs pip install 'nanogpt-jax[baseline]'") from None
+
+    def fitted(train: Texts, texts: Texts, n_labels: int, weights: str) -> np.ndarray:
+        words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+        regression = LogisticRegression(C=10, max_iter=1000, class_weight="balanced" if weights == "balanced" else None)
+        regression.fit(words.fit_transform(train.texts), train.labels)
+        return np.log(np.maximum(regression.predict_proba(words.transform(texts.texts)), 1e-12))
+
+    return fitted
