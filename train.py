@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         stop_on_signals() as stop,
     ):
         run_dir.check_start(command, data)
-        cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, command.origin)
+        cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
         run_dir.prepare(run, command, cfg, data)
         longer = f"or train longer: {run_dir.command_again(argv, steps=2 * cfg.train.steps)}"
         then = f"next: {config.program('sample')} {run} --num-samples 3\n      {longer}"

@@ -41,6 +41,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash"] = "auto"  # back-end; auto: by device
     remat: Literal["none", "dots", "block"] = "none"  # recompute in the backward pass: nothing, all but matmuls, blocks
+    separate_documents: bool = False  # attention stays within a document, and positions begin anew in each
+    end_of_text: int = -1  # id of the token between documents; -1: the tokenizer's
     scan_unroll: int = 0  # layers unrolled in the layer scan; 0: all on CPU, 1 elsewhere
 
     @property
@@ -411,15 +413,24 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
     return cfg
 
 
-def with_vocabulary(cfg: Settings, n_vocab: int, origin: Origin) -> Settings:
-    """`cfg` with the tokenizer's number of tokens filled in, or an error if a smaller vocabulary was set."""
+def with_vocabulary(cfg: Settings, n_vocab: int, end_of_text: int | None, origin: Origin) -> Settings:
+    """`cfg` with the tokenizer's number of tokens and its end of text filled in; UserError where they do not do."""
     size = cfg.model.vocab_size or n_vocab
     if size < n_vocab:
         raise UserError(
             f"model.vocab_size={size} is too small for the tokenizer's {n_vocab} tokens "
             f"({origin['model.vocab_size']}); leave it out, and it is {n_vocab}"
         )
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+    end = cfg.model.end_of_text
+    if cfg.model.separate_documents and end == -1:
+        if end_of_text is None:
+            raise UserError(
+                f"model.separate_documents needs an end-of-text token between documents, which data.tokenizer="
+                f"{cfg.data.tokenizer} has not ({origin['model.separate_documents']})\n"
+                "       it has one for several files, .jsonl and .parquet; one plain text is one document"
+            )
+        end = end_of_text
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size, end_of_text=end))
 
 
 def with_labels(cfg: ClassifierConfig, n_labels: int, n_texts: int, origin: Origin) -> ClassifierConfig:
@@ -666,7 +677,7 @@ def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) ->
     for key in (key for key in TYPES if key.startswith("model.") and key not in EXECUTION):
         if origin[key] == "default" and not (key == "model.dropout" and isinstance(cfg, ClassifierConfig)):
             taken[key] = old[key]
-        elif given[key] == old[key] or key in ("model.dropout", "model.dtype"):
+        elif given[key] == old[key] or key in ("model.dropout", "model.dtype", "model.separate_documents"):
             continue
         elif key != "model.block_size":
             raise UserError(

@@ -624,7 +624,7 @@ def test_prose_and_code_are_told_apart():
     )
     data = labelled.open_data(cfg)
     assert data.labels == ["code", "prose"]
-    cfg = config.with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, {}), 2, 1600, {})
+    cfg = config.with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
     cfg = replace(cfg, model=gpt2.resolve(cfg.model, "cpu"), train=replace(cfg.train, steps=144))
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 144)
 

@@ -112,6 +112,7 @@ WRONG_DATA = [
     ("empty", "--data.source empty.txt", ["is empty"]),
     ("too short", "--data.source short.txt", ["model.block_size=64", "tokens"]),
     ("vocabulary too small", "--data.source text.txt --model.vocab-size 3", ["model.vocab_size=3 is too small"]),
+    ("documents without a token between them", "--data.source text.txt --model.separate-documents true", ["model.separate_documents needs an end-of-text token", "command line"]),
     ("run directory is a file", "--data.source text.txt --run-dir text.txt", ["is a file"]),
     ("nothing to resume", "--data.source text.txt --run-dir runs/new --resume must", ["has no checkpoint"]),
     ("somebody's directory", "--data.source text.txt --run-dir home", ["holds other files", "is no run"]),

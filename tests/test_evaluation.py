@@ -73,7 +73,7 @@ def untrained(flags: list[str]) -> None:
     tx = make_optimizer(command.cfg.optim, 1)
     with run_dir.claim(command) as path:
         data = open_data(command.cfg.data)
-        cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, command.origin)
+        cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, None, command.origin)
         run_dir.prepare(path, command, cfg, data)
         with Checkpointer(path, keep=1) as checkpoints:
             checkpoints.save(init_state(cfg, tx, make_mesh(cfg.mesh)), 1, {"best_val_loss": None}, None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,38 @@ def test_a_backend_of_other_hardware_is_refused(name, platform):
         gpt2.resolve(ModelConfig(attention=name, dtype="bfloat16"), platform)
 
 
+# ---- documents in one window ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@settings(max_examples=5)
+@given(cuts=st.sets(st.integers(1, 18), max_size=5), first=st.booleans())
+def test_packed_documents_are_computed_as_if_each_stood_alone(backend, cuts, first):
+    cfg = dataclasses.replace(ODD, attention=backend, separate_documents=True, end_of_text=130)
+    params = random_params(cfg)
+    tokens = np.random.default_rng(len(cuts)).integers(0, 130, (1, 19))
+    starts = sorted(cuts | ({0} if first else set()))
+    tokens[0, starts] = 130
+    packed = jax.jit(functools.partial(gpt2.forward, cfg))(params, tokens)
+    for start, end in itertools.pairwise(sorted({0, *starts, 19})):
+        assert_close(
+            packed[:, start:end, : cfg.vocab_size], gpt2_numpy.forward(params, tokens[:, start:end], 131), 1e-4
+        )
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_documents_in_blocks_of_the_real_size(rate):
+    q, k, v, g = np.random.default_rng(0).normal(size=(4, 3, 150, 2, 8)).astype("float32")
+    documents = jnp.cumsum(np.random.default_rng(1).random((3, 150)) < 0.02, axis=1)
+    drop = {"dropout_rate": rate, "dropout_key": jax.random.key(1) if rate else None, "documents": documents}
+    results = [
+        jax.jit(functools.partial(value_and_gradients, functools.partial(backend, **drop)))(g, q, k, v)
+        for backend in (attention.blocked, attention.reference)
+    ]
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-5)
+
+
 def test_the_tpu_kernel_equals_the_reference_on_one_device_and_split_over_four():
     q, k, v, g = np.random.default_rng(0).normal(size=(4, 2, 128, 2, 64)).astype("float32")
     mesh = Mesh(
@@ -328,17 +361,19 @@ def test_the_tpu_kernel_equals_the_reference_on_one_device_and_split_over_four()
     )
     split = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
 
-    def one(*args):
-        return value_and_gradients(functools.partial(attention.splash, interpret=True), *args)
+    def one(documents, *args):
+        return value_and_gradients(functools.partial(attention.splash, documents=documents, interpret=True), *args)
 
-    def four(*args):
+    def four(documents, *args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return one(*args)
+            return one(documents, *args)
 
-    expected = value_and_gradients(attention.reference, g, q, k, v)
-    for results in (jax.jit(one)(g, q, k, v), jax.jit(four)(*jax.device_put((g, q, k, v), split))):
-        for mine, other in zip(results, expected, strict=True):
-            assert_close(mine, other, 1e-5)
+    for documents in (None, np.cumsum(np.random.default_rng(1).random((2, 128)) < 0.02, axis=1).astype("int32")):
+        expected = value_and_gradients(functools.partial(attention.reference, documents=documents), g, q, k, v)
+        for f, where in ((one, None), (four, split)):
+            results = jax.jit(functools.partial(f, documents))(*jax.device_put((g, q, k, v), where))
+            for mine, other in zip(results, expected, strict=True):
+                assert_close(mine, other, 1e-5)
 
 
 # ---- linear ---------------------------------------------------------------------------------------------------------

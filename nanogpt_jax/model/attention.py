@@ -4,8 +4,9 @@ Each position asks a question (query); every position it may look at offers a la
 softmax of the scores gives weights in (0, 1) that sum to 1, and the output is the weighted mean of the values. In
 "El gato persigue al ratón" the causal mask lets *persigue* look at *El*, *gato* and itself, never at *ratón*.
 
-A back-end is a function (q, k, v, *, mask, dropout_rate, dropout_key) -> [B, T, H, D] and an entry in BACKENDS:
-q [B, T, H, D]; k, v [B, S, H, D]; mask [B or 1, 1, T, S] bool, True where a query may look, None for causal (T = S).
+A back-end is a function (q, k, v, *, mask, documents, dropout_rate, dropout_key) -> [B, T, H, D] and an entry in
+BACKENDS: q [B, T, H, D]; k, v [B, S, H, D]; mask [B or 1, 1, T, S] bool, True where a query may look, None for causal
+(T = S). There, documents [B, T] int32 may keep each query to the positions with its own number.
 """
 
 # B batch, T time of the queries, S time of the keys, H heads, D head dim
@@ -22,9 +23,10 @@ from nanogpt_jax.model import blocked_attention
 from nanogpt_jax.model.dropout import dropout
 
 
-def causal_mask(T: int) -> jax.Array:
-    """[1, 1, T, T] bool: position t may look at positions 0..t."""
-    return jnp.tril(jnp.ones((T, T), bool))[None, None]
+def causal_mask(T: int, documents: jax.Array | None = None) -> jax.Array:
+    """[1 or B, 1, T, T] bool: position t may look at positions 0..t, or at those of its own document [B, T]."""
+    causal = jnp.tril(jnp.ones((T, T), bool))[None, None]
+    return causal if documents is None else causal & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
 def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -37,9 +39,9 @@ def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None)
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-def reference(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+def reference(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
     """The equation as it stands. [B, H, T, S] in memory, any mask, dropout on the weights."""
-    weights = attention_weights(q, k, mask)
+    weights = attention_weights(q, k, causal_mask(q.shape[1], documents) if mask is None else mask)
     if dropout_key is not None:
         weights = dropout(weights, dropout_rate, dropout_key)
     return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
@@ -48,44 +50,46 @@ def reference(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None) -> jax.
 def _jax_nn(implementation: str) -> Callable[..., jax.Array]:
     """`jax.nn.dot_product_attention`; cudnn is flash attention, which never holds the [T, S] weights."""
 
-    def attend(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+    def attend(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
         assert dropout_key is None, f"{implementation} attention has no dropout; config.validate refuses it"
+        mask = causal_mask(q.shape[1], documents) if mask is None and documents is not None else mask
         kind = {"is_causal": True} if mask is None else {"mask": mask}
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **kind)  # pyright: ignore
 
     return attend
 
 
-def blocked(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+def blocked(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
     """The same in blocks that stay in a CPU's cache, where the mask is the causal one."""
     if mask is not None:
         return reference(q, k, v, mask=mask, dropout_rate=dropout_rate, dropout_key=dropout_key)
-    return blocked_attention.attend(q, k, v, dropout_rate, dropout_key)
+    return blocked_attention.attend(q, k, v, documents, dropout_rate, dropout_key)
 
 
-def splash(q, k, v, *, mask=None, dropout_rate=0.0, dropout_key=None, interpret: bool = False) -> jax.Array:
+def splash(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_key=None, interpret=False) -> jax.Array:
     """JAX's Pallas kernel for TPUs: blocks in on-chip memory, those behind the mask skipped; weights are never held.
 
     XLA cannot split such a call over devices, so under a mesh each one attends with its own sequences and heads.
     """
     assert dropout_key is None, "splash attention has no dropout; config.validate refuses it"
     if mask is not None or q.shape[1] % 128:  # the kernel's block
-        return BACKENDS["xla"](q, k, v, mask=mask)
+        return BACKENDS["xla"](q, k, v, mask=mask, documents=documents)
     from jax.experimental.pallas.ops.tpu import splash_attention
 
-    def attend(q, k, v):
+    def attend(q, k, v, documents):
         _, T, H, D = q.shape
         causal = splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * H)
         kernel: Any = splash_attention.make_splash_mha(causal, head_shards=1, q_seq_shards=1, interpret=interpret)
         q, k, v = (x.swapaxes(1, 2) for x in (q * D**-0.5, k, v))
-        return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
+        numbers = None if documents is None else splash_attention.SegmentIds(documents, documents)
+        return jnp.swapaxes(jax.vmap(kernel)(q, k, v, numbers), 1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         data = tuple(axis for axis in ("data", "fsdp") if axis not in mesh.manual_axes)
-        split = jax.sharding.PartitionSpec(data, None, "tensor")
-        attend = jax.shard_map(attend, in_specs=split, out_specs=split, check_vma=False)
-    return attend(q, k, v)
+        rows, split = jax.sharding.PartitionSpec(data), jax.sharding.PartitionSpec(data, None, "tensor")
+        attend = jax.shard_map(attend, in_specs=(split, split, split, rows), out_specs=split, check_vma=False)
+    return attend(q, k, v, documents)
 
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {

@@ -31,24 +31,27 @@ def block_length(T: int) -> int:
     return 64 if T < 512 else 128
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
-    """q, k, v [B, T, H, D] -> [B, T, H, D]. With a key, dropout at `rate` on the weights: the reference's masks."""
+def attend(q, k, v, documents: jax.Array | None = None, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+    """q, k, v [B, T, H, D], documents [B, T] -> [B, T, H, D].
+
+    With a key, dropout at `rate` on the weights: the reference's masks.
+    """
     words = None if key is None else dropout.words(key)
-    return _attend(rate, q, k, v, words)
+    return _attend(rate, q, k, v, documents, words)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rate: float, q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array | None) -> jax.Array:
-    return _forward(rate, q, k, v, words)[0]
+def _attend(rate: float, q, k, v, documents: jax.Array | None, words: jax.Array | None) -> jax.Array:
+    return _forward(rate, q, k, v, documents, words)[0]
 
 
-def _forward(rate: float, q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array | None):
+def _forward(rate: float, q, k, v, documents: jax.Array | None, words: jax.Array | None):
     shape, scale = q.shape, q.shape[-1] ** -0.5
 
     def head(number, q, k, v):
         out, log_sum = [], []
         for start, end in _spans(len(q)):
-            scores = _scores(q, k, start, end)
+            scores = _scores(q, k, start, end, _row(documents, number, shape))
             top = scores.max(-1, keepdims=True)
             p = jnp.exp(scores - top)
             total = p.sum(-1, keepdims=True)
@@ -59,11 +62,11 @@ def _forward(rate: float, q: jax.Array, k: jax.Array, v: jax.Array, words: jax.A
 
     q, k, v = _split(q * scale), _split(k), _split(v)
     out, log_sum = _map(head, _numbers(shape), q, k, v)
-    return _join(out, shape), (q, k, v, out, log_sum, words)
+    return _join(out, shape), (q, k, v, out, log_sum, documents, words)
 
 
 def _backward(rate: float, saved, g: jax.Array):
-    q, k, v, out, log_sum, words = saved
+    q, k, v, out, log_sum, documents, words = saved
     shape, scale = g.shape, g.shape[-1] ** -0.5
     # XLA:CPU would compute all that leads to g again in each of its uses
     g = _split(lax.optimization_barrier(g))
@@ -73,7 +76,7 @@ def _backward(rate: float, saved, g: jax.Array):
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for start, end in _spans(len(q)):
             mine = slice(start, end)
-            p = jnp.exp(_scores(q, k, start, end) - log_sum[mine])
+            p = jnp.exp(_scores(q, k, start, end, _row(documents, number, shape)) - log_sum[mine])
             dp = _drop(rate, words, _dot("td,sd->ts", g[mine], v[:end]), number, start, len(q))
             ds = (p * (dp - row_sum[mine])).astype(q.dtype)
             dq.append(_dot("ts,sd->td", ds, k[:end]) * scale)
@@ -83,7 +86,7 @@ def _backward(rate: float, saved, g: jax.Array):
         return jnp.concatenate(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
     gradients = _map(head, _numbers(shape), q, k, v, out, log_sum, g)
-    return *(_join(x, shape) for x in gradients), None
+    return *(_join(x, shape) for x in gradients), None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -94,9 +97,16 @@ def _spans(T: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, T)) for start in range(0, T, block)]
 
 
-def _scores(q: jax.Array, k: jax.Array, start: int, end: int) -> jax.Array:
+def _row(documents: jax.Array | None, number: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
+    """[T]: the documents of the sequence that a head is of."""
+    return None if documents is None else documents[number // shape[2]]
+
+
+def _scores(q: jax.Array, k: jax.Array, start: int, end: int, documents: jax.Array | None) -> jax.Array:
     """[end - start, end] float32; the least number there is where a query may not look."""
     may_look = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+    if documents is not None:
+        may_look &= documents[:end] == documents[start:end, None]
     return jnp.where(may_look, _dot("td,sd->ts", q[start:end], k[:end]), jnp.finfo(jnp.float32).min)
 
 

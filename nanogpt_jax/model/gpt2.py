@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x, cache=None, start: Any = None, train: bool = False):
+    def __call__(self, x, cache=None, start: Any = None, train: bool = False, documents=None):
         cfg, (B, T, C) = self.cfg, x.shape
         heads = (cfg.n_head, cfg.head_dim)
         few = cache is not None
@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # Q = X·Wq, K = X·Wk, V = X·Wv: each [B, T, H, D]
         if cache is None:
             drop = {"dropout_rate": cfg.dropout, "dropout_key": self.make_rng("dropout")} if train else {}
-            y = attention.BACKENDS[cfg.attention](q, k, v, **drop)
+            y = attention.BACKENDS[cfg.attention](q, k, v, documents=documents, **drop)
         else:
             position = start[:, None] + jnp.arange(T)  # [B, T]
             row = jnp.arange(B)[:, None]
@@ -118,11 +118,12 @@ class Block(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x, cache=None, start=None, train: bool = False):
+    def __call__(self, x, cache=None, start=None, train: bool = False, documents=None):
         def drop(x: jax.Array) -> jax.Array:
             return dropout(x, self.cfg.dropout, self.make_rng("dropout")) if train else x
 
-        y, kv = SelfAttention(self.cfg, name="attn")(LayerNorm(self.cfg.bias, name="ln_1")(x), cache, start, train)
+        y = LayerNorm(self.cfg.bias, name="ln_1")(x)
+        y, kv = SelfAttention(self.cfg, name="attn")(y, cache, start, train, documents)
         x = x + drop(y)
         x = x + drop(MLP(self.cfg, cache is not None, name="mlp")(LayerNorm(self.cfg.bias, name="ln_2")(x)))
         return x, kv
@@ -153,6 +154,16 @@ def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Arr
     return (params["wte"][tokens] + params["wpe"][position]).astype(cfg.dtype)
 
 
+def separate(cfg: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """tokens [B, T] -> each position's document and its place in it, both [B, T] int32.
+
+    A document begins with the end-of-text token before it, as a prompt does that is to begin a text; so what a window
+    holds of it is computed as if it stood there alone.
+    """
+    begins, place = tokens == cfg.end_of_text, jnp.arange(tokens.shape[1])
+    return jnp.cumsum(begins, axis=1), place - lax.cummax(jnp.where(begins, place, 0), axis=1)
+
+
 def head(cfg: ModelConfig, params: Params, x: jax.Array, few: bool = False) -> jax.Array:
     """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary, which can neither win nor learn."""
     x, wte = LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, x), params["wte"]  # pyright: ignore
@@ -163,7 +174,8 @@ def head(cfg: ModelConfig, params: Params, x: jax.Array, few: bool = False) -> j
 
 def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """tokens [B, T] int32 -> [B, T, C], each position's vector after the last block: the word in its context."""
-    x = embed(cfg, params, tokens, jnp.arange(tokens.shape[1]))
+    documents, position = separate(cfg, tokens) if cfg.separate_documents else (None, jnp.arange(tokens.shape[1]))
+    x = embed(cfg, params, tokens, position)
     keys, train = None, dropout_key is not None and cfg.dropout > 0
     if dropout_key is not None and train:
         keys = jax.random.split(dropout_key, cfg.n_layer + 1)
@@ -172,7 +184,7 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
     def layer(x, scanned):
         block, key = scanned
         rngs = {"dropout": key} if train else None
-        x, _ = Block(cfg).apply({"params": block}, x, train=train, rngs=rngs)  # pyright: ignore
+        x, _ = Block(cfg).apply({"params": block}, x, train=train, documents=documents, rngs=rngs)  # pyright: ignore
         return x, None
 
     # "dots" keeps the results of matrix products and recomputes what is elementwise; "block" keeps only block inputs
