@@ -133,6 +133,10 @@ class LabelledConfig:
     val_fraction: float = 0.1  # share of each label kept to choose the checkpoint by
     test_fraction: float = 0.1  # share of each label kept for `classify eval`
 
+    @property
+    def title(self) -> str:
+        return self.source
+
 
 @dataclass(frozen=True)
 class ClassifyConfig:

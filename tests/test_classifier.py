@@ -447,12 +447,12 @@ def test_it_starts_from_a_language_model(at, capsys):
     for name, x in body.items():
         jax.tree.map(np.testing.assert_array_equal, x, params[name])
     cfg = config.read_json(Path("frozen/config.json"), ClassifierConfig)
-    assert (cfg.model.block_size, cfg.model.n_embd, cfg.data.tokenizer) == (40, 16, "char")
+    assert (cfg.model.block_size, cfg.model.n_embd, cfg.data.tokenizer) == (40, 16, "runs/lm")
     mine, theirs = (Path(run, "tokenizer", "characters.txt").read_bytes() for run in ("frozen", "runs/lm"))
     assert mine == theirs
     command = config.load(["--train.init-from", "runs/lm"], ClassifierConfig)
     assert command.cfg.model.block_size == 48
-    assert command.origin["model.n_layer"] == "runs/lm/config.json"
+    assert command.origin["model.n_layer"] == "runs/lm"
 
 
 def test_the_picture_escapes_what_labels_hold(at, capsys):
@@ -528,12 +528,12 @@ WRONG_COMMANDS = [
     ("nothing to train on", "train --data.test-fraction 0.9", "data.test_fraction=0.9 and data.val_fraction=0.1 leave no training texts"),
     ("frozen noise", "train --classify.freeze true", "classify.freeze=True would train a head on weights that nobody has trained"),
     ("another number of labels", "train --data.source a.jsonl --classify.n-labels 5 --run-dir new", "classify.n_labels=5 (command line), but the data has 2 labels"),
-    ("another size than its beginning", "train --train.init-from runs/lm --model.n-embd 64", "model.n_embd=64 (command line), but 16 in runs/lm"),
-    ("another tokenizer than its beginning", "train --train.init-from runs/lm --data.tokenizer gpt2", "data.tokenizer=gpt2 (command line), but char in runs/lm"),
-    ("a longer context than its beginning", "train --train.init-from runs/lm --model.block-size 64", "is more than the 48 positions that runs/lm knows"),
+    ("another size than its beginning", "train --train.init-from runs/lm --model.n-embd 64", "model.n_embd=64 (command line), but train.init_from=runs/lm (command line) has model.n_embd=16"),
+    ("another tokenizer than its beginning", "train --train.init-from runs/lm --data.tokenizer gpt2", "data.tokenizer=gpt2 (command line) is another tokenizer than that of train.init_from=runs/lm"),
+    ("a longer context than its beginning", "train --train.init-from runs/lm --model.block-size 64", "model.block_size=64 (command line), but train.init_from=runs/lm (command line) has model.block_size=48"),
     ("a beginning without weights", "train --train.init-from runs/none", "train.init_from=runs/none has no checkpoint yet"),
     ("a classifier as a beginning", "train --train.init-from runs/c", "runs/c is a classifier, not a language model"),
-    ("nowhere to begin", "train --train.init-from gone", "gone is not a run directory"),
+    ("nowhere to begin", "train --train.init-from gone", "train.init_from=gone is no run directory"),
     ("a language model's directory", "train --data.source a.jsonl --run-dir runs/lm", "runs/lm is a language model, not a classifier"),
     ("eval of nothing", "eval", "classify eval needs the directory of a run"),
     ("eval of a language model", "eval runs/lm", "runs/lm is a language model, not a classifier"),

@@ -78,7 +78,7 @@ def train(argv: list[str]) -> int:
 
     with run_dir.claim(command) as run, stop_on_signals() as stop:
         data = labelled.open_data(command.cfg)
-        run_dir.check_start(command, data)
+        run_dir.check_tokenizer(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
         cfg = config.with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
         run_dir.prepare(run, command, cfg, data)

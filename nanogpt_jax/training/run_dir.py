@@ -56,6 +56,9 @@ def claim(command: Command) -> Iterator[Path]:
         raise UserError(
             f"--run-dir {run_dir} holds other files ({strangers[0]}) and is no run\n       choose a new directory"
         )
+    first = Path(command.cfg.train.init_from)
+    if command.cfg.train.init_from != "scratch" and not checkpoint_steps(run_dir) and not checkpoint_steps(first):
+        raise UserError(f"train.init_from={first} has no checkpoint yet ({command.origin['train.init_from']})")
     if command.resume == "must" and not checkpoint_steps(run_dir):
         raise UserError(f"--resume=must, but {run_dir} has no checkpoint")
     if command.resume == "never" and not command.overwrite and checkpoint_steps(run_dir):
@@ -78,14 +81,10 @@ def claim(command: Command) -> Iterator[Path]:
                 shutil.rmtree(run_dir)
 
 
-def check_start(command: Command, data: Dataset | LabelledData) -> None:
-    """UserError where the run that training starts from has no weights, or another tokenizer than the data."""
+def check_tokenizer(command: Command, data: Dataset | LabelledData) -> None:
+    """UserError where the data's tokenizer is not the one of the run that training starts from."""
     first, wanted = Path(command.cfg.train.init_from), command.cfg.data.tokenizer
-    if command.cfg.train.init_from == "scratch":
-        return
-    if not checkpoint_steps(command.run_dir) and not checkpoint_steps(first):
-        raise UserError(f"train.init_from={first} has no checkpoint yet")
-    if command.origin["data.tokenizer"] == str(first):
+    if command.cfg.train.init_from == "scratch" or command.origin["data.tokenizer"] == str(first):
         return
     if (first / "tokenizer").is_dir() and tokenizer.load(first / "tokenizer").fingerprint != data.tokenizer.fingerprint:
         raise UserError(
