@@ -262,7 +262,8 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, children ignore it
 from nanogpt_jax import cli
 from nanogpt_jax.data import prepare, tokenizer
 from nanogpt_jax.tools import prepare as command
