@@ -266,7 +266,7 @@ def _mixture(value: Any, where: str) -> dict[str, float]:
     if isinstance(value, str) and where == "command line":
         pairs = [part.rpartition("=") for part in value.split(",")] if value else []
         try:
-            table = json.loads(value) if value.startswith("{") else {a: float(b) for a, _, b in pairs}
+            table = json.loads(value) if value.startswith("{") else {a.strip(): float(b) for a, _, b in pairs}
         except ValueError:
             raise wrong from None
         if len(table) < len(pairs):

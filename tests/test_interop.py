@@ -236,7 +236,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(kind, text):
 
 @given(text=st.text("ab\n .ñ北👩", max_size=30))
 def test_an_exported_char_tokenizer_gives_the_same_ids(text):
-    ours = tokenizers.make("char", "ab\n .ñ北👩")
+    ours = tokenizers.make("char", "ab\n .ñ北👩", end_of_text=len(text) % 2 == 0)
     exported = theirs(ours)
     assert exported.encode(text).ids == ours.encode(text).tolist()
     assert exported.decode(ours.encode(text).tolist()) == text
@@ -417,11 +417,12 @@ def test_wrong_commands(place, monkeypatch, capsys, line, message):
     assert (place / "home" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys):
+@pytest.mark.parametrize("end_of_text", [False, True])
+def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys, end_of_text):
     shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
-    tokenizers.make("char", TEXT).save(tmp_path / "run" / "tokenizer")
+    tokenizers.make("char", TEXT, end_of_text).save(tmp_path / "run" / "tokenizer")
     assert command("export-hf", tmp_path / "run", tmp_path / "model.gguf") == 2
-    assert "llama.cpp ends a text at one token" in capsys.readouterr().err
+    assert "llama.cpp has no tokenizer of characters" in capsys.readouterr().err
     assert not (tmp_path / "model.gguf").exists()
 
 

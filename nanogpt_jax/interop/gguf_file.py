@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.data.tokenizer import GPT2Tokenizer, Tokenizer
 from nanogpt_jax.interop.vocabulary import END_OF_TEXT, tokens_and_merges
 from nanogpt_jax.model.layers import EPSILON
 
@@ -32,10 +32,10 @@ def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.nd
         import gguf
     except ImportError:
         raise UserError("a .gguf file needs pip install 'nanogpt-jax[gguf]'") from None
-    if tokenizer.end_of_text is None:
+    if tokenizer.end_of_text is None or not isinstance(tokenizer, GPT2Tokenizer):
         raise UserError(
-            f"{path} cannot be written: llama.cpp ends a text at one token of the vocabulary, and all of these are "
-            "characters\n       export to a directory, for transformers, or train with --data.tokenizer=gpt2"
+            f"{path} cannot be written: llama.cpp has no tokenizer of characters"
+            "\n       export to a directory, for transformers, or train with --data.tokenizer=gpt2"
         )
     partial = path.with_name(f".{path.name}.tmp")
     writer = gguf.GGUFWriter(partial, "gpt2")

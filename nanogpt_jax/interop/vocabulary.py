@@ -19,6 +19,8 @@ Pair = tuple[bytes, bytes]
 
 # ---- theirs to ours -------------------------------------------------------------------------------------------------
 
+SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
+
 
 def read_tokenizer(folder: Path) -> GPT2Tokenizer | None:
     """The tokenizer in transformers' files; None where there are none; UserError where it is not of GPT-2's kind."""
@@ -162,10 +164,10 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     settings: dict[str, Any] = {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
     about: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
     if isinstance(tokenizer, CharTokenizer):
-        vocab = {tokenizer.decode([i]): i for i in range(tokenizer.n_vocab)}
+        vocab, end = {tokenizer.decode([i]): i for i in range(tokenizer.n_vocab)}, tokenizer.end_of_text
         one_character = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         about |= {
-            "added_tokens": [],
+            "added_tokens": [] if end is None else [{"id": end, "content": END_OF_TEXT, **SPECIAL}],
             "pre_tokenizer": one_character,
             "post_processor": None,
             "decoder": {"type": "Fuse"},
@@ -173,14 +175,14 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
             "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"},
         }
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {} if end is None else {"eos_token": END_OF_TEXT}
     else:
         vocab, merges = tokens_and_merges(tokenizer)
         assert tokenizer.end_of_text is not None
         vocab = dict(sorted([*vocab.items(), (END_OF_TEXT, tokenizer.end_of_text)], key=lambda item: item[1]))
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         about |= {
-            "added_tokens": [{"id": tokenizer.end_of_text, "content": END_OF_TEXT, **plain}],
+            "added_tokens": [{"id": tokenizer.end_of_text, "content": END_OF_TEXT, **SPECIAL}],
             "pre_tokenizer": byte_level,
             "post_processor": {**byte_level, "trim_offsets": False},
             "decoder": byte_level,
@@ -203,7 +205,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     texts = {name: json.dumps(content, ensure_ascii=False) + "\n" for name, content in files.items()}
     for name, content in {"tokenizer.json": about, "tokenizer_config.json": settings}.items():
         texts[name] = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-    if tokenizer.end_of_text is not None:
+    if not isinstance(tokenizer, CharTokenizer):
         pairs = about["model"]["merges"]
         texts["merges.txt"] = "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in pairs)])
     return texts

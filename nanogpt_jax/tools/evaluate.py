@@ -1,6 +1,7 @@
 """nanogpt-jax eval: how good a run is on a whole text or on items with an answer, and which of two runs is better."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ USAGE = """usage: nanogpt-jax eval [RUN [OTHER]] [--FLAG VALUE ...]
 Measures a run (default: the newest in runs/). With OTHER, both on the same text, and which one is better.
 
 The loss of a whole text, as nats a token, perplexity and bits per byte, each with its standard error:
+  --field NAME        where rows of .jsonl, .parquet and the hub keep the text of --data (default: text)
   --data SOURCE       any text that train.py takes, read with the run's tokenizer (default: what the run was trained on)
   --split val|train   which part of the run's own data (default: val)
   --stride N          windows begin N tokens apart, so that each token is predicted from at least block_size - N tokens
@@ -45,7 +47,7 @@ Items with an answer, one JSON object a line, or hf:NAME[:CONFIG[:SPLIT]] from t
 A standard error says how far the figure would move on another text of the kind: stretches of text (or items) are drawn,
 tokens are not, since neighbours resemble each other. It does not cover another seed of the same recipe."""
 
-FLAGS = "data split stride batch_size choices last_word lm_eval include_path checkpoint json".split()
+FLAGS = "data field split stride batch_size choices last_word lm_eval include_path checkpoint json".split()
 CLEAR = 2.0  # standard errors from which on a difference is called one
 
 
@@ -55,6 +57,7 @@ class Wish:
 
     runs: list[str]
     data: str
+    field: str
     split: str
     stride: int
     batch_size: int
@@ -159,6 +162,8 @@ def read(argv: list[str]) -> Wish:
         raise UserError(f"--split={value['split']} is not one of val, train")
     if value["split"] and value["data"]:
         raise UserError("--split is a part of the run's own data; of --data the whole text is measured: leave one out")
+    if value["field"] and not value["data"]:
+        raise UserError("--field says how to read --data, which is not given")
     if value["include_path"] and not value["lm_eval"]:
         raise UserError("--include-path is where --lm-eval looks for tasks; name a task too")
     if value["lm_eval"] and len(words) == 2:
@@ -219,7 +224,7 @@ def load(run: Run, checkpoint: str = "best"):
 def _texts(wish: Wish, runs: list[Run]) -> list[Text]:
     """The text as each run reads it, seen to be one and the same."""
     if wish.data:
-        corpus = _read(wish.data)
+        corpus = _read(wish.data, wish.field or "text")
         return [_given_text(wish.data, corpus, run) for run in runs]
     texts = [_own_text(run, wish.split or "val") for run in runs]
     if len(runs) == 2 and _bytes(runs[0], texts[0]) != _bytes(runs[1], texts[1]):
@@ -230,17 +235,18 @@ def _texts(wish: Wish, runs: list[Run]) -> list[Text]:
     return texts
 
 
-def _read(source: str) -> tuple[list[str], bool]:
+def _read(source: str, field: str) -> tuple[list[str], bool]:
     """The documents of a source, and whether they are such: one plain text is none."""
     try:
-        corpus, texts, parts = corpora.read(source), [], []
+        corpus, texts, parts = corpora.read(source, field=field), [], []
         for text, ends in corpus.blocks(lambda _: None):
             parts.append(text)
             if ends:
                 texts.append("".join(parts))
                 parts.clear()
     except UserError as e:  # known here by another name
-        raise UserError(str(e).replace("--data.source=", "--data=").replace("data.source=", "--data=")) from None
+        ours = {"--data.source=": "--data=", "data.source=": "--data=", "--data.field=": "--field="}
+        raise UserError(functools.reduce(lambda text, name: text.replace(name, ours[name]), ours, str(e))) from None
     return [*texts, "".join(parts)] if parts else texts, corpus.documents
 
 
@@ -275,13 +281,13 @@ def _own_text(run: Run, split: str) -> Text:
         raise UserError(f"the data of {run.path} cannot be had: {e}\n       {other}") from None
     if data.fingerprint != fingerprint:
         raise UserError(
-            f"the data of {run.path} has changed: {run.cfg.data.source} gives other tokens now than it was trained on\n"
+            f"the data of {run.path} has changed: {run.cfg.data.title} gives other tokens now than it was trained on\n"
             f"       bring the old text back; {other}"
         )
     tokens = data.val if split == "val" else data.train
     if isinstance(tokens, batches.Mixture):
         tokens = np.concatenate(tokens.parts)
-    return Text(f"{run.cfg.data.source} ({split})", tokens, data.manifest[split]["bytes"])
+    return Text(f"{run.cfg.data.title} ({split})", tokens, data.manifest[split]["bytes"])
 
 
 def _bytes(run: Run, text: Text) -> bytes:
