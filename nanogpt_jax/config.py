@@ -505,7 +505,8 @@ def read_json(path: Path, kind: type[Settings] = Config) -> Settings:
 
 def _other_kind(run: Path, wanted: Kind) -> str:
     if wanted is Config:
-        return f"{run} is a classifier, not a language model\n       ask it: {program('classify predict')} {run} TEXT"
+        ask, measure = (f"{program(f'classify {command}')} {run}" for command in ("predict", "eval"))
+        return f"{run} is a classifier, not a language model\n       ask it: {ask} TEXT; measure it: {measure}"
     return (
         f"{run} is a language model, not a classifier\n       "
         f"train one from it: {program('classify train')} --train.init-from {run} --data.source FILE"
