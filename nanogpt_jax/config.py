@@ -223,6 +223,13 @@ def suggestion(word: str, known: Any) -> str:
     return f"\n       did you mean {near[0]}?" if near else ""
 
 
+def unknown_flag(key: str, known: Any, command: str) -> UserError:
+    """What to say of --KEY, which `nanogpt-jax COMMAND` does not have; `known` are the names of those it has."""
+    near = suggestion(f"--{key}".replace("_", "-"), [f"--{k}".replace("_", "-") for k in known])
+    near = near or f"\n       see nanogpt-jax {command} --help"
+    return UserError(f"unknown flag --{key.replace('_', '-')}{near}")
+
+
 def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
     known = types_of(kind)
     hint = suggestion(key, known)

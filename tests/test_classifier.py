@@ -487,7 +487,8 @@ def test_beside_tf_idf_and_logistic_regression(at, capsys):
 # ---- what is wrong with it ------------------------------------------------------------------------------------------
 
 WRONG_FILES = [
-    ("missing column", "x.csv", "text,kind\nhola,es\n", "x.csv, line 2: there is no column data.label_column=label; there are text, kind"),
+    ("missing column", "x.csv", "text,kind\nhola,es\n", "x.csv, line 2: there is no column data.label_column=label; there are text, kind\n       the first line names the columns"),
+    ("semicolons", "x.csv", "text;label\nhola;es\n", "there are text;label\n       cells are separated by commas"),
     ("missing key", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": "c"}\n', "x.jsonl, line 2: there is no column data.label_column=label"),
     ("one label", "x.csv", "text,label\nhola,es\nadiós,es\n", "has the one label es; a classifier needs two or more"),
     ("few of a label", "x.csv", "text,label\nhola,es\nbye,en\nhi,en\nyes,en\nno,en\n", "has 1 different texts with the label es: too few"),
@@ -545,7 +546,7 @@ WRONG_COMMANDS = [
     ("another run's tokenizer", "predict runs/foreign hola", "runs/foreign is damaged: 2 labels and"),
     ("unknown label", "eval runs/c --source french.csv", "--source=french.csv, line 3: the run has no label fr; it has en, es"),
     ("split of what", "eval runs/c --split test", "--split says how to read --source, which is not given"),
-    ("unknown flag", "eval runs/c --pictures x.png", "unknown flag --pictures\n       did you mean picture?"),
+    ("unknown flag", "eval runs/c --pictures x.png", "unknown flag --pictures\n       did you mean --picture?"),
     ("no such picture", "eval runs/c --picture x.docx", "--picture=x.docx must end in one of"),
     ("no such folder", "eval runs/c --picture gone/x.png", "--picture=gone/x.png: there is no directory gone"),
     ("two runs", "eval runs/c runs/d", "one run at a time"),

@@ -263,6 +263,9 @@ def test_a_signal_before_the_first_step_ends_the_process_without_a_traceback(pla
 def test_a_start_that_fails_leaves_no_directory(place, clean_env):
     refused(run(place, clean_env, "train.py", "--data.source", "gone.txt", "--run-dir", "runs/none"), "gone.txt")
     assert not (place / "runs/none").exists()
+    longer = ("--data.source", "text.txt", "--model.block-size", "999999", "--run-dir", "runs/none")
+    refused(run(place, clean_env, "train.py", *longer), "set model.block_size to at most")
+    assert not (place / "runs/none").exists()
 
 
 def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(place, clean_env):

@@ -97,9 +97,12 @@ def test_unusable_text_files(tmp_path: Path, content: bytes, message: str):
     [
         (
             "shakespear",
-            r"data\.source=shakespear is neither a file or folder nor one of .*\n.*did you mean shakespeare\?",
+            r"data\.source=shakespear is neither a file or folder in .* nor one of .*\n.*did you mean shakespeare\?",
         ),
-        ("no/such.txt", r"data\.source=no/such\.txt is neither a file or folder nor one of python-docs, shakespeare$"),
+        (
+            "no/such.txt",
+            r"data\.source=no/such\.txt is neither a file or folder in /.* nor one of python-docs, shakespeare$",
+        ),
         ("a\0b", r"cannot read data\.source="),
     ],
 )

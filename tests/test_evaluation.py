@@ -483,7 +483,7 @@ WRONG_COMMANDS = [
     ("no checkpoint", "young", ["young has no checkpoint yet"]),
     ("no such checkpoint", "runs/a --checkpoint 7", ["runs/a has no checkpoint 7; it has 40, best and latest"]),
     ("three runs", "runs/a runs/a runs/a", ["one run, or two to compare"]),
-    ("unknown flag", "runs/a --strides 3", ["unknown flag --strides", "did you mean stride?"]),
+    ("unknown flag", "runs/a --strides 3", ["unknown flag --strides", "did you mean --stride?"]),
     ("no value", "runs/a --data", ["--data needs a value"]),
     ("empty value", "runs/a --data=", ["--data is empty"]),
     ("unknown split", "runs/a --split test", ["--split=test is not one of val, train"]),

@@ -382,7 +382,7 @@ WRONG_COMMANDS = [
     ("pickled file", "import-hf model.bin new", ["model.bin is a pickled file"]),
     ("another file", "import-hf text.txt new", ["text.txt is no .safetensors file"]),
     ("one word", "import-hf hf", ["import-hf takes MODEL RUN, but got hf"]),
-    ("misspelt flag", "import-hf hf new --tokeniser x", ["unknown flag --tokeniser", "did you mean tokenizer?"]),
+    ("misspelt flag", "import-hf hf new --tokeniser x", ["unknown flag --tokeniser", "did you mean --tokenizer?"]),
     ("run exists", "import-hf hf run", ["run exists and is not empty"]),
     ("run is a file", "import-hf hf text.txt", ["text.txt is a file"]),
     ("no such tokenizer", "import-hf hf new --tokenizer home", ["--tokenizer=home has neither tokenizer.json"]),

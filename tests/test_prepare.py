@@ -550,6 +550,10 @@ def spoil(name: str, content: bytes) -> None:
     Path(name).write_bytes(content)
 
 
+def write_hf_tokenizer(folder: str) -> None:
+    spoil(f"{folder}/tokenizer.json", json.dumps({"version": "1.0", "added_tokens": [], "model": {}}).encode())
+
+
 def truncated(path: str) -> None:
     write_rows(path, TEXTS)
     spoil(path, Path(path).read_bytes()[:-20])
@@ -590,7 +594,8 @@ WRONG = [
     ("a data set without train", lambda: (Path("d").mkdir(), write_rows("d/test.jsonl", TEXTS)), "hf:d", ["data.source=hf:d cannot be opened", "train"]),
     ("a data directory that is a file", lambda: spoil("a.txt", b"text " * 99), "a.txt --dir a.txt", ["cannot write prepared tokens into data.dir=a.txt"]),
     ("standard input without text", lambda: None, "-", ["data.source=- gave no text"]),
-    ("an unknown flag", lambda: None, "python-docs --tokeniser gpt2", ["unknown flag --tokeniser", "did you mean tokenizer?"]),
+    ("an unknown flag", lambda: None, "python-docs --tokeniser gpt2", ["unknown flag --tokeniser", "did you mean --tokenizer?"]),
+    ("a tokenizer of Hugging Face's", lambda: write_hf_tokenizer("hf"), "python-docs --tokenizer hf", ["hf/tokenizer.json is a tokenizer of Hugging Face's", "import-hf hf RUN"]),
     ("two sources", lambda: None, "a.txt b.txt", ["one source at a time, but got a.txt and b.txt", "--mixture A=3,B=1"]),
     ("source and mixture", lambda: None, "a.txt --mixture a=1,b=1", ["data.source=a.txt and data.mixture exclude each other"]),
     ("a mixture without weights", lambda: None, "--mixture a,b", ["data.mixture='a,b' must be sources and their weights: A=3,B=1"]),

@@ -92,7 +92,7 @@ def test_the_exponent_of_a_power_law_is_found():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--picturs x", "did you mean picture?"),
+        ("--picturs x", "did you mean --picture?"),
         ("foo", "foo is no flag"),
         ("--model.n-head 0", "model.n_head=0 must be at least 1"),
     ],

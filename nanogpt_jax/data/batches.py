@@ -41,6 +41,17 @@ def n_windows(tokens: np.ndarray, block_size: int, name: str = "the training spl
     return max(1, (len(tokens) - block_size) // block_size)
 
 
+def check_length(tokens: np.ndarray | Mixture, block_size: int) -> None:
+    """UserError if a source is too short for one window."""
+    batch(
+        tokens,
+        seed=0,
+        step=0,
+        batch_size=sum(tokens.cycle) if isinstance(tokens, Mixture) else 1,
+        block_size=block_size,
+    )
+
+
 def batch(
     tokens: np.ndarray | Mixture,
     *,

@@ -80,8 +80,10 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
         files = sorted(f for f in found if f.is_file())
         if not glob.has_magic(source):
             known = ", ".join(CORPORA)
+            here = "" if path.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
-                f"data.source={source} is neither a file or folder nor one of {known}{suggestion(source, CORPORA)}"
+                f"data.source={source} is neither a file or folder{here} nor one of {known}"
+                f"{suggestion(source, CORPORA)}"
             ) from None
         if not files:
             raise UserError(f"data.source={source} matches no file; ** stands for folders at any depth") from None

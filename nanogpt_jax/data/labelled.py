@@ -134,7 +134,8 @@ def _content(what: str, path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
-        raise UserError(f"cannot read {what}: {getattr(e, 'strerror', None) or e}") from None
+        here = "" if path.is_absolute() or not isinstance(e, FileNotFoundError) else f" in {Path.cwd()}"
+        raise UserError(f"cannot read {what}: {getattr(e, 'strerror', None) or e}{here}") from None
     if not content:
         raise UserError(f"{what} is empty")
     return content
@@ -196,6 +197,7 @@ def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator
     import datasets
     from datasets.exceptions import DatasetsError
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would print, it raises too
     name, _, config = source.removeprefix("hf:").partition(":")
     try:
         if source.startswith("hf:"):
@@ -218,8 +220,11 @@ def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator
 
 def _column(what: str, line: int, record: dict[str, Any], setting: str, name: str) -> Any:
     if name not in record:
-        there = ", ".join(shown(column) for column in record)
-        raise UserError(f"{what}, line {line}: there is no column {setting}={name}; there are {there}")
+        there = ", ".join(shown(column)[:60] for column in record)
+        hint = "the first line names the columns" if what.endswith((".csv", ".tsv")) else f"name another: {setting}"
+        if any(";" in str(column) for column in record):
+            hint = "cells are separated by commas, not by semicolons, or by tabs in a .tsv"
+        raise UserError(f"{what}, line {line}: there is no column {setting}={name}; there are {there}\n       {hint}")
     return record[name]
 
 

@@ -238,6 +238,11 @@ def load(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
         about = json.loads(path.read_bytes())
+        if "added_tokens" in about and "model" in about:
+            raise UserError(
+                f"{path} is a tokenizer of Hugging Face's\n"
+                f"       make a run of it first, and name that: nanogpt-jax import-hf {folder} RUN"
+            )
         kind, fingerprint = str(about["kind"]), about["fingerprint"]
         if kind not in TOKENIZERS:
             known = ", ".join(TOKENIZERS)

@@ -256,8 +256,7 @@ def arguments(name: str, argv: list[str]) -> tuple[str, list[str], dict[str, str
 
     def check(key: str) -> None:
         if key not in FLAGS[name]:
-            near = config.suggestion(key, FLAGS[name]) or f"\n       see {config.program(f'classify {name}')} --help"
-            raise UserError(f"unknown flag --{key.replace('_', '-')}{near}")
+            raise config.unknown_flag(key, FLAGS[name], f"classify {name}")
 
     end = argv.index("--") if "--" in argv else len(argv)
     words, flags = config.split_arguments(argv[:end], SWITCHES, check)

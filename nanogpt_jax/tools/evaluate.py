@@ -148,8 +148,7 @@ def read(argv: list[str]) -> Wish:
 
     def check(key: str) -> None:
         if key not in FLAGS:
-            near = config.suggestion(key, FLAGS) or "\n       see nanogpt-jax eval --help"
-            raise UserError(f"unknown flag --{key.replace('_', '-')}{near.replace('_', '-')}")
+            raise config.unknown_flag(key, FLAGS, "eval")
 
     words, flags = config.split_arguments(argv, (), check)
     if len(words) > 2:

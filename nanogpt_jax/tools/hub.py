@@ -178,8 +178,7 @@ def arguments(command: str, argv: list[str]) -> tuple[list[str], dict[str, str]]
 
     def check(key: str) -> None:
         if key not in (*options, *switches):
-            near = config.suggestion(key, [*options, *switches]) or f"\n       see nanogpt-jax {command} --help"
-            raise UserError(f"unknown flag --{key.replace('_', '-')}{near}")
+            raise config.unknown_flag(key, (*options, *switches), command)
 
     words, flags = config.split_arguments(argv, switches, check)
     if len(words) != 2:

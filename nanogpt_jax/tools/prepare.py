@@ -55,8 +55,7 @@ def read(argv: list[str]) -> config.Command:
 
     def check(key: str) -> None:
         if key.removeprefix("data.") not in own and key != "config":
-            near = config.suggestion(key, [*own, "config"])
-            raise UserError(f"unknown flag --{key}{near or chr(10) + '       see nanogpt-jax prepare --help'}")
+            raise config.unknown_flag(key, (*own, "config"), "prepare")
 
     # a lone dash is a source, not a flag
     words, flags = config.split_arguments(argv, (), check)

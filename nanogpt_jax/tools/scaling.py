@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     def check(key: str) -> None:
         if key not in own and key not in config.TYPES:
-            raise UserError(f"unknown flag --{key}{config.suggestion(key, [*own, *config.TYPES])}")
+            raise config.unknown_flag(key, (*own, *config.TYPES), "scaling")
 
     words, flags = config.split_arguments(argv, (), check)
     if words:
