@@ -56,7 +56,9 @@ def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
     # dW is summed over N in float32, whatever the compute dtype
     if _is_tall(kernel):
         w, gt = _once(w.T, g.T)
-        return _dot(g, w, ((1,), (0,))), _dot(gt, x, ((1,), (0,)), kernel.dtype).T
+        # dW as it is, then turned: left to itself, XLA turns the product round, into one that takes twice as long
+        (dkernel,) = _once(_dot(gt, x, ((1,), (0,)), kernel.dtype))
+        return _dot(g, w, ((1,), (0,))), dkernel.T
     out = tuple(range(1, g.ndim))
     (xt,) = _once(x.T)
     # Flat: XLA:CPU has no such product with several output axes.
