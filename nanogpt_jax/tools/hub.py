@@ -285,7 +285,7 @@ def _compared(ours: Any, about: dict[str, Any], files: list[Path]) -> str:
 
     theirs_about = GPT2Config.from_dict({**about, "attn_implementation": "eager"})
     with torch.device("meta"):
-        model = GPT2LMHeadModel(theirs_about).eval()
+        model = GPT2LMHeadModel(theirs_about).train(False)
     state = {}
     for path in files:
         for name, tensor in load_file(path).items():

@@ -85,7 +85,7 @@ def make_generate(cfg: ModelConfig) -> Callable[[np.ndarray, int], torch.Tensor]
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, **sizes)).eval()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, **sizes)).train(False)
 
     def generate(tokens: np.ndarray, n: int) -> torch.Tensor:
         with torch.inference_mode():
