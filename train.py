@@ -19,6 +19,7 @@ def main(argv: list[str]) -> int:
         print(config.render(command.cfg, command.origin), runtime.describe(), sep="\n\n")
         return 0
 
+    from nanogpt_jax.data import batches
     from nanogpt_jax.data.prepare import open_data
     from nanogpt_jax.training import run_dir
     from nanogpt_jax.training.signals import stop_on_signals
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
     ):
         run_dir.check_tokenizer(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
+        batches.check_length(data.train, cfg.model.block_size)  # before anything is written
         run_dir.prepare(run, command, cfg, data)
         longer = f"or train longer: {run_dir.command_again(argv, steps=2 * cfg.train.steps)}"
         then = f"next: {config.program('sample')} {run} --num-samples 3\n      {longer}"

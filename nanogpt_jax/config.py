@@ -224,9 +224,9 @@ def suggestion(word: str, known: Any) -> str:
 
 
 def unknown_flag(key: str, known: Any, command: str) -> UserError:
-    """What to say of --KEY, which `nanogpt-jax COMMAND` does not have; `known` are the names of those it has."""
+    """What to say of --KEY, which COMMAND does not have; `known` are the names of those it has."""
     near = suggestion(f"--{key}".replace("_", "-"), [f"--{k}".replace("_", "-") for k in known])
-    near = near or f"\n       see nanogpt-jax {command} --help"
+    near = near or f"\n       see {program(command)} --help"
     return UserError(f"unknown flag --{key.replace('_', '-')}{near}")
 
 

@@ -42,14 +42,17 @@ def n_windows(tokens: np.ndarray, block_size: int, name: str = "the training spl
 
 
 def check_length(tokens: np.ndarray | Mixture, block_size: int) -> None:
-    """UserError if a source is too short for one window."""
-    batch(
-        tokens,
-        seed=0,
-        step=0,
-        batch_size=sum(tokens.cycle) if isinstance(tokens, Mixture) else 1,
-        block_size=block_size,
-    )
+    """UserError if `tokens` [N], or those of one source of a mixture, are too few for a window."""
+    for name, part in _sources(tokens):
+        n_windows(part, block_size, name)
+
+
+def _sources(tokens: np.ndarray | Mixture) -> list[tuple[str, np.ndarray]]:
+    """What is drawn from, by the name that an error gives it."""
+    if not isinstance(tokens, Mixture):
+        return [("the training split", tokens)]
+    names = [f"{name} in the training split" for name in tokens.names]
+    return list(zip(names, tokens.parts, strict=True))
 
 
 def batch(
@@ -68,13 +71,14 @@ def batch(
     mixture each source has its own epochs, and sequence q comes from a source that q alone decides.
     """
     sequence = _sequences(step, batch_size, rows)
+    sources = _sources(tokens)
     if not isinstance(tokens, Mixture):
-        return _windows(tokens, sequence, seed, block_size, "the training split")
+        return _windows(tokens, sequence, seed, block_size, sources[0][0])
     which, number = assign(tokens.cycle, sequence)
     found = np.empty((*sequence.shape, block_size + 1), np.int32)
-    for i, (name, part) in enumerate(zip(tokens.names, tokens.parts, strict=True)):
+    for i, (name, part) in enumerate(sources):
         of_seed = int(_mix(np.array([seed], np.uint64) + np.uint64(i))[0])  # sources of a length take different orders
-        found[which == i] = _windows(part, number[which == i], of_seed, block_size, f"{name} in the training split")
+        found[which == i] = _windows(part, number[which == i], of_seed, block_size, name)
     return found
 
 

@@ -62,9 +62,8 @@ def read(argv: list[str]) -> argparse.Namespace:
     for word in sorted(unknown, key=lambda w: not w.startswith("-")):
         if not word.startswith("-"):
             raise UserError(f"one run at a time, but got {options.run} and {word}")
-        name = word.partition("=")[0]
-        near = config.suggestion(name, [flag for action in parser._actions for flag in action.option_strings])
-        raise UserError(f"unknown flag {name}" + (near or f"\n       see {config.program('sample')} --help"))
+        known = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
+        raise config.unknown_flag(word.partition("=")[0].lstrip("-"), known, "sample")
     for name, (must, good) in LIMITS.items():
         if not good(value := getattr(options, name)):
             raise UserError(f"--{name.replace('_', '-')}={value} must {must}")

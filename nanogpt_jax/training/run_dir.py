@@ -20,7 +20,7 @@ import filelock
 
 from nanogpt_jax import config
 from nanogpt_jax.config import Command, Config, UserError
-from nanogpt_jax.data import batches, tokenizer
+from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.labelled import LabelledData
 from nanogpt_jax.data.prepare import Dataset
 
@@ -98,8 +98,6 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
 
     `cfg` is the command's configuration with the vocabulary size filled in.
     """
-    if isinstance(data, Dataset):
-        batches.check_length(data.train, cfg.model.block_size)
     steps = [] if command.overwrite else checkpoint_steps(run_dir)
     if steps:
         before = config.read_json(run_dir / "config.json", type(cfg))
