@@ -2,7 +2,10 @@
 
 import json
 import math
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +139,25 @@ def test_steps_per_dispatch_changes_no_number(per_dispatch):
     state, losses = take_steps(change(TINY, model__dropout=0.1), 10, per_dispatch)
     np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
     assert_trees_close(state.params, expected.params, 2e-5)
+
+
+FAULTS = """
+import resource
+from nanogpt_jax.distributed.mesh import start_for_training
+assert start_for_training() == "cpu"
+import jax
+program = jax.jit(lambda x: jax.lax.optimization_barrier(x[:, None] * x).sum())  # 64 MiB of temporary memory
+faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(6) if program(jax.numpy.ones(4096)) > 0]
+print(faults[-1] - faults[2])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory by its own rules")
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_step_takes_the_memory_of_the_last_one(kept, clean_env):
+    env = clean_env if kept else {**clean_env, "MALLOC_TRIM_THRESHOLD_": "131072"}  # a user's own setting stands
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True)
+    assert (int(run.stdout) < 1000) == kept, run.stdout  # of 4 KiB; fresh, three times 64 MiB are 49,152
 
 
 def test_training_learns_and_the_step_is_donated():

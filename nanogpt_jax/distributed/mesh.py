@@ -1,6 +1,9 @@
 """Processes, devices, and the one mesh over them."""
 
+import ctypes
 import math
+import os
+import platform
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +14,25 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 AXES = ("data", "fsdp", "tensor")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def start_for_training() -> str:
+    """Start JAX's devices so that a step on a CPU takes the memory that the last one gave back -> "cpu", "gpu", "tpu".
+
+    A step's temporary memory is one large block, which the C library would map afresh and hand back each time, and the
+    system clear page by page (124M: 1.6 GB a step, a tenth of the time). glibc keeps it when told to, but only for the
+    main thread; so a program has to run on the thread that calls it, and not on one of JAX's.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    started = jax.default_backend()
+    if started == "cpu" and platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+    return started
 
 
 def make_mesh(cfg: MeshConfig) -> "Mesh":

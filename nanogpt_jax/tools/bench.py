@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanogpt_jax import cli, config
+from nanogpt_jax import cli, config, runtime
 from nanogpt_jax.config import Config, UserError
 
 USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [--seconds S] [--versus torch]
@@ -276,15 +276,16 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     import jax
     import numpy as np
 
-    from nanogpt_jax.distributed.mesh import make_mesh
+    from nanogpt_jax.distributed.mesh import make_mesh, start_for_training
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.loop import choose_steps_per_dispatch
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import init_state, make_train_step
 
-    cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, jax.default_backend()))
+    platform = start_for_training()
+    cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, platform))
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, cfg.train.steps)
-    K = choose_steps_per_dispatch(cfg, jax.default_backend())
+    K = choose_steps_per_dispatch(cfg, platform)
     state, step = init_state(cfg, tx, mesh), make_train_step(cfg, tx, mesh, K)
     shape = (K, cfg.train.batch_size, cfg.model.block_size + 1)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32)
@@ -379,7 +380,5 @@ def _data(cfg: Config, order: dict[str, Any]):
 
 
 if __name__ == "__main__":
-    from nanogpt_jax import runtime
-
     runtime.set_up()
     _work(json.loads(sys.argv[1]))

@@ -85,14 +85,11 @@ def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -
 
 
 def choose_steps_per_dispatch(cfg: Config, platform: str) -> int:
-    """On a CPU 8 where a step is under 40 GFLOP, and the call itself costs something; 4 where it is under 200.
-
-    There it is memory: a call's is given back to the system behind it, and what comes fresh is cleared page by page.
-    """
+    """On a CPU 8 where a step is under 40 GFLOP, and the call itself costs something."""
     if cfg.train.steps_per_dispatch:
         return cfg.train.steps_per_dispatch
     flops = 6 * gpt2.n_params(cfg.model) * cfg.train.batch_size * cfg.model.block_size
-    return 1 if platform != "cpu" or flops >= 200e9 else 4 if flops >= 40e9 else 8
+    return 1 if platform != "cpu" or flops >= 40e9 else 8
 
 
 def dispatches(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator[tuple[int, int]]:
