@@ -28,11 +28,20 @@ def start_for_training() -> str:
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     started = jax.default_backend()
-    if started == "cpu" and platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        libc = ctypes.CDLL(None)
+    if started == "cpu" and (libc := _glibc()) and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
     return started
+
+
+def give_back_memory() -> None:
+    """What is kept for the next step goes back to the system, before something else that needs much memory."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def make_mesh(cfg: MeshConfig) -> "Mesh":

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from nanogpt_jax.config import Config, UserError
 from nanogpt_jax.data import batches
 from nanogpt_jax.data.prepare import Dataset
+from nanogpt_jax.distributed.mesh import give_back_memory
 from nanogpt_jax.distributed.sharding import BATCH, shard
 from nanogpt_jax.evaluation.loss import evaluate, make_score
 from nanogpt_jax.model import gpt2
@@ -140,6 +141,7 @@ def fit(
             val_loss = None
             if is_last or (t.eval_every and step % t.eval_every == 0):
                 reader.drain()
+                give_back_memory()
                 began = time.monotonic()
                 scores = task.evaluate(state.params)
                 validation = {f"val/{name}": value for name, value in scores.items()}
@@ -156,6 +158,7 @@ def fit(
                 is_last = is_last or 0 < task.patience <= meta["stale"]
             if is_last or is_best or (t.save_every and step % t.save_every == 0):
                 reader.drain()  # a loss that is not finite stops the run here, before it is saved
+                give_back_memory()
                 checkpoints.save(state, step, meta, val_loss)
             if is_last:
                 break
