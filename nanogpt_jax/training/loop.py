@@ -26,7 +26,7 @@ from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import MetricsLog, Progress
 from nanogpt_jax.training.signals import StopRequest
-from nanogpt_jax.training.step import TrainState
+from nanogpt_jax.training.step import TrainState, step_flops
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def choose_steps_per_dispatch(cfg: Config, platform: str) -> int:
     """On a CPU 8 where a step is under 40 GFLOP, and the call itself costs something."""
     if cfg.train.steps_per_dispatch:
         return cfg.train.steps_per_dispatch
-    flops = 6 * gpt2.n_params(cfg.model) * cfg.train.batch_size * cfg.model.block_size
-    return 1 if platform != "cpu" or flops >= 40e9 else 8
+    return 1 if platform != "cpu" or step_flops(cfg) >= 40e9 else 8
 
 
 def dispatches(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -122,6 +122,9 @@ def _gradients(cfg: Config, loss: Loss, mesh: Mesh, params: gpt2.Params, tokens:
     """Mean loss of tokens [B, T+1] and its gradients, `micro_batch` sequences at a time: the mean over all is exact."""
     grad = jax.value_and_grad(lambda params, tokens, key: loss(cfg.model, params, tokens, key))
     B, micro = cfg.train.batch_size, cfg.train.micro_batch or cfg.train.batch_size
+    if micro == B and key is None and _is_better_halved(cfg, mesh):
+        halves = grad(params, tokens[: B // 2], None), grad(params, tokens[B // 2 :], None)
+        return jax.tree.map(lambda one, other: (one + other) / 2, *halves)
     if micro == B:
         return grad(params, tokens, key)
     G = B // micro
@@ -147,6 +150,20 @@ def _gradients(cfg: Config, loss: Loss, mesh: Mesh, params: gpt2.Params, tokens:
             total, mesh=mesh, axis_names={"data"}, in_specs=rows, out_specs=P("data"), check_vma=False
         )
     return jax.tree.map(lambda x: x.sum(0) / (G * D), total(params, tokens, keys))
+
+
+def _is_better_halved(cfg: Config, mesh: Mesh) -> bool:
+    """On one CPU, of two halves that know nothing of each other one gives work to the cores that wait in the other.
+
+    Measured: 1.05 to 1.1 below 400 GFLOP a step, less than 1 above, where the products fill the cores.
+    """
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    return is_cpu and mesh.size == 1 and cfg.train.batch_size % 2 == 0 and step_flops(cfg) < 400e9
+
+
+def step_flops(cfg: Config) -> float:
+    """Floating-point operations of a step, but for those of attention: 6 for each parameter and token."""
+    return 6 * gpt2.n_params(cfg.model) * cfg.train.batch_size * cfg.model.block_size
 
 
 def mean_loss(cfg: ModelConfig, params: gpt2.Params, tokens: jax.Array, dropout_key: jax.Array | None = None):
