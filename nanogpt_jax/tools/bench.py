@@ -19,6 +19,7 @@ from typing import Any
 
 from nanogpt_jax import cli, config, runtime
 from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.distributed.mesh import give_back_memory
 
 USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [--seconds S] [--versus torch]
                          [--json FILE] [--SECTION.NAME VALUE ...]
@@ -211,6 +212,7 @@ def _work(order: dict[str, Any]) -> None:
                 return
             run()
             answer = {"seconds": time.time() - order["began"], **facts, **_limits(order["engine"], order["work"])}
+            give_back_memory()  # of the limits' arrays, which are not the engine's
             run()  # warm
         elif question.strip() == "measure":
             tokens, began = 0, time.perf_counter()
