@@ -141,6 +141,17 @@ def test_steps_per_dispatch_changes_no_number(per_dispatch):
     assert_trees_close(state.params, expected.params, 2e-5)
 
 
+def test_metrics_that_are_there_are_read_at_once(tmp_path):
+    """Read with those of the next call instead, they would be counted in the wrong time."""
+    done = {name: jnp.ones(2).block_until_ready() for name in ("loss", "grad_norm", "learning_rate")}
+    cfg = change(TINY, train__log_every=1)
+    with metrics.MetricsLog(tmp_path, cfg.train, 0) as log:
+        reader = loop._Reader(cfg, 128, log, metrics.Progress(0, 10))
+        reader.add(0, 2, done)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+
+
 FAULTS = """
 import resource
 from nanogpt_jax.distributed.mesh import start_for_training

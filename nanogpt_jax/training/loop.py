@@ -172,7 +172,7 @@ def fit(
 
 
 class _Reader:
-    """Reads the metrics of an earlier dispatch while the device works on the next, and passes them on."""
+    """Reads the metrics of a dispatch when it is done, at the latest while the device works on the next one."""
 
     def __init__(self, cfg: Config, tokens_per_step: float, log: MetricsLog, progress: Progress):
         self._cfg, self._tokens, self._log, self._progress = cfg, tokens_per_step, log, progress
@@ -182,7 +182,7 @@ class _Reader:
 
     def add(self, first: int, n: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append((first, n, metrics))
-        if len(self._pending) > 1:
+        while self._pending and (len(self._pending) > 1 or metrics["loss"].is_ready()):  # pyright: ignore[reportAttributeAccessIssue]
             self._read()
 
     def drain(self) -> None:
