@@ -30,10 +30,12 @@ def main(argv: list[str]) -> int:
     if n > context:
         print(f"note: of the prompt's {n} tokens the model sees the last {context}, its context", file=sys.stderr)
 
-    from nanogpt_jax.inference.generate import Rules  # jax takes seconds, so only now
+    from nanogpt_jax.distributed.mesh import start  # jax takes seconds, so only now
+    from nanogpt_jax.inference.generate import Rules
     from nanogpt_jax.inference.sampler import generate_text
     from nanogpt_jax.training.checkpoint import load_params
 
+    start()
     params, _ = load_params(run, cfg, wish.checkpoint)
     rules = Rules(wish.temperature, wish.top_k, wish.top_p, wish.min_p, wish.repetition_penalty)
     if isinstance(sys.stdout, io.TextIOWrapper):

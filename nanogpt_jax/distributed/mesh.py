@@ -17,17 +17,25 @@ AXES = ("data", "fsdp", "tensor")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def start_for_training() -> str:
-    """Start JAX's devices so that a step on a CPU takes the memory that the last one gave back -> "cpu", "gpu", "tpu".
+def start() -> str:
+    """Start JAX's devices -> "cpu", "gpu", "tpu". A CPU runs a program on the thread that calls it.
 
-    A step's temporary memory is one large block, which the C library would map afresh and hand back each time, and the
-    system clear page by page (124M: 1.6 GB a step, a tenth of the time). glibc keeps it when told to, but only for the
-    main thread; so a program has to run on the thread that calls it, and not on one of JAX's.
+    On one of JAX's own, each token of generation would wait for that thread to wake (measured: 1.03).
     """
     import jax
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    started = jax.default_backend()
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # not read from the environment
+    return jax.default_backend()
+
+
+def start_for_training() -> str:
+    """`start`, and a step on a CPU takes the memory that the last one gave back.
+
+    A step's temporary memory is one large block, which the C library would map afresh and hand back each time, and the
+    system clear page by page (124M: 1.6 GB a step, a tenth of the time). glibc keeps it when told to, but only for the
+    main thread, where `start` has programs run.
+    """
+    started = start()
     if started == "cpu" and (libc := _glibc()) and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never

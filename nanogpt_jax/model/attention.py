@@ -47,6 +47,21 @@ def reference(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_k
     return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
 
+def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
+    """The equation for few queries and a cache, the heads of all sequences in one row, N = B·H of them.
+
+    q [N, T, D], k and v [N, S, D], position [N, T] int32, up to which a query may look -> [N, T, D].
+
+    Keys are the left factor and values the right one, and B and H one axis: else XLA:CPU copies all of the cache into
+    another order at every step.
+    """
+    heads = ((0,), (0,))
+    scores = jax.lax.dot_general(k, q, (((2,), (2,)), heads), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    may_look = jnp.arange(k.shape[1]) <= position[:, :, None]
+    scores = jnp.where(may_look, scores.swapaxes(1, 2), jnp.finfo(jnp.float32).min)  # [N, T, S]
+    return jax.lax.dot_general(jax.nn.softmax(scores, axis=-1).astype(v.dtype), v, (((2,), (1,)), heads))
+
+
 def _jax_nn(implementation: str) -> Callable[..., jax.Array]:
     """`jax.nn.dot_product_attention`; cudnn is flash attention, which never holds the [T, S] weights."""
 

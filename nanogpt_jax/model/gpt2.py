@@ -73,7 +73,7 @@ class LayerNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head causal self-attention. x [B, T, C] -> [B, T, C], and the keys and values [B, T, H, D] it looked at.
 
-    With a cache (k, v [B, H, S, D]) the T new positions of row b are written at start[b] .. start[b] + T - 1, every
+    With a cache (k, v [B·H, S, D]) the T new positions of row b are written at start[b] .. start[b] + T - 1, every
     query looks at its own position and all before it, and the extended cache is returned.
     """
 
@@ -85,16 +85,16 @@ class SelfAttention(nn.Module):
         heads = (cfg.n_head, cfg.head_dim)
         few = cache is not None
         qkv = Linear((C,), (3, *heads), cfg.bias, few=few, name="c_attn")(x)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # Q = X·Wq, K = X·Wk, V = X·Wv: each [B, T, H, D]
+        q, k, v = (x.squeeze(2) for x in jnp.split(qkv, 3, axis=2))  # Q = X·Wq, K = X·Wk, V = X·Wv: each [B, T, H, D]
         if cache is None:
             drop = {"dropout_rate": cfg.dropout, "dropout_key": self.make_rng("dropout")} if train else {}
             y = attention.BACKENDS[cfg.attention](q, k, v, documents=documents, **drop)
         else:
-            position = start[:, None] + jnp.arange(T)  # [B, T]
-            row = jnp.arange(B)[:, None]
-            k, v = (old.at[row, :, position].set(new) for old, new in zip(cache, (k, v), strict=True))
-            mask = jnp.arange(k.shape[2]) <= position[:, None, :, None]  # [B, 1, T, S]
-            y = attention.reference(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask)
+            q, k, v = (x.swapaxes(1, 2).reshape(B * cfg.n_head, T, cfg.head_dim) for x in (q, k, v))
+            position = jnp.repeat(start[:, None] + jnp.arange(T), cfg.n_head, axis=0)  # [B·H, T]
+            row = jnp.arange(B * cfg.n_head)[:, None]
+            k, v = (old.at[row, position].set(new) for old, new in zip(cache, (k, v), strict=True))
+            y = attention.cached(q, k, v, position).reshape(B, cfg.n_head, T, cfg.head_dim).swapaxes(1, 2)
         std = INIT_STD / (2 * cfg.n_layer) ** 0.5
         return Linear(heads, (C,), cfg.bias, std, few, name="c_proj")(y), (k, v)
 
@@ -208,7 +208,7 @@ def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key:
 class Cache(NamedTuple):
     """Keys and values of the positions seen so far."""
 
-    k: list[jax.Array]  # L arrays [B, H, S, D]: as the products want them, or each step would transpose the whole cache
+    k: list[jax.Array]  # L arrays [B·H, S, D], as attention.cached wants them
     v: list[jax.Array]
     length: jax.Array  # [B] int32, filled positions in each row
 
@@ -234,7 +234,7 @@ def unstack(params: Params) -> Params:
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:
     """An empty cache for `length` positions, at most block_size."""
-    shape = (batch_size, cfg.n_head, length, cfg.head_dim)
+    shape = (batch_size * cfg.n_head, length, cfg.head_dim)
     empty = [jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layer)]
     return Cache(empty, list(empty), jnp.zeros(batch_size, jnp.int32))
 

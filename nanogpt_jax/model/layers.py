@@ -59,11 +59,11 @@ def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
         # dW as it is, then turned: left to itself, XLA turns the product round, into one that takes twice as long
         (dkernel,) = _once(_dot(gt, x, ((1,), (0,)), kernel.dtype))
         return _dot(g, w, ((1,), (0,))), dkernel.T
-    out = tuple(range(1, g.ndim))
     (xt,) = _once(x.T)
-    # Flat: XLA:CPU has no such product with several output axes.
-    dkernel = _dot(xt, g.reshape(len(g), -1), ((1,), (0,)), kernel.dtype)
-    return _dot(g, w, (out, out)), dkernel.reshape(kernel.shape)
+    # Flat: XLA:CPU has no such products with several output axes, and would turn w round for its own.
+    g, w = g.reshape(len(g), -1), w.reshape(len(w), -1)
+    dkernel = _dot(xt, g, ((1,), (0,)), kernel.dtype)
+    return _dot(g, w, ((1,), (1,))), dkernel.reshape(kernel.shape)
 
 
 linear.defvjp(_forward, _backward)
