@@ -2,7 +2,8 @@
 
 Each engine lives in a process of its own, which sleeps while another is measured: nobody shares a thread pool. A round
 measures every engine once, in turn, so that what else the machine does hits all alike; medians over rounds are shown.
-Start-up and compilation are reported apart. The share of the peak is of a matrix product measured here and now.
+Start-up and compilation are reported apart. Shares are of what a large matrix product and a large matrix times a vector
+reach in the same round.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ from typing import Any
 
 from nanogpt_jax import cli, config, runtime
 from nanogpt_jax.config import Config, UserError
-from nanogpt_jax.distributed.mesh import give_back_memory
 
 USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [--seconds S] [--versus torch]
                          [--json FILE] [--SECTION.NAME VALUE ...]
@@ -56,17 +56,16 @@ def main(argv: list[str]) -> int:
             print(f"starting {name} ...", file=sys.stderr)
             workers[name] = _Worker({**order, "engine": name})
             started[name] = workers[name].ask("start")
-        rounds: dict[str, list[float]] = {name: [] for name in engines}
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         for i in range(int(options["rounds"])):
             print(f"round {i + 1} of {options['rounds']}", file=sys.stderr)
             for name, worker in workers.items():
-                rounds[name].append(worker.ask("measure")["tokens_per_second"])
+                rounds[name].append(worker.ask("measure"))
         ended = {name: worker.ask("end") for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()
-    limits = started["jax"]
-    results = [_result(name, started[name], rounds[name], ended[name], rounds["jax"], limits) for name in engines]
+    results = [_result(name, started, rounds, ended[name]) for name in engines]
     print(_table(cfg, work, options, results))
     if options["json"]:
         Path(options["json"]).write_text(json.dumps({**order, "results": results}, indent=2) + "\n", encoding="utf-8")
@@ -147,22 +146,26 @@ class _Worker:
             pass
 
 
-def _result(
-    name: str, started: dict, rounds: list[float], ended: dict, ours: list[float], limits: dict
-) -> dict[str, Any]:
-    speed = statistics.median(rounds)
+def _result(name: str, started: dict[str, dict], rounds: dict[str, list[dict[str, float]]], ended: dict) -> dict:
+    speeds = [r["tokens_per_second"] for r in rounds[name]]
+    ours = rounds["jax"]  # which also has the machine's limits
+    flops, read = started[name]["flops_per_token"], started[name]["bytes_per_token"]
+
+    def median(of: Callable[[float, dict[str, float]], float]) -> float:
+        """Of each round, so that a slow minute of the machine counts on both sides."""
+        return statistics.median(of(*pair) for pair in zip(speeds, ours, strict=True))
+
     return {
         "engine": name,
-        "device": limits["device"],
-        "tokens_per_second": speed,
-        "rounds": rounds,
-        # of each round, so that a slow minute of the machine counts on both sides
-        "times_as_fast": statistics.median(a / b for a, b in zip(ours, rounds, strict=True)),
-        "first_step_seconds": started["seconds"],
+        "device": started["jax"]["device"],
+        "tokens_per_second": statistics.median(speeds),
+        "rounds": speeds,
+        "times_as_fast": median(lambda speed, our: our["tokens_per_second"] / speed),
+        "first_step_seconds": started[name]["seconds"],
         "peak_memory_bytes": ended["peak_memory_bytes"],
-        "gflops": speed * started["flops_per_token"] / 1e9,
-        "share_of_peak": speed * started["flops_per_token"] / limits["peak_flops"],
-        "share_of_bandwidth": speed * started["bytes_per_token"] / limits["bandwidth"],
+        "gflops": statistics.median(speeds) * flops / 1e9,
+        "share_of_peak": median(lambda speed, our: speed * flops / our["peak_flops"]),
+        "share_of_bandwidth": median(lambda speed, our: speed * read / our["bandwidth"]),
     }
 
 
@@ -203,6 +206,7 @@ def _work(order: dict[str, Any]) -> None:
     }
     run: Callable[[], int] = lambda: 0  # noqa: E731
     facts: dict[str, Any] = {}
+    peak_memory = 0
     for question in sys.stdin:
         if question.strip() == "start":
             try:
@@ -211,16 +215,18 @@ def _work(order: dict[str, Any]) -> None:
                 print(json.dumps({"error": f"{e}\n       pip install 'nanogpt-jax[compare]'"}), file=out, flush=True)
                 return
             run()
-            answer = {"seconds": time.time() - order["began"], **facts, **_limits(order["engine"], order["work"])}
-            give_back_memory()  # of the limits' arrays, which are not the engine's
+            answer = {"seconds": time.time() - order["began"], **facts}
             run()  # warm
         elif question.strip() == "measure":
             tokens, began = 0, time.perf_counter()
             while (seconds := time.perf_counter() - began) < float(order["seconds"]):
                 tokens += run()
+            peak_memory = peak_memory or _peak_memory(order["engine"])  # without the arrays of the limits
             answer = {"tokens_per_second": tokens / seconds}
+            if order["engine"] == "jax":
+                answer |= _limits()
         else:
-            answer = {"peak_memory_bytes": _peak_memory(order["engine"])}
+            answer = {"peak_memory_bytes": peak_memory}
         print(json.dumps(answer), file=out, flush=True)
 
 
@@ -238,22 +244,26 @@ def _peak_memory(engine: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _limits(engine: str, work: str) -> dict[str, Any]:
+def _device() -> str:
+    import jax
+
+    device = jax.devices()[0]
+    return f"{device.platform} ({device.device_kind})"
+
+
+def _limits() -> dict[str, float]:
     """What the machine can do at most, measured here and now: floating-point operations and bytes read a second."""
-    if engine != "jax":
-        return {}  # the same machine
     import jax
     import jax.numpy as jnp
 
-    device = jax.devices()[0]
-    n = 2048 if device.platform == "cpu" else 8192
-    a = jnp.ones((n, n), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
-    product = jax.jit(lambda a: a @ a)
-    peak = 2 * n**3 / _quickest(lambda: product(a).block_until_ready())
+    is_cpu = jax.default_backend() == "cpu"
+    n = 2048 if is_cpu else 8192
+    a = jnp.ones((n, n), jnp.float32 if is_cpu else jnp.bfloat16)
     big, vector = jnp.ones((8192, 8192)), jnp.ones(8192)
-    read = jax.jit(lambda big, vector: big @ vector)  # nothing but reading
-    bandwidth = big.nbytes / _quickest(lambda: read(big, vector).block_until_ready())
-    return {"peak_flops": peak, "bandwidth": bandwidth, "device": f"{device.platform} ({device.device_kind})"}
+    product = jax.jit(jnp.matmul)
+    peak = 2 * n**3 / _quickest(lambda: product(a, a).block_until_ready())
+    bandwidth = big.nbytes / _quickest(lambda: product(big, vector).block_until_ready())  # nothing but reading
+    return {"peak_flops": peak, "bandwidth": bandwidth}
 
 
 def _quickest(call: Callable[[], Any], times: int = 8) -> float:
@@ -298,7 +308,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
         jax.block_until_ready(metrics["loss"])
         return K * cfg.train.batch_size * cfg.model.block_size
 
-    return run, {"flops_per_token": train_flops(cfg), "bytes_per_token": 0}
+    return run, {"flops_per_token": train_flops(cfg), "bytes_per_token": 0, "device": _device()}
 
 
 def _torch_train(cfg: Config, order: dict[str, Any]):
@@ -328,10 +338,11 @@ def _jax_decode(cfg: Config, order: dict[str, Any]):
     import jax
     import numpy as np
 
+    from nanogpt_jax.distributed.mesh import start
     from nanogpt_jax.inference import generate
     from nanogpt_jax.model import gpt2
 
-    cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, jax.default_backend()))
+    cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, start()))
     B, P, new = (int(order[name]) for name in ("batch", "prompt", "new"))
     rules = generate.Rules(temperature=0)
     params = generate.for_decoding(cfg.model, jax.jit(lambda: gpt2.init_params(cfg.model, jax.random.key(0)))())
@@ -348,7 +359,7 @@ def _jax_decode(cfg: Config, order: dict[str, Any]):
             jax.device_get(drawn)  # as a stream of text would
         return B * new
 
-    return run, _decode_facts(cfg, order)
+    return run, {**_decode_facts(cfg, order), "device": _device()}
 
 
 def _transformers_decode(cfg: Config, order: dict[str, Any]):
@@ -378,7 +389,7 @@ def _data(cfg: Config, order: dict[str, Any]):
         stack = batches.batch(data.train, seed=t.seed, step=K, batch_size=t.batch_size, block_size=cfg.model.block_size)
         return stack[..., 1:].size
 
-    return run, {"flops_per_token": 0, "bytes_per_token": 0}
+    return run, {"flops_per_token": 0, "bytes_per_token": 0, "device": _device()}
 
 
 if __name__ == "__main__":
