@@ -254,7 +254,13 @@ def test_every_backend_equals_the_reference_and_that_the_equation(case):
         for one, other in zip(results[name], results["reference"], strict=True):
             assert_close(one, other, 1e-5)
 
-    see = np.tri(q.shape[1], dtype=bool) if mask is None else mask
+    (B, T, H, D), S = q.shape, k.shape[1]
+    position = np.tile(np.arange(T), (B, 1)) if mask is None else mask.sum(-1)[:, 0] - 1
+    q_, k_, v_ = (x.swapaxes(1, 2).reshape(B * H, -1, D) for x in (q, k, v))
+    one = jax.jit(attention.cached)(q_, k_, v_, position.repeat(H, axis=0))
+    assert_close(one.reshape(B, H, T, D).swapaxes(1, 2), results["reference"][0], 1e-5)
+
+    see = np.tri(T, S, dtype=bool) if mask is None else mask
     scores = np.einsum("bthd,bshd->bhts", q, k, dtype="float64") / np.sqrt(q.shape[-1])
     weights = gpt2_numpy.softmax(np.where(see, scores, -np.inf))
     assert_close(results["reference"][0], np.einsum("bhts,bshd->bthd", weights, v), 1e-5)
