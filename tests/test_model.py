@@ -222,15 +222,15 @@ def test_dividing_by_root_d_k_keeps_the_variance_of_the_scores():
 
 @st.composite
 def attention_case(draw):
-    """q, k, v, mask: causal (None, T = S), or a cache's, where row b has some keys before its T queries."""
-    B, T, H, D = (draw(st.integers(1, n)) for n in (3, 6, 3, 9))
-    cached = draw(st.booleans())
-    S = T + draw(st.integers(0, 5)) if cached else T
-    rng = np.random.default_rng(draw(st.integers(0, 99)))
-    q, k, v, g = (rng.normal(size=(B, n, H, D)).astype("float32") for n in (T, S, S, T))
-    start = rng.integers(0, S - T + 1, B)
-    mask = np.arange(S) <= (start[:, None] + np.arange(T))[:, None, :, None] if cached else None
-    return q, k, v, mask, g
+    """q, k, v and a cotangent, each [B, T, H, D]."""
+    shape = [draw(st.integers(1, n)) for n in (3, 6, 3, 9)]
+    return np.random.default_rng(draw(st.integers(0, 99))).normal(size=(4, *shape)).astype("float32")
+
+
+def the_equation(q, k, v, see):
+    """softmax(QKᵀ/√d_k)V in float64; see [B or 1, 1, T, S], where a query may look."""
+    scores = np.einsum("bthd,bshd->bhts", q, k, dtype="float64") / np.sqrt(q.shape[-1])
+    return np.einsum("bhts,bshd->bthd", gpt2_numpy.softmax(np.where(see, scores, -np.inf)), v)
 
 
 def value_and_gradients(f, g, *xs):
@@ -241,36 +241,37 @@ def value_and_gradients(f, g, *xs):
 @settings(max_examples=6)
 @given(attention_case())
 def test_every_backend_equals_the_reference_and_that_the_equation(case):
-    q, k, v, mask, g = case
+    q, k, v, g = case
 
     @jax.jit
     def run_all(*args):
-        return {
-            name: value_and_gradients(functools.partial(attention.BACKENDS[name], mask=mask), *args) for name in ON_CPU
-        }
+        return {name: value_and_gradients(attention.BACKENDS[name], *args) for name in ON_CPU}
 
     results = run_all(g, q, k, v)
     for name in set(ON_CPU) - {"reference"}:
         for one, other in zip(results[name], results["reference"], strict=True):
             assert_close(one, other, 1e-5)
+    assert_close(results["reference"][0], the_equation(q, k, v, np.tri(q.shape[1], dtype=bool)), 1e-5)
 
-    (B, T, H, D), S = q.shape, k.shape[1]
-    position = np.tile(np.arange(T), (B, 1)) if mask is None else mask.sum(-1)[:, 0] - 1
-    q_, k_, v_ = (x.swapaxes(1, 2).reshape(B * H, -1, D) for x in (q, k, v))
-    one = jax.jit(attention.cached)(q_, k_, v_, position.repeat(H, axis=0))
-    assert_close(one.reshape(B, H, T, D).swapaxes(1, 2), results["reference"][0], 1e-5)
 
-    see = np.tri(T, S, dtype=bool) if mask is None else mask
-    scores = np.einsum("bthd,bshd->bhts", q, k, dtype="float64") / np.sqrt(q.shape[-1])
-    weights = gpt2_numpy.softmax(np.where(see, scores, -np.inf))
-    assert_close(results["reference"][0], np.einsum("bhts,bshd->bthd", weights, v), 1e-5)
+@given(attention_case(), st.integers(0, 5))
+def test_the_caches_attention_equals_the_equation(case, more):
+    """T queries on S = T + more positions, of which each sequence has filled some before, and some hold rubbish."""
+    q, k, v, _ = case
+    B, T, H, D = q.shape
+    rng = np.random.default_rng(more)
+    k, v = (np.concatenate([x, rng.normal(size=(B, more, H, D)).astype("float32")], axis=1) for x in (k, v))
+    position = rng.integers(0, more + 1, (B, 1)) + np.arange(T)
+    in_one_row = (x.swapaxes(1, 2).reshape(B * H, -1, D) for x in (q, k, v))
+    y = jax.jit(attention.cached)(*in_one_row, position.repeat(H, axis=0))
+    see = np.arange(T + more) <= position[:, None, :, None]
+    assert_close(y.reshape(B, H, T, D).swapaxes(1, 2), the_equation(q, k, v, see), 1e-5)
 
 
 @settings(max_examples=10)
 @given(case=attention_case(), block=st.integers(1, 4), rate=st.sampled_from([0.0, 0.4]))
 def test_blocks_of_any_size_equal_the_reference_with_the_same_dropout(case, block, rate):
-    q, k, v, _, g = case
-    k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+    q, k, v, g = case
     drop = {"dropout_rate": rate, "dropout_key": jax.random.key(1) if rate else None}
 
     def run(name):

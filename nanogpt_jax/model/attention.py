@@ -4,12 +4,11 @@ Each position asks a question (query); every position it may look at offers a la
 softmax of the scores gives weights in (0, 1) that sum to 1, and the output is the weighted mean of the values. In
 "El gato persigue al ratón" the causal mask lets *persigue* look at *El*, *gato* and itself, never at *ratón*.
 
-A back-end is a function (q, k, v, *, mask, documents, dropout_rate, dropout_key) -> [B, T, H, D] and an entry in
-BACKENDS: q [B, T, H, D]; k, v [B, S, H, D]; mask [B or 1, 1, T, S] bool, True where a query may look, None for causal
-(T = S). There, documents [B, T] int32 may keep each query to the positions with its own number.
+A back-end is a function (q, k, v, *, documents, dropout_rate, dropout_key) over [B, T, H, D] and an entry in BACKENDS.
+Position t looks at 0..t; documents [B, T] int32 may keep each query to the positions with its own number.
 """
 
-# B batch, T time of the queries, S time of the keys, H heads, D head dim
+# B batch, T time of the queries, S of the keys where there is a cache, H heads, D head dim
 
 import functools
 from collections.abc import Callable
@@ -39,9 +38,9 @@ def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None)
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-def reference(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
-    """The equation as it stands. [B, H, T, S] in memory, any mask, dropout on the weights."""
-    weights = attention_weights(q, k, causal_mask(q.shape[1], documents) if mask is None else mask)
+def reference(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+    """The equation as it stands. [B, H, T, T] in memory, dropout on the weights."""
+    weights = attention_weights(q, k, causal_mask(q.shape[1], documents))
     if dropout_key is not None:
         weights = dropout(weights, dropout_rate, dropout_key)
     return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
@@ -65,30 +64,27 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax
 def _jax_nn(implementation: str) -> Callable[..., jax.Array]:
     """`jax.nn.dot_product_attention`; cudnn is flash attention, which never holds the [T, S] weights."""
 
-    def attend(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+    def attend(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
         assert dropout_key is None, f"{implementation} attention has no dropout; config.validate refuses it"
-        mask = causal_mask(q.shape[1], documents) if mask is None and documents is not None else mask
-        kind = {"is_causal": True} if mask is None else {"mask": mask}
+        kind = {"is_causal": True} if documents is None else {"mask": causal_mask(q.shape[1], documents)}
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **kind)  # pyright: ignore
 
     return attend
 
 
-def blocked(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
-    """The same in blocks that stay in a CPU's cache, where the mask is the causal one."""
-    if mask is not None:
-        return reference(q, k, v, mask=mask, dropout_rate=dropout_rate, dropout_key=dropout_key)
+def blocked(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+    """The same in blocks that stay in a CPU's cache."""
     return blocked_attention.attend(q, k, v, documents, dropout_rate, dropout_key)
 
 
-def splash(q, k, v, *, mask=None, documents=None, dropout_rate=0.0, dropout_key=None, interpret=False) -> jax.Array:
+def splash(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None, interpret=False) -> jax.Array:
     """JAX's Pallas kernel for TPUs: blocks in on-chip memory, those behind the mask skipped; weights are never held.
 
     XLA cannot split such a call over devices, so under a mesh each one attends with its own sequences and heads.
     """
     assert dropout_key is None, "splash attention has no dropout; config.validate refuses it"
-    if mask is not None or q.shape[1] % 128:  # the kernel's block
-        return BACKENDS["xla"](q, k, v, mask=mask, documents=documents)
+    if q.shape[1] % 128:  # the kernel's block
+        return BACKENDS["xla"](q, k, v, documents=documents)
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     def attend(q, k, v, documents):
