@@ -18,6 +18,19 @@ def asks_for_help(argv: list[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
+def check_file(flag: str, place: str) -> None:
+    """UserError where --FLAG=PLACE is no file that could be written: known now is better than after minutes of work."""
+    path = Path(place)
+    if not place:
+        raise UserError(f"{flag} needs the name of a file")
+    if path.is_dir():
+        raise UserError(f"{flag}={place} is a directory; give a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{flag}={place}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UserError(f"{flag}={place} cannot be written")
+
+
 def guarded(main: Main, argv: list[str] | None = None) -> int:
     """`main` with errors as a person wants them: the message and what to do on stderr, exit code 2, no traceback."""
     runtime.set_up()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,9 @@ def test_the_bench_measures_and_writes_what_it_shows(work, flags, tmp_path, clea
     command = [sys.executable, "-m", "nanogpt_jax", "bench", work, *TINY, *flags, "--rounds", "3", "--seconds", "1"]
     done = subprocess.run([*command, "--json", "b.json"], cwd=tmp_path, env=clean_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    written = json.loads((tmp_path / "b.json").read_text())
+    (result,) = written["results"]
+    assert (written["work"], written["rounds"], written["seconds"]) == (work, 3, 1)
     assert len(result["rounds"]) == 3
     assert result["tokens_per_second"] == sorted(result["rounds"])[1] > 0
     assert f"{result['tokens_per_second']:,.1f}" in done.stdout
@@ -39,13 +42,32 @@ def test_the_bench_measures_and_writes_what_it_shows(work, flags, tmp_path, clea
         ("--seconds", "--seconds needs a value"),
         ("--versus tensorflow", "--versus=tensorflow is not one of torch"),
         ("decode --prompt 60 --new 60", "--prompt=60 and --new=60 exceed model.block_size=64"),
+        ("decode --prompt 64", "--prompt=64 leaves no room in model.block_size=64"),
+        ("--batch 4", "--batch is about generation, which is nanogpt-jax bench decode"),
         ("--model.n-layers 3", "did you mean model.n_layer?"),
-        ("trian", "no config file trian"),
+        ("--run-dir x", "unknown flag --run-dir"),
+        ("trian", "trian is neither a kind of work nor a config file\n       did you mean train?"),
+        ("nowhere", "no config file nowhere"),
+        ("train data", "one kind of work at a time, but got train and data"),
+        ("--json=", "--json needs the name of a file"),
+        ("--json tests", "--json=tests is a directory; give a file"),
+        ("--json nowhere/x.json", "--json=nowhere/x.json: there is no directory nowhere"),
+        ("--mesh.data 12", "mesh data=12 fsdp=1 tensor=1 needs 12 devices"),  # which the measuring process knows
     ],
 )
-def test_wrong_input_of_the_bench(flags, message, capsys):
+def test_wrong_input_of_the_bench(flags, message, capfd, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
     assert cli.guarded(bench.main, flags.split()) == 2
-    assert message in capsys.readouterr().err
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_the_kind_of_work_may_stand_behind_the_configuration(tmp_path):
+    (tmp_path / "small.toml").write_text("[model]\nn_layer = 2\n")
+    for words in (["decode", f"{tmp_path}/small.toml", "--new", "5"], [f"{tmp_path}/small.toml", "--new=5", "decode"]):
+        work, cfg, options = bench._read(words)
+        assert (work, cfg.model.n_layer, options["new"]) == ("decode", 2, "5")
 
 
 def test_a_measuring_process_that_dies_is_an_error():
@@ -95,6 +117,8 @@ def test_the_exponent_of_a_power_law_is_found():
         ("--picturs x", "did you mean --picture?"),
         ("foo", "foo is no flag"),
         ("--model.n-head 0", "model.n_head=0 must be at least 1"),
+        ("--json nowhere/x.json", "--json=nowhere/x.json: there is no directory nowhere"),
+        ("--picture nowhere/x.svg", "--picture=nowhere/x.svg: there is no directory nowhere"),
     ],
 )
 def test_wrong_input_of_scaling(flags, message, capsys):

@@ -24,13 +24,14 @@ from nanogpt_jax.config import Config, UserError
 USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [--seconds S] [--versus torch]
                          [--json FILE] [--SECTION.NAME VALUE ...]
 
-  train     tokens/s of the training step on random tokens (the default)
+  train     tokens/s of the training step on random tokens (the default); whole batches, of which gpt2's is half a
+            million tokens: --train.batch-size, --train.micro-batch
   decode    tokens/s of generation, from random weights: --batch N (default: 1), --prompt N (16),
             --new N (256, or as many as model.block_size has room for)
   data      tokens/s of making batches on the host
 
   --rounds N      times that every engine is measured, in turn (default: 5)
-  --seconds S     length of a measurement, about (default: 2)
+  --seconds S     least length of a measurement, whole seconds; it ends with the step it is in (default: 2)
   --versus torch  the same work in PyTorch beside it: eager and compiled for train (both with AdamW, whatever the
                   configuration), transformers' generate for decode
   --json FILE     the results for a program to read
@@ -68,39 +69,51 @@ def main(argv: list[str]) -> int:
     results = [_result(name, started, rounds, ended[name]) for name in engines]
     print(_table(cfg, work, options, results))
     if options["json"]:
-        Path(options["json"]).write_text(json.dumps({**order, "results": results}, indent=2) + "\n", encoding="utf-8")
+        numbers = {name: int(options[name]) for name in ("rounds", "seconds", "batch", "prompt", "new")}
+        table = {"work": work, "cfg": order["cfg"], **numbers, "results": results}
+        Path(options["json"]).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
     """The kind of work, the settings, and our own options, checked."""
-    words = list(argv)
-    work = words.pop(0) if words and words[0] in PEERS else "train"
-    options = dict(OWN)
-    rest: list[str] = []
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in OWN:
-            if not equals and not words:
-                raise UserError(f"--{name} needs a value")
-            options[name] = value if equals else words.pop(0)
-        else:
-            rest.append(word)
+
+    def check(key: str) -> None:
+        if "." in key and key not in config.TYPES:
+            raise config.unknown_setting(key, "command line")
+        if key not in OWN and key not in config.TYPES:
+            raise config.unknown_flag(key, (*OWN, *config.TYPES), "bench")
+
+    words, flags = config.split_arguments(argv, (), check)
+    works = [word for word in words if word in PEERS]
+    work = works[0] if works else "train"
+    words = [word for word in words if word not in PEERS]
+    if len(works) > 1:
+        raise UserError(f"one kind of work at a time, but got {' and '.join(works)}")
+    if words and (near := config.suggestion(words[0], PEERS)):
+        raise UserError(f"{words[0]} is neither a kind of work nor a config file{near}")
+    options = {**OWN, **{key: value for key, value in flags.items() if key in OWN}}
     for name in ("rounds", "seconds", "batch", "prompt", "new"):
         number = options[name] or "1"
         if not number.isdecimal() or int(number) < 1:
             raise UserError(f"--{name}={number} must be a whole number, at least 1")
+    for name in ("batch", "prompt", "new"):
+        if name in flags and work != "decode":
+            other = "; of training, it is --train.batch-size" if name == "batch" else ""
+            raise UserError(f"--{name} is about generation, which is nanogpt-jax bench decode{other}")
     if options["versus"] not in ("", "torch"):
         raise UserError(f"--versus={options['versus']} is not one of torch")
-    cfg = config.load(rest).cfg
-    options["new"] = options["new"] or str(max(1, min(256, cfg.model.block_size - int(options["prompt"]))))
+    if "json" in flags:
+        cli.check_file("--json", flags["json"])
+    cfg = config.load([*words, *(f"--{key}={value}" for key, value in flags.items() if key not in OWN)]).cfg
+    prompt, room = int(options["prompt"]), cfg.model.block_size
+    if work == "decode" and prompt >= room:
+        raise UserError(f"--prompt={prompt} leaves no room in model.block_size={room}")
+    options["new"] = options["new"] or str(max(1, min(256, room - prompt)))
     vocab_size = cfg.model.vocab_size or _vocab_size(cfg.data.tokenizer)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
-    if work == "decode" and int(options["prompt"]) + int(options["new"]) > cfg.model.block_size:
-        raise UserError(
-            f"--prompt={options['prompt']} and --new={options['new']} exceed model.block_size={cfg.model.block_size}"
-        )
+    if work == "decode" and prompt + int(options["new"]) > room:
+        raise UserError(f"--prompt={prompt} and --new={options['new']} exceed model.block_size={room}")
     if options["versus"] and cfg.optim.name != "adamw":
         cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, name="adamw", learning_rate=1e-3))
     return work, cfg, options
@@ -213,6 +226,9 @@ def _work(order: dict[str, Any]) -> None:
                 run, facts = engines[order["work"], order["engine"]](cfg, order)
             except ImportError as e:
                 print(json.dumps({"error": f"{e}\n       pip install 'nanogpt-jax[compare]'"}), file=out, flush=True)
+                return
+            except UserError as e:
+                print(json.dumps({"error": str(e)}), file=out, flush=True)
                 return
             run()
             answer = {"seconds": time.time() - order["began"], **facts}

@@ -178,10 +178,8 @@ def read(argv: list[str]) -> Wish:
 def _check_places(wish: Wish) -> None:
     if wish.include_path and not Path(wish.include_path).is_dir():
         raise UserError(f"--include-path={wish.include_path} is no directory")
-    if wish.json and not Path(wish.json).absolute().parent.is_dir():
-        raise UserError(f"--json={wish.json}: there is no directory {Path(wish.json).parent}")
-    if wish.json and Path(wish.json).is_dir():
-        raise UserError(f"--json={wish.json} is a directory; give a file")
+    if wish.json:
+        cli.check_file("--json", wish.json)
 
 
 def _number(value: dict[str, str], key: str) -> int:

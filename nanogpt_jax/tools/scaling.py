@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{words[0]} is no flag\n       see nanogpt-jax scaling --help")
     for key, value in flags.items():
         (own if key in own else settings)[key] = value
+    for key in {"picture", "json"} & flags.keys():
+        cli.check_file(f"--{key}", own[key])
     if own["picture"]:
         _pyplot()  # missing now is better than missing after minutes
     config.load([word for key, value in settings.items() for word in (f"--{key}", value)])
