@@ -22,6 +22,8 @@ def main(argv: list[str]) -> int:
     from nanogpt_jax.training import run_dir
 
     run = options.existing(wish.run) if wish.run else run_dir.newest(Path("runs"))
+    if not wish.run:
+        print(f"from {run}:", file=sys.stderr)
     cfg = config.read_json(run / "config.json")
     tokenizer = tokenizers.load(run / "tokenizer")
     if prompt is None:  # a char model begins an empty prompt with end-of-text or a newline, if its vocabulary has one

@@ -342,9 +342,9 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
     """`cfg` itself, or an error that names the setting, its value, where it came from and what to do."""
     value = dict(items(cfg))
 
-    def check(good: bool, key: str, wrong: str, remedy: str = "") -> None:
+    def check(good: bool, key: str, wrong: str, remedy: str = "", origin_of: str = "") -> None:
         if not good:
-            line = f"{key}={value[key]} {wrong} ({origin.get(key, 'default')})"
+            line = f"{key}={value[key]} {wrong} ({origin.get(origin_of or key, 'default')})"
             raise UserError(line + (f"; {remedy}" if remedy else ""))
 
     for key in "model.block_size model.n_layer model.n_head model.n_embd train.batch_size".split():
@@ -385,7 +385,9 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
     if m.n_embd % m.n_head:
         below = m.n_embd // m.n_head * m.n_head
         near = " or ".join(str(n) for n in (below, below + m.n_head) if n)
-        check(False, "model.n_embd", f"must be a multiple of model.n_head={m.n_head}", f"nearest: {near}")
+        wrong = f"must be a multiple of model.n_head={m.n_head}"
+        somebody_set = [key for key in ("model.n_embd", "model.n_head") if origin.get(key, "default") != "default"]
+        check(False, "model.n_embd", wrong, f"nearest: {near}", next(iter(somebody_set), ""))
     check(
         not (m.attention in ("xla", "cudnn", "splash") and m.dropout),
         "model.attention",

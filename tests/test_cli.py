@@ -69,6 +69,7 @@ WRONG_SETTINGS = [
     ("cudnn in float32", "--model.attention cudnn", ["needs 16-bit numbers"]),
     ("micro-batch", "--train.micro-batch 5", ["train.micro_batch=5 does not divide train.batch_size=12", "nearest: 4"]),
     ("mesh and batch", "--mesh.data 5", ["must be a multiple of mesh.data * mesh.fsdp = 5", "nearest: 15"]),
+    ("heads alone", "--model.n-head 3", ["model.n_embd=128 must be a multiple of model.n_head=3 (command line)"]),
     ("mesh and heads", "--mesh.tensor 3", ["mesh.tensor=3 must divide model.n_head=4"]),
     ("two rests", "--mesh.data -1 --mesh.fsdp -1", ["only one axis can be -1"]),
     ("warm-up", "--optim.warmup-steps=-1", ["optim.warmup_steps=-1 must not be negative"]),
@@ -83,6 +84,11 @@ WRONG_SETTINGS = [
 @pytest.mark.parametrize(("arguments", "words"), [w[1:] for w in WRONG_SETTINGS], ids=[w[0] for w in WRONG_SETTINGS])
 def test_wrong_settings(place, clean_env, arguments, words):
     refused(run(place, clean_env, "train.py", *arguments.split()), *words)
+
+
+def test_a_platform_that_is_not_there_is_named(place, clean_env):
+    env = {**clean_env, "JAX_PLATFORMS": "abacus"}
+    refused(run(place, env, "sample.py", "runs/done"), "JAX cannot start on JAX_PLATFORMS=abacus", "unset it")
 
 
 WRONG_FILES = [

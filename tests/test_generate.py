@@ -365,6 +365,16 @@ def test_sample_takes_a_prompt_file_to_the_letter_and_says_what_it_cuts(run, par
     assert err == "note: of the prompt's 22 tokens the model sees the last 16, its context\n"
 
 
+def test_sample_says_from_which_run_when_it_was_given_none(run, params, monkeypatch, capsys):
+    (run.parent / "runs").mkdir(exist_ok=True)
+    shutil.copytree(run, run.parent / "runs" / "last")
+    monkeypatch.chdir(run.parent)
+    assert sample("--prompt=hello", "--max-new-tokens=5", "--seed=7") == 0
+    out, err = capsys.readouterr()
+    assert out == "hello" + text_of(params, ["hello"], 5)[0] + "\n"
+    assert err == "from runs/last:\n"
+
+
 WRONG = {
     "nowhere": "no run nowhere\n       train one first: nanogpt-jax train",
     "{run} {run}": "one run at a time, but got {run} and {run}",
@@ -383,7 +393,7 @@ WRONG = {
     "{run} --num-samples 0": "--num-samples=0 must be at least 1",
     "{run} --max-new-tokens 0": "--max-new-tokens=0 must be at least 1",
     "{run} --seed -1": "--seed=-1 must lie in [0, 2**32)",
-    "{run} --stop=": "--stop=[''] must not be empty",
+    "{run} --stop=": "--stop= must not be empty",
     "{run} --prompt": "--prompt: expected one argument",
     "{run} --prompt-file nowhere.txt": "cannot read --prompt-file=nowhere.txt: No such file or directory",
     "{run} --prompt-file {run}": "cannot read --prompt-file={run}: Is a directory",

@@ -25,7 +25,13 @@ def start() -> str:
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # not read from the environment
-    return jax.default_backend()
+    try:
+        return jax.default_backend()
+    except (AssertionError, RuntimeError) as e:  # JAX's, where a user has named a platform that is not there
+        raise UserError(
+            f"JAX cannot start on JAX_PLATFORMS={jax.config.jax_platforms}{f': {e}' if str(e) else ''}\n"  # pyright: ignore
+            "       unset it, and JAX takes the best there is; for an NVIDIA GPU: pip install -e '.[cuda]'"
+        ) from None
 
 
 def start_for_training() -> str:

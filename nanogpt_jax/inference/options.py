@@ -15,7 +15,6 @@ LIMITS = {  # what a value must be, in words and as a test
     "top_p": ("lie in (0, 1]; 1 allows all tokens", lambda p: 0 < p <= 1),
     "min_p": ("lie in [0, 1); 0 allows all tokens", lambda p: 0 <= p < 1),
     "repetition_penalty": ("lie in [0.01, 100]; 1 is none", lambda r: 0.01 <= r <= 100),
-    "stop": ("not be empty: every text holds that", all),
     "seed": ("lie in [0, 2**32)", lambda s: 0 <= s < 2**32),
 }
 
@@ -67,6 +66,8 @@ def read(argv: list[str]) -> argparse.Namespace:
     for name, (must, good) in LIMITS.items():
         if not good(value := getattr(options, name)):
             raise UserError(f"--{name.replace('_', '-')}={value} must {must}")
+    if not all(options.stop):
+        raise UserError("--stop= must not be empty: every text holds that")
     return options
 
 
