@@ -73,7 +73,7 @@ def test_cached_decode_equals_the_full_forward_at_every_position(params):
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (3, CFG.block_size), np.int32)
     expected = full_forward(CFG, params, tokens)[..., : CFG.vocab_size]
     lengths = np.array([1, 5, 11], np.int32)
-    apart = gpt2.unstack(params)
+    apart = gpt2.outputs_first(params)
     prompts = np.where(np.arange(12) < lengths[:, None], tokens[:, :12], 3)  # whatever stands in the padding
     prefill = jax.jit(gpt2.prefill, static_argnums=0)
     logits, cache = prefill(CFG, apart, prompts, lengths, gpt2.init_cache(CFG, 3, CFG.block_size))

@@ -119,13 +119,25 @@ def test_accumulated_micro_batches_equal_one_batch(mesh):
     assert_trees_close(state.params, expected.params, 2e-5)
 
 
-def test_gradients_of_micro_batches_meet_once_a_step():
-    """No sum over devices in a loop of the compiled step: not one a micro-batch, and not one a layer."""
-    cfg = change(TINY, train__micro_batch=4, mesh__data=2, model__scan_unroll=2, model__attention="reference")
+def compiled_step(cfg) -> str:
+    """The text of the program of a step of TINY, changed, with shapes alone."""
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
     state = jax.eval_shape(lambda: init_state(cfg, tx, mesh))
     tokens = jax.ShapeDtypeStruct((1, 8, 17), np.int32)
-    text = make_train_step(cfg, tx, mesh).lower(state, tokens, np.int32(1)).compile().as_text()
+    return make_train_step(cfg, tx, mesh).lower(state, tokens, np.int32(1)).compile().as_text()
+
+
+def test_devices_that_split_the_batch_exchange_gradients_alone():
+    """No activation is gathered: what `linear` tells XLA of one device's memory order would have it do so."""
+    text = compiled_step(change(TINY, mesh__data=2, model__attention="reference"))
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+
+
+def test_gradients_of_micro_batches_meet_once_a_step():
+    """No sum over devices in a loop of the compiled step: not one a micro-batch, and not one a layer."""
+    cfg = change(TINY, train__micro_batch=4, mesh__data=2, model__scan_unroll=2, model__attention="reference")
+    text = compiled_step(cfg)
     bodies = re.findall(r"body=%?([\w.\-]+)", text)
     parts = {part.split()[0].lstrip("%"): part for part in text.split("\n\n")[1:] if part.strip()}
     assert bodies

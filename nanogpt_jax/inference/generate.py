@@ -84,7 +84,7 @@ def for_decoding(cfg: ModelConfig, params: gpt2.Params) -> gpt2.Params:
     The embedding is cut to cfg's vocabulary, so that ids for which a tokenizer has no text cannot be drawn. Not jitted:
     one slice program a shape compiles sooner than L slices of each array.
     """
-    params = gpt2.unstack({**params, "wte": params["wte"][: cfg.padded_vocab_size]})
+    params = gpt2.outputs_first({**params, "wte": params["wte"][: cfg.padded_vocab_size]})
     return jax.tree.map(lambda p: p.astype(cfg.dtype) if p.ndim > 1 else p, params)  # vectors cost nothing
 
 

@@ -9,8 +9,8 @@ The parameters are one nested dict, named as OpenAI named them, with the layers 
     h.mlp.c_fc      {kernel [L, C, 4C],      bias [L, 4C]}
     h.mlp.c_proj    {kernel [L, 4C, C],      bias [L, C]}
 
-V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `forward` scans over L;
-`prefill` and `decode_step` take `unstack(params)`, where h is a list of layers, and loop over it.
+V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `forward` scans over L, or loops
+over h where it is a list of layers, as `unstack` makes it; `prefill` and `decode_step` take `outputs_first(params)`.
 """
 
 # B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
@@ -40,7 +40,7 @@ def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
 
 
 class Linear(nn.Module):
-    """x [..., *I] -> [..., *O]. Kernel [*I, *O] ~ N(0, std²), with `few` [*O, *I], as `unstack` gives it; bias zero."""
+    """x [..., *I] -> [..., *O]. Kernel [*I, *O] ~ N(0, std²), with `few` [*O, *I] (see `outputs_first`); bias zero."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -149,6 +149,17 @@ def n_params(cfg: ModelConfig) -> int:
     return sum(p.size for p in jax.tree.leaves(params)) - (cfg.padded_vocab_size - cfg.vocab_size) * cfg.n_embd
 
 
+def unstack(params: Params) -> Params:
+    """`params` with h as a list of L layers."""
+    n_layer = jax.tree.leaves(params["h"])[0].shape[0]
+    return {**params, "h": [jax.tree.map(operator.itemgetter(i), params["h"]) for i in range(n_layer)]}
+
+
+def stack(params: Params) -> Params:
+    """The inverse of `unstack`."""
+    return {**params, "h": jax.tree.map(lambda *layers: jnp.stack(layers), *params["h"])}
+
+
 def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:
     """tokens [B, T] int32, position [T] or [B, T] -> [B, T, C]: what the token is plus where it stands."""
     return (params["wte"][tokens] + params["wpe"][position]).astype(cfg.dtype)
@@ -191,6 +202,10 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
     policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
     if cfg.remat != "none":
         layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=cfg.scan_unroll > 1)
+    if isinstance(params["h"], list):
+        for i, block in enumerate(params["h"]):
+            x, _ = layer(x, (block, None if keys is None else keys[i]))
+        return x
     return lax.scan(layer, x, (params["h"], keys), unroll=cfg.scan_unroll)[0]
 
 
@@ -213,23 +228,20 @@ class Cache(NamedTuple):
     length: jax.Array  # [B] int32, filled positions in each row
 
 
-def unstack(params: Params) -> Params:
-    """`params` as decoding reads them: h a list of L layers, each kernel with its outputs first, [*O, *I].
+def outputs_first(params: Params) -> Params:
+    """`params` as decoding reads them: unstacked, each kernel with its outputs first, [*O, *I].
 
     A step then reads every weight once, in the order of memory; a scan would copy each layer, see layers.project_few.
     """
-    n_layer = jax.tree.leaves(params["h"])[0].shape[0]
     n_in = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}  # axes of the inputs
 
-    def outputs_first(path, p: jax.Array) -> jax.Array:
+    def turn(path, p: jax.Array) -> jax.Array:
         name = "/".join(key.key for key in path)
         inputs = next((n for kernel, n in n_in.items() if name.endswith(kernel + "/kernel")), 0)
         return jnp.moveaxis(p, range(inputs), range(-inputs, 0))
 
-    def layer(i: int) -> Params:
-        return jax.tree.map_with_path(outputs_first, jax.tree.map(operator.itemgetter(i), params["h"]))
-
-    return {**params, "h": [layer(i) for i in range(n_layer)]}
+    params = unstack(params)
+    return {**params, "h": [jax.tree.map_with_path(turn, layer) for layer in params["h"]]}
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:

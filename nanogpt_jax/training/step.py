@@ -123,8 +123,10 @@ def _gradients(cfg: Config, loss: Loss, mesh: Mesh, params: gpt2.Params, tokens:
     grad = jax.value_and_grad(lambda params, tokens, key: loss(cfg.model, params, tokens, key))
     B, micro = cfg.train.batch_size, cfg.train.micro_batch or cfg.train.batch_size
     if micro == B and key is None and _is_better_halved(cfg, mesh):
-        halves = grad(params, tokens[: B // 2], None), grad(params, tokens[B // 2 :], None)
-        return jax.tree.map(lambda one, other: (one + other) / 2, *halves)
+        layers = gpt2.unstack(params)  # one after the other, and not first all of one half's gradients in one piece
+        halves = grad(layers, tokens[: B // 2], None), grad(layers, tokens[B // 2 :], None)
+        loss, grads = jax.tree.map(lambda one, other: (one + other) / 2, *halves)
+        return loss, gpt2.stack(grads)
     if micro == B:
         return grad(params, tokens, key)
     G = B // micro
