@@ -326,6 +326,15 @@ def test_end_of_text_ends_a_row_and_the_last_row_ends_the_work(gpt2_tokenizer, m
     assert generate_text(cfg, weights, gpt2_tokenizer, ["a", "b"], **arguments) == ["", ""]
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.sampled_from([-np.inf, -2.0, 0.0, 1.5, 7.0]), min_size=1, max_size=9))
+def test_the_first_of_the_greatest_is_taken(values):
+    """As jnp.argmax does, ties and all; where a model has diverged, a place that exists."""
+    x = jnp.asarray([values, values[::-1]], jnp.float32)
+    np.testing.assert_array_equal(generate._argmax(x), jnp.argmax(x, axis=-1))
+    assert generate._argmax(x.at[0, -1].set(jnp.nan))[0] == 0
+
+
 # ---- sample.py ------------------------------------------------------------------------------------------------------
 
 

@@ -413,6 +413,16 @@ def test_project_and_its_gradients_equal_einsum(lead, inputs, outputs, seed):
         assert_close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 3, 64])
+@pytest.mark.parametrize(("lead", "outputs"), [((1,), (12,)), ((1, 1), (3, 2, 4)), ((1,), (7,)), ((3, 1), (12,))])
+def test_few_rows_are_projected_alike_in_pieces_or_whole(pieces, lead, outputs, monkeypatch):
+    monkeypatch.setattr(layers, "PIECES", pieces)
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=s).astype("float32") for s in ((*lead, 2, 5), (*outputs, 2, 5)))
+    expected = project(x, np.moveaxis(kernel, (-2, -1), (0, 1)), 2)
+    assert_close(jax.jit(functools.partial(layers.project_few, n_in=2))(x, kernel), expected, 1e-5)
+
+
 def test_a_bfloat16_input_gives_a_float32_kernel_gradient():
     """Summed in float32 too: bfloat16 has 8 bits, and would be off by 1e-2 here."""
     rng = np.random.default_rng(0)

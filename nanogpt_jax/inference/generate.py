@@ -60,9 +60,19 @@ def _drop_below(logits: jax.Array, least: jax.Array) -> jax.Array:
 def choose(rules: Rules, logits: jax.Array, seen: jax.Array | None, keys: jax.Array) -> jax.Array:
     """logits [B, V], a key for each row [B] -> tokens [B] int32."""
     logits = filter_logits(rules, logits, seen)
-    if rules.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    if rules.temperature:  # the likeliest after noise of Gumbel's distribution: drawn by the probabilities
+        logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return _argmax(logits)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """The first place of the greatest in each row of x [B, V] -> [B] int32; 0 in a row with NaN.
+
+    On a CPU, jnp.argmax looks at one number after the other, and computes each there.
+    """
+    x = lax.optimization_barrier(x)
+    places = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.where(x < x.max(axis=-1, keepdims=True), x.shape[-1], places).min(axis=-1)
 
 
 def row_keys(seed: jax.typing.ArrayLike, batch_size: int) -> jax.Array:

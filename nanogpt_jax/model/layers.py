@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 EPSILON = 1e-5  # GPT-2's, in the layer norm
+PIECES = 8  # of a matrix that is read for one row, at least: some for each core; from 2 to 16 are alike on two cores
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -85,11 +86,21 @@ def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
     """`project` for few rows, as in decoding, where reading W is the work: x [..., *I], kernel [*O, *I] -> [..., *O].
 
     W is the left factor, read row by row: as the right one, XLA:CPU copies all of it into another order every time.
+    For one row it is there a batch of pieces: XLA:CPU's own split leaves one core to wait for another.
     Forward only, in the dtype of x.
     """
     lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
     x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)
-    (y,) = _once(_dot(w, x, ((1,), (1,))))
+    pieces = next((n for n in range(PIECES, len(w)) if len(w) % n == 0), 1)
+
+    def whole(w: jax.Array, x: jax.Array) -> jax.Array:
+        return _dot(w, x, ((1,), (1,)))  # [O, N]
+
+    def in_pieces(w: jax.Array, x: jax.Array) -> jax.Array:
+        w, x = w.reshape(pieces, len(w) // pieces, -1), jnp.broadcast_to(x, (pieces, *x.shape))
+        return lax.dot_general(w, x, (((2,), (2,)), ((0,), (0,)))).reshape(-1, 1)
+
+    (y,) = _once(lax.platform_dependent(w, x, cpu=in_pieces if len(x) == 1 else whole, default=whole))
     return y.T.reshape(*lead, *outputs)
 
 
