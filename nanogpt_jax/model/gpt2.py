@@ -200,9 +200,10 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
 
     # "dots" keeps the results of matrix products and recomputes what is elementwise; "block" keeps only block inputs
     policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
+    apart = isinstance(params["h"], list)
     if cfg.remat != "none":
-        layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=cfg.scan_unroll > 1)
-    if isinstance(params["h"], list):
+        layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=apart or cfg.scan_unroll > 1)
+    if apart:
         for i, block in enumerate(params["h"]):
             x, _ = layer(x, (block, None if keys is None else keys[i]))
         return x
