@@ -63,9 +63,10 @@ def test_wrong_input_of_the_bench(flags, message, capfd, monkeypatch):
     assert "Traceback" not in error
 
 
-def test_the_kind_of_work_may_stand_behind_the_configuration(tmp_path):
-    (tmp_path / "small.toml").write_text("[model]\nn_layer = 2\n")
-    for words in (["decode", f"{tmp_path}/small.toml", "--new", "5"], [f"{tmp_path}/small.toml", "--new=5", "decode"]):
+def test_the_kind_of_work_may_stand_behind_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data.toml").write_text("[model]\nn_layer = 2\n")  # as like "data" as a slip of the finger
+    for words in (["decode", "data.toml", "--new", "5"], ["data.toml", "--new=5", "decode"]):
         work, cfg, options = bench._read(words)
         assert (work, cfg.model.n_layer, options["new"]) == ("decode", 2, "5")
 

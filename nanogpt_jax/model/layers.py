@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 EPSILON = 1e-5  # GPT-2's, in the layer norm
-PIECES = 8  # of a matrix that is read for one row, at least: some for each core; from 2 to 16 are alike on two cores
+PIECES = 8  # or up to twice as many, of a matrix that is read for one row; from 2 to 16 are alike on two cores
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -91,7 +91,7 @@ def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
     """
     lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
     x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)
-    pieces = next((n for n in range(PIECES, len(w)) if len(w) % n == 0), 1)
+    pieces = next((n for n in range(PIECES, 2 * PIECES + 1) if len(w) % n == 0), 1)
 
     def whole(w: jax.Array, x: jax.Array) -> jax.Array:
         return _dot(w, x, ((1,), (1,)))  # [O, N]

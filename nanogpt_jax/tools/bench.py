@@ -90,7 +90,7 @@ def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
     words = [word for word in words if word not in PEERS]
     if len(works) > 1:
         raise UserError(f"one kind of work at a time, but got {' and '.join(works)}")
-    if words and (near := config.suggestion(words[0], PEERS)):
+    if words and not Path(words[0]).exists() and (near := config.suggestion(words[0], PEERS)):
         raise UserError(f"{words[0]} is neither a kind of work nor a config file{near}")
     options = {**OWN, **{key: value for key, value in flags.items() if key in OWN}}
     for name in ("rounds", "seconds", "batch", "prompt", "new"):
