@@ -3,7 +3,7 @@
 The gradients are the usual ones. What is ours is what is kept for them, and when they are computed. Left alone, XLA:CPU
 turns dW = xᵀ·g into a product with a transposed copy of g and recomputes everything elementwise that leads to g inside
 that strided copy; and it writes to memory whatever JAX keeps between the passes. A barrier makes each cotangent exist
-once, in order; and a layer norm keeps its input and two numbers a row, a GELU its input alone.
+once, in order; and a layer norm keeps its input and two numbers a row, a GELU its input and its output.
 """
 
 # N rows, I inputs, O outputs, C channels
@@ -109,28 +109,32 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Ar
     """(x - mean) / √(variance + 1e-5) · scale + bias over the last axis: [..., C] -> [..., C] in the dtype of x.
 
     Computed in float32; the variance is a mean of squared distances, since E[x²] - E[x]² cancels badly.
+
+    Flat, [N, C] like the linear layers' input, and with a product or difference of two arrays of that size as the last
+    operation: XLA:CPU computes such a one once, and one of a single array again in each of its uses.
     """
     return _layer_norm(x, scale, bias)[0]
 
 
 def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None):
-    wide = x.astype(jnp.float32)
+    wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     mean = wide.mean(-1, keepdims=True)
     per_std = lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + EPSILON)
     mean, per_std = _once(mean, per_std)
-    y = (wide - mean) * per_std * scale
-    return (y if bias is None else y + bias).astype(x.dtype), (x, mean, per_std, scale, bias)
+    y = (wide - mean) * (per_std * scale)
+    y = y if bias is None else y + bias
+    return y.astype(x.dtype).reshape(x.shape), (x, mean, per_std, scale, bias)
 
 
 def _layer_norm_backward(saved, g: jax.Array):
     x, mean, per_std, scale, bias = saved
     x, g = _once(x, g)
-    normed, wide = (x.astype(jnp.float32) - mean) * per_std, g.astype(jnp.float32)
-    lead = tuple(range(x.ndim - 1))
+    normed = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) - mean) * per_std
+    wide = g.astype(jnp.float32).reshape(normed.shape)
     scaled = wide * scale
     along, across = (scaled * normed).mean(-1, keepdims=True), scaled.mean(-1, keepdims=True)
-    dx = per_std * (scaled - across - normed * along)
-    return dx.astype(x.dtype), (wide * normed).sum(lead), None if bias is None else wide.sum(lead)
+    dx = (scaled - across) * per_std - normed * (along * per_std)
+    return dx.astype(x.dtype).reshape(x.shape), (wide * normed).sum(0), None if bias is None else wide.sum(0)
 
 
 layer_norm.defvjp(_layer_norm, _layer_norm_backward)
@@ -138,15 +142,31 @@ layer_norm.defvjp(_layer_norm, _layer_norm_backward)
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))), GPT-2's form of the Gaussian error linear unit."""
-    return 0.5 * x * (1 + jnp.tanh(GELU_SCALE * (x + GELU_CUBE * x * x * x)))
+    """x/2 · (1 + tanh(u)) with u = √(2/π) (x + 0.044715 x³): GPT-2's form of the Gaussian error linear unit.
+
+    Written as x / (1 + e^-2u), which is the same: XLA:CPU computes a division once, and products again in each use.
+    Computed in float32.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide / (1 + jnp.exp(-_twice_u(wide)))).astype(x.dtype)
 
 
-def _gelu_backward(x: jax.Array, g: jax.Array):
-    x, g = _once(x, g)
-    t = jnp.tanh(GELU_SCALE * (x + GELU_CUBE * x * x * x))
-    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBE * x * x)
-    return (g * slope,)
+def _twice_u(x: jax.Array) -> jax.Array:
+    return 2 * GELU_SCALE * (x + GELU_CUBE * x * x * x)
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+def _gelu(x: jax.Array):
+    y = gelu(x)
+    return y, (x, y if x.dtype == jnp.float32 else None)  # kept anyway, as the input of the next linear layer
+
+
+def _gelu_backward(saved: tuple[jax.Array, jax.Array | None], g: jax.Array):
+    """dy/dx = s + x·s·(1 - s)·2u', s = 1 / (1 + e^-2u), which is y/x; numbers of 16 bits are too coarse for that."""
+    x, y, g = _once(*saved, g)
+    wide = x.astype(jnp.float32)
+    s = jax.nn.sigmoid(_twice_u(wide)) if y is None else jnp.where(abs(wide) < 1e-9, 0.5, y / wide)
+    slope = s + wide * (s - s * s) * (2 * GELU_SCALE + 6 * GELU_SCALE * GELU_CUBE * wide * wide)
+    return ((g * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu, _gelu_backward)
