@@ -528,12 +528,13 @@ def is_classifier(run: Path) -> bool:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
+    remedy = "\n       choose another run, or train it again from the start with --overwrite"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a run directory: it has no {path.name}") from None
+        raise UserError(f"{path.parent} is not a run directory: it has no {path.name}{remedy}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is damaged: {e}") from None
+        raise UserError(f"{path} is damaged: {e}{remedy}, when you have deleted that file") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if not isinstance(tree, dict):
@@ -683,9 +684,9 @@ def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) ->
     elif first.is_dir():
         before, source = read_json(first / "config.json"), first
     else:
-        near = suggestion(str(first), [str(p.parent) for p in first.parent.glob("*/config.json")])
-        hint = near or f"\n       train one first, or import one: {program('import-hf')} gpt2 {first}"
-        raise UserError(f"train.init_from={first} is no run directory ({where}){hint}")
+        near = suggestion(str(first), [str(p.parent.parent) for p in first.parent.glob("*/checkpoints/[0-9]*")])
+        hint = f"\n       train one first, or import one: {program('import-hf')} gpt2 {first}"
+        raise UserError(f"train.init_from={first} is no run directory ({where}){near}{hint}")
     given, old = dict(items(cfg)), dict(items(before))
     taken: dict[str, Any] = {}
     for key in (key for key in TYPES if key.startswith("model.") and key not in EXECUTION):

@@ -491,7 +491,7 @@ WRONG_FILES = [
     ("semicolons", "x.csv", "text;label\nhola;es\n", "there are text;label\n       cells are separated by commas"),
     ("missing key", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": "c"}\n', "x.jsonl, line 2: there is no column data.label_column=label"),
     ("one label", "x.csv", "text,label\nhola,es\nadiós,es\n", "has the one label es; a classifier needs two or more"),
-    ("few of a label", "x.csv", "text,label\nhola,es\nbye,en\nhi,en\nyes,en\nno,en\n", "has 1 different texts with the label es: too few"),
+    ("few of a label", "x.csv", "text,label\nhola,es\nbye,en\nhi,en\nyes,en\nno,en\n", "has too few different texts with the label es, 1,"),
     ("empty file", "x.csv", "", "x.csv is empty"),
     ("a header alone", "x.csv", "text,label\n", "x.csv holds no texts"),
     ("broken csv", "x.csv", 'text,label\n"hola"x,es\n', "x.csv, line 2: broken: "),

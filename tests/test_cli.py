@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -374,17 +375,29 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(
     assert "from step 15" in result.stdout
 
 
-def test_a_disk_without_room_is_an_error_and_keeps_what_was_saved(place, clean_env):
-    """A limit on the size of files stands in for a full disk: writes fail in the same place."""
+# a limit on the size of files stands in for a full disk: writes fail in the same place
+CANNOT_SAVE = [
+    ("disk is full", "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))"),
+    ("folder cannot be made", "os.mkdir = refuse"),
+]
+
+
+@pytest.mark.parametrize("spoil", [w[1] for w in CANNOT_SAVE], ids=[w[0] for w in CANNOT_SAVE])
+def test_a_save_that_fails_is_an_error_and_keeps_what_was_saved(place, clean_env, spoil):
     flags = [*SMALL, "--train.steps", "10", "--run-dir", "runs/full"]
-    assert run(place, clean_env, "train.py", *flags).returncode == 0
+    assert run(place, clean_env, "train.py", *flags, "--overwrite").returncode == 0
     limited = f"""
-import resource, signal, sys
+import os, resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 sys.path.insert(0, {str(ROOT)!r})
 import jax, orbax.checkpoint, train
 from nanogpt_jax import cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+mkdir = os.mkdir
+def refuse(path, *rest, **options):
+    if "checkpoint-tmp" in str(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    mkdir(path, *rest, **options)
+{spoil}
 sys.exit(cli.guarded(train.main))
 """
     longer = [f if f != "10" else "20" for f in flags]
@@ -394,6 +407,32 @@ sys.exit(cli.guarded(train.main))
     result = run(place, clean_env, "train.py", *longer)
     assert result.returncode == 0, result.stderr
     assert "from step 10" in result.stdout
+
+
+def test_a_run_with_damaged_files_goes_on_or_says_which(place, clean_env):
+    shutil.copytree(place / "runs/done", place / "runs/worn")
+    longer = [*SMALL, "--train.steps", "20", "--run-dir", "runs/worn"]
+    scores = place / "runs/worn/checkpoints/10/metrics/metrics"
+    kept = scores.read_bytes()
+    scores.write_bytes(kept[:5])
+    for script, arguments in (("train.py", longer), ("sample.py", ["runs/worn"])):
+        refused(run(place, clean_env, script, *arguments), "checkpoints/10 is damaged", "delete that folder")
+    scores.write_bytes(kept)
+    log = place / "runs/worn/metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([lines[0], b"\xff\x00\n", b"7\n", *lines[1:], b'{"step": 1']))
+    result = run(place, clean_env, "train.py", *longer)
+    assert result.returncode == 0, result.stderr
+    assert log.read_bytes().startswith(b"".join(lines))
+    shutil.rmtree(place / "runs/worn/checkpoints")
+    result = run(place, clean_env, "train.py", *longer)
+    assert "note: runs/worn has no checkpoint to go on from, so it starts over" in result.stderr
+
+
+def test_a_start_that_failed_late_leaves_nothing_behind(place, clean_env):
+    flags = [*SMALL, "--run-dir", "runs/late"]
+    refused(run(place, {**clean_env, "JAX_PLATFORMS": "abacus"}, "train.py", *flags), "abacus")
+    assert not (place / "runs/late").exists()
 
 
 @pytest.mark.slow

@@ -402,7 +402,7 @@ WRONG = {
     "{run} --num-samples 0": "--num-samples=0 must be at least 1",
     "{run} --max-new-tokens 0": "--max-new-tokens=0 must be at least 1",
     "{run} --seed -1": "--seed=-1 must lie in [0, 2**32)",
-    "{run} --stop=": "--stop= must not be empty",
+    "{run} --stop=": "--stop= needs a text",
     "{run} --prompt": "--prompt: expected one argument",
     "{run} --prompt-file nowhere.txt": "cannot read --prompt-file=nowhere.txt: No such file or directory",
     "{run} --prompt-file {run}": "cannot read --prompt-file={run}: Is a directory",

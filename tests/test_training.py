@@ -378,8 +378,9 @@ def test_a_save_is_a_copy_of_its_moment(train):
 
 
 def test_newest_and_best_checkpoints_are_kept(train):
-    # a rate this high makes the loss go up again, so that the best is not among the newest
-    flags = "--train.steps 60 --train.keep 2 --optim.learning-rate 1.0 --optim.schedule constant".split()
+    # a rate that grows this high makes the loss go up again, so that the best is not among the newest
+    flags = "--train.steps 60 --train.keep 2 --optim.learning-rate 4 --optim.warmup-steps 64".split()
+    flags += "--optim.schedule constant".split()
     assert train(*flags, "--run-dir", "r") == 0
     losses = {row["step"]: row["val/loss"] for row in rows("r") if "val/loss" in row}
     assert list(losses) == [10, 20, 30, 40, 50, 60]

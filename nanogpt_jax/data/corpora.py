@@ -251,7 +251,7 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
                 digest.update(block)
                 out.write(block)
         if not partial.stat().st_size:
-            raise UserError(f"data.source={source} gave no text; to go on with a run of it, give the same text again")
+            raise UserError(f"data.source={source} gave no text")
         kept = folder / f"stdin-{digest.hexdigest()[:12]}.txt"
         os.replace(partial, kept)
     except OSError as e:

@@ -312,7 +312,7 @@ def split(examples: list[Example], cfg: LabelledConfig) -> dict[str, list[Exampl
         sizes = [max(1, round(len(ordered) * f)) if f else 0 for f in (cfg.test_fraction, cfg.val_fraction)]
         if sum(sizes) >= len(ordered):
             raise UserError(
-                f"data.source={cfg.source} has {len(ordered)} different texts with the label {shown(label)}: too few "
+                f"data.source={cfg.source} has too few different texts with the label {shown(label)}, {len(ordered)}, "
                 f"to keep data.val_fraction={cfg.val_fraction} and data.test_fraction={cfg.test_fraction} of them\n"
                 "       give more of them, leave the label out, or check that data.label_column is the label"
             )

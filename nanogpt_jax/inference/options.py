@@ -67,7 +67,7 @@ def read(argv: list[str]) -> argparse.Namespace:
         if not good(value := getattr(options, name)):
             raise UserError(f"--{name.replace('_', '-')}={value} must {must}")
     if not all(options.stop):
-        raise UserError("--stop= must not be empty: every text holds that")
+        raise UserError("--stop= needs a text; leave it out, and nothing but the length ends a sample")
     return options
 
 

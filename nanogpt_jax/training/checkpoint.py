@@ -5,6 +5,7 @@ JSON with what else a resumption needs. A save writes into a temporary folder th
 """
 
 import inspect
+import json
 import logging
 import sys
 from pathlib import Path
@@ -51,8 +52,17 @@ def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
         best_fn=score,  # without it, orbax writes no metrics to disk, and a resumed run has no best
         read_only=keep is None,
         cleanup_tmp_directories=keep is not None,
+        # else, where a folder cannot be made, orbax's threads wait ten minutes for it and keep the process alive
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
-    return ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
+    folder = run_dir / "checkpoints"
+    for step in checkpoint_steps(run_dir):  # orbax reads these at once, and reports one that is damaged by a traceback
+        path = folder / str(step) / "metrics" / "metrics"
+        try:
+            json.loads(path.read_text(encoding="utf-8") if path.exists() else "{}")
+        except (OSError, ValueError) as e:
+            raise _damaged(run_dir, step, e) from None
+    return ocp.CheckpointManager(folder.resolve(), options=options)
 
 
 class Checkpointer:
@@ -98,7 +108,7 @@ class Checkpointer:
             folder = self._run_dir / "checkpoints"
             raise UserError(
                 f"could not save step {step} in {folder}; {last}\n       {_reason(e)}\n"
-                "       free some space, then go on with the same command"
+                "       see to that (a full disk: free some space), then go on with the same command"
             ) from None
 
     def resume(self, cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
@@ -141,10 +151,14 @@ def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: An
     try:
         return manager.restore(step, args=items)
     except Exception as e:  # orbax raises just that where an array cannot be read
-        raise UserError(
-            f"checkpoint {run_dir / 'checkpoints' / str(step)} is damaged or of another model\n"
-            f"       {_reason(e)}\n       delete that folder to use the checkpoint before it"
-        ) from None
+        raise _damaged(run_dir, step, e) from None
+
+
+def _damaged(run_dir: Path, step: int, error: Exception) -> UserError:
+    return UserError(
+        f"checkpoint {run_dir / 'checkpoints' / str(step)} is damaged or of another model\n"
+        f"       {_reason(error)}\n       delete that folder to use the checkpoint before it"
+    )
 
 
 def save_params(run_dir: Path, params: Params) -> None:

@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for, and the progress bar."""
 
+import contextlib
 import json
 import os
 import sys
@@ -11,9 +12,12 @@ from nanogpt_jax.config import TrainConfig, UserError
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A last line that a crash cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics.jsonl. One that is damaged is left out, as a crash leaves a last one that is cut short."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 class MetricsLog:

@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,10 +75,12 @@ def claim(command: Command) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"cannot write in {run_dir}: {e.strerror}") from None
     with lock:
+        if (folder := run_dir / "checkpoints").exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UserError(f"cannot write in {folder}, where checkpoints go")
         try:
             yield run_dir
         finally:  # a start that failed leaves nothing behind
-            if not names and [p.name for p in run_dir.iterdir()] == ["lock"]:
+            if not names and not (run_dir / "metrics.jsonl").exists():
                 shutil.rmtree(run_dir)
 
 
@@ -119,6 +122,8 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
                 "       bring the old text back, or choose another --run-dir"
             )
     else:
+        if (run_dir / "metrics.jsonl").exists() and not command.overwrite:
+            print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
         for name in NAMES:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
