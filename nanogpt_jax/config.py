@@ -658,6 +658,8 @@ def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
     if resume == "must" and "overwrite" in options:
         raise UserError("--resume=must and --overwrite exclude each other")
     run_dir = Path(options.get("run_dir", f"runs/{name}"))
+    if options.get("run_dir") == "":
+        raise UserError("--run-dir needs a value")
     if cfg.train.init_from != "scratch":
         cfg, origin = _take_over(cfg, origin, run_dir, "overwrite" in options)
     return Command(

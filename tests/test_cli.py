@@ -54,6 +54,7 @@ WRONG_SETTINGS = [
     ("no section", "--n-layer 8", ["unknown flag --n-layer", "did you mean --model.n_layer?"]),
     ("unknown flag", "--quiet", ["unknown flag --quiet"]),
     ("flag with one dash", "-q", ["unknown flag -q"]),
+    ("no directory", "--run-dir=", ["--run-dir needs a value"]),
     ("no value", "--model.n-layer", ["--model.n-layer needs a value"]),
     ("value for a switch", "--overwrite=yes", ["--overwrite takes no value"]),
     ("twice", "--model.n-layer 2 --model.n_layer 3", ["given twice"]),

@@ -244,12 +244,17 @@ def test_schedules(schedule, middle, last):
     np.testing.assert_allclose([float(rate(60)), float(rate(110))], [2 * middle, 2 * last], rtol=1e-6)
 
 
-def test_gradients_are_clipped_by_their_global_norm():
+@pytest.mark.parametrize("size", [0.0, 0.01, 100.0, math.nan])
+def test_gradients_are_clipped_by_their_global_norm(size):
     params = {"a": jnp.zeros(3), "kernel": jnp.zeros(4)}
-    grads = jax.tree.map(lambda x: jnp.full_like(x, 100.0), params)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, size), params)
     cfg = OptimConfig(name="sgd", beta1=0.0, weight_decay=0.0, warmup_steps=0, learning_rate=1.0, grad_clip=0.5)
     updates, _ = make_optimizer(cfg, 10).update(grads, make_optimizer(cfg, 10).init(params), params)
-    assert math.isclose(float(optax.tree.norm(updates)), 0.5, rel_tol=1e-5)
+    np.testing.assert_allclose(float(optax.tree.norm(updates)), min(size * math.sqrt(7), 0.5), rtol=1e-5)
+    theirs = optax.clip_by_global_norm(0.5)
+    jax.tree.map(
+        np.testing.assert_allclose, updates, theirs.update(jax.tree.map(jnp.negative, grads), theirs.init(params))[0]
+    )
 
 
 # ---- mesh and sharding ----------------------------------------------------------------------------------------------

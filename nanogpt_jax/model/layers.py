@@ -9,6 +9,7 @@ once, in order; and a layer norm keeps its input and two numbers a row, a GELU i
 # N rows, I inputs, O outputs, C channels
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ PIECES = 8  # or up to twice as many, of a matrix that is read for one row; from
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
-def _once(*xs: jax.Array) -> tuple[jax.Array, ...]:
-    """`xs` themselves; on a CPU they are computed here, and not again in each of their uses."""
+def _once(*xs: Any) -> tuple[Any, ...]:
+    """`xs` themselves, arrays or None; on a CPU they are computed here, and not again in each of their uses."""
     return lax.platform_dependent(*xs, cpu=lambda *xs: lax.optimization_barrier(xs), default=lambda *xs: xs)
 
 
@@ -62,7 +63,7 @@ def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
     # Flat: XLA:CPU has no such products with several output axes, and would turn w round for its own.
     g, w = g.reshape(len(g), -1), kernel.reshape(len(kernel), -1).astype(g.dtype)
     # dW is summed over N in float32, whatever the compute dtype; the narrower factor is the one that is turned for it.
-    is_tall = w.shape[0] > w.shape[1]
+    is_tall = w.shape[0] >= w.shape[1]
     narrow, wide = (g, x) if is_tall else (x, g)
     dkernel = _dot(_turned(narrow), wide, ((1,), (0,)), kernel.dtype)
     if is_tall or g.dtype != kernel.dtype:

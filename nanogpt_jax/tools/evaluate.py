@@ -474,7 +474,8 @@ def _print(column: dict[str, Any]) -> None:
     print(f"{column['run']}, step {column['step']}")
     if loss := column.get("loss"):
         overlap = "" if loss["stride"] == loss["block_size"] else f", {loss['stride']} tokens apart"
-        print(f"  {loss['text']}: {loss['tokens']:,} tokens in windows of {loss['block_size']}{overlap}")
+        unit = "token" if loss["tokens"] == 1 else "tokens"
+        print(f"  {loss['text']}: {loss['tokens']:,} {unit} in windows of {loss['block_size']}{overlap}")
         _row("loss", loss["nats_per_token"], 6, "nats a token")
         _row("perplexity", loss["perplexity"], 4)
         _row("bits per byte", loss["bits_per_byte"], 6)
