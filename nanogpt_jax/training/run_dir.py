@@ -79,9 +79,10 @@ def claim(command: Command) -> Iterator[Path]:
             raise UserError(f"cannot write in {folder}, where checkpoints go")
         try:
             yield run_dir
-        finally:  # a start that failed leaves nothing behind
+        except BaseException:  # a start that failed leaves nothing behind
             if not names and not (run_dir / "metrics.jsonl").exists():
                 shutil.rmtree(run_dir)
+            raise
 
 
 def check_tokenizer(command: Command, data: Dataset | LabelledData) -> None:
