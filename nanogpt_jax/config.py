@@ -472,7 +472,7 @@ def config_folder() -> Path:
 
 def find_config(name: str) -> Path:
     """The path of a config file given by path or, for a shipped one, by name."""
-    shipped = {path.stem: path for path in sorted(config_folder().glob("*.toml"))}
+    shipped = {path.stem: path for path in sorted(config_folder().glob("*.toml"), key=lambda path: path.stem)}
     path = Path(name)
     if path.is_file():
         return path

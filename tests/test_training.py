@@ -411,6 +411,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+@pytest.mark.parametrize(("first", "word"), [(4, "delete its folder"), (5, "longer warm-up")])
+def test_a_first_step_that_is_not_finite_casts_doubt_on_the_checkpoint(first, word):
+    reader = loop._Reader(config.Config(), 4, 1.0, log=None, progress=None)  # pyright: ignore[reportArgumentType]
+    bad = {name: jnp.full(1, math.nan) for name in ("loss", "grad_norm", "learning_rate")}
+    with pytest.raises(UserError, match=rf"step {first + 1}: the loss is nan(.|\n)*{word}"):
+        reader.add(first, 1, bad)
+
+
 def test_a_run_moves_and_samples_without_its_data(train, tmp_path, capsys):
     def sample_of(run: str) -> str:
         capsys.readouterr()

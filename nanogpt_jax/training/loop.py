@@ -125,7 +125,7 @@ def fit(
     plan = list(dispatches(start, t.steps, K, (t.eval_every, t.save_every)))
     ahead = batches.prefetch(((first, n, tokens_of(first, n)) for first, n in plan), depth=2)
     progress = Progress(start, t.steps)
-    reader = _Reader(cfg, task.tokens_per_step, log, progress)
+    reader = _Reader(cfg, start, task.tokens_per_step, log, progress)
     validation: dict[str, float] = {}
     step = start
     try:
@@ -174,8 +174,8 @@ def fit(
 class _Reader:
     """Reads the metrics of a dispatch when it is done, at the latest while the device works on the next one."""
 
-    def __init__(self, cfg: Config, tokens_per_step: float, log: MetricsLog, progress: Progress):
-        self._cfg, self._tokens, self._log, self._progress = cfg, tokens_per_step, log, progress
+    def __init__(self, cfg: Config, start: int, tokens_per_step: float, log: MetricsLog, progress: Progress):
+        self._cfg, self._start, self._tokens, self._log, self._progress = cfg, start, tokens_per_step, log, progress
         self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
         self._clock = time.monotonic()
         self._counted = 0  # steps since the clock was read
@@ -204,9 +204,11 @@ class _Reader:
             step = first + i + 1
             loss, norm, rate = (float(values[name][i]) for name in ("loss", "grad_norm", "learning_rate"))
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                remedy = "checkpoints from before are kept; try a lower optim.learning_rate or a longer warm-up"
+                if 0 < self._start == step - 1:
+                    remedy = f"the first step after checkpoint {self._start}: if that is damaged, delete its folder"
                 raise UserError(
-                    f"step {step}: the loss is {loss}, the gradient norm {norm}; the run stops here\n"
-                    "       checkpoints from before are kept; try a lower optim.learning_rate or a longer warm-up"
+                    f"step {step}: the loss is {loss}, the gradient norm {norm}; the run stops here\n       {remedy}"
                 )
             if step % t.log_every == 0 or step == t.steps:
                 row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
