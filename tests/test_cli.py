@@ -427,6 +427,7 @@ def test_a_run_with_damaged_files_goes_on_or_says_which(place, clean_env):
     assert log.read_bytes().startswith(b"".join(lines))
     shutil.rmtree(place / "runs/worn/checkpoints")
     result = run(place, clean_env, "train.py", *longer)
+    assert result.returncode == 0, result.stderr
     assert "note: runs/worn has no checkpoint to go on from, so it starts over" in result.stderr
 
 

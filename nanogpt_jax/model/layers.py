@@ -62,7 +62,8 @@ def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
     x, g = _once(x, g)
     # Flat: XLA:CPU has no such products with several output axes, and would turn w round for its own.
     g, w = g.reshape(len(g), -1), kernel.reshape(len(kernel), -1).astype(g.dtype)
-    # dW is summed over N in float32, whatever the compute dtype; the narrower factor is the one that is turned for it.
+    # dW is summed over N in float32, whatever the compute dtype; the narrower factor is the one that is turned for it, g
+    # where both are alike: the head's dW is turned once more, which undoes that, and a product turned round is slower.
     is_tall = w.shape[0] >= w.shape[1]
     narrow, wide = (g, x) if is_tall else (x, g)
     dkernel = _dot(_turned(narrow), wide, ((1,), (0,)), kernel.dtype)
@@ -143,10 +144,10 @@ layer_norm.defvjp(_layer_norm, _layer_norm_backward)
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x/2 · (1 + tanh(u)) with u = √(2/π) (x + 0.044715 x³): GPT-2's form of the Gaussian error linear unit.
+    """x/2 · (1 + tanh(u)) with u = √(2/π) (x + 0.044715 x³), of each entry: [...] -> [...] in the dtype of x.
 
-    Written as x / (1 + e^-2u), which is the same: XLA:CPU computes a division once, and products again in each use.
-    Computed in float32.
+    GPT-2's form of the Gaussian error linear unit (Hendrycks and Gimpel 2016), computed in float32. Written as
+    x / (1 + e^-2u), which is the same: XLA:CPU computes a division once, and products again in each use.
     """
     wide = x.astype(jnp.float32)
     return (wide / (1 + jnp.exp(-_twice_u(wide)))).astype(x.dtype)
