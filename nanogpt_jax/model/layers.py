@@ -62,8 +62,8 @@ def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
     x, g = _once(x, g)
     # Flat: XLA:CPU has no such products with several output axes, and would turn w round for its own.
     g, w = g.reshape(len(g), -1), kernel.reshape(len(kernel), -1).astype(g.dtype)
-    # dW is summed over N in float32, whatever the compute dtype; the narrower factor is the one that is turned for it, g
-    # where both are alike: the head's dW is turned once more, which undoes that, and a product turned round is slower.
+    # dW is summed over N in float32, whatever the compute dtype; the narrower factor is the one that is turned for it.
+    # Where both are alike that is g: the head wants its dW turned (wte), which then costs nothing but two small copies.
     is_tall = w.shape[0] >= w.shape[1]
     narrow, wide = (g, x) if is_tall else (x, g)
     dkernel = _dot(_turned(narrow), wide, ((1,), (0,)), kernel.dtype)
