@@ -437,6 +437,14 @@ def test_a_start_that_failed_late_leaves_nothing_behind(place, clean_env):
     assert not (place / "runs/late").exists()
 
 
+@pytest.mark.parametrize(("platform", "flag"), [("abacus", ""), ("cpu", "--model.attention=splash")])
+def test_overwriting_deletes_nothing_before_there_are_devices(place, clean_env, platform, flag):
+    flags = [*SMALL, "--run-dir", "runs/done", "--overwrite", *([flag] if flag else [])]
+    before = sorted((place / "runs/done").rglob("*"))
+    refused(run(place, {**clean_env, "JAX_PLATFORMS": platform}, "train.py", *flags))
+    assert sorted((place / "runs/done").rglob("*")) == before
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, clean_env):
     """20 times SIGKILL, some of them during a save: losses and parameters equal the uninterrupted run's, bit for bit."""

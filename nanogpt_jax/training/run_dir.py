@@ -5,7 +5,7 @@
     RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
     RUN/import.json   of an imported model, which has no data and is not trained further in place: where it came from
 
-Nothing here imports jax: a run that must not be touched is refused before XLA starts.
+Nothing here imports jax, unless a run is to be overwritten: one that must not be touched is refused before XLA starts.
 """
 
 import contextlib
@@ -125,6 +125,8 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
     else:
         if (run_dir / "metrics.jsonl").exists() and not command.overwrite:
             print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
+        if checkpoint_steps(run_dir):
+            _check_devices(cfg)
         for name in NAMES:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -132,6 +134,15 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
     write_atomically(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
     write_atomically(run_dir / "config.json", config.to_json(cfg))
+
+
+def _check_devices(cfg: Config) -> None:
+    """UserError where training could not start: what is to be overwritten is still there then."""
+    from nanogpt_jax.distributed.mesh import make_mesh, start_for_training
+    from nanogpt_jax.model import gpt2
+
+    gpt2.resolve(cfg.model, start_for_training())
+    make_mesh(cfg.mesh)
 
 
 def _fingerprint(path: Path) -> str:
