@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,14 @@ def test_auto_chooses_a_backend_that_can_do_the_work(model, platform, expected):
     assert gpt2.resolve(ModelConfig(**model), platform).attention == expected
 
 
+def test_layers_are_unrolled_but_on_a_tpu_unless_told():
+    asked = [(platform, unroll) for platform in ("cpu", "gpu", "tpu") for unroll in (0, 2)]
+    found = [
+        gpt2.resolve(ModelConfig(n_layer=5, scan_unroll=unroll), platform).scan_unroll for platform, unroll in asked
+    ]
+    assert found == [5, 2, 5, 2, 1, 2]
+
+
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu")])
 def test_a_backend_of_other_hardware_is_refused(name, platform):
     with pytest.raises(UserError, match=f"model.attention={name} needs a .PU, and this is a {platform.upper()}"):
@@ -624,16 +633,29 @@ def test_a_vocabulary_of_128_has_no_padding():
     scale=st.sampled_from([0.0, 1.0, 1e4]),
     seed=st.integers(0, 99),
 )
-def test_cross_entropy_equals_numpy(shape, scale, seed):
+def test_cross_entropy_and_its_gradient_equal_numpy(shape, scale, seed):
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=shape) * scale).astype("float32")
-    targets = rng.integers(shape[-1], size=shape[:-1])
+    targets, g = rng.integers(shape[-1], size=shape[:-1]), rng.normal(size=shape[:-1]).astype("float32")
     wide = x.astype("float64") - x.max(-1, keepdims=True)
     log_softmax = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_softmax, targets[..., None], -1)[..., 0]
-    ours = jax.jit(cross_entropy)(x, targets)
+    ours, backward = jax.vjp(jax.jit(cross_entropy), x, targets)
     assert ours.shape == shape[:-1]
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * max(scale, 1))
+    gradient = (np.exp(log_softmax) - np.eye(shape[-1])[targets]) * g[..., None]
+    np.testing.assert_allclose(backward(g)[0], gradient, rtol=1e-5, atol=2e-6)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    """As it is written: XLA:CPU would sum in float32 anyway, and a GPU does not."""
+    layer, x = gpt2.Linear((1,), (1,), bias=True), jnp.ones((1000, 1), jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda params: layer.apply(params, x).astype(jnp.float32).sum())  # pyright: ignore
+    sums = re.findall(r":(\w+)\[\d*\] = reduce_sum", str(jax.make_jaxpr(gradient)(params)))
+    assert sums
+    assert set(sums) == {"f32"}
+    assert gradient(params)["params"]["bias"] == 1000
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------

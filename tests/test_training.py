@@ -23,7 +23,7 @@ from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, Us
 from nanogpt_jax.data import batches
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
-from nanogpt_jax.model import gpt2
+from nanogpt_jax.model import attention, gpt2
 from nanogpt_jax.training import loop, metrics
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
 from nanogpt_jax.training.run_dir import checkpoint_steps
@@ -110,11 +110,33 @@ def test_every_optimizer_shards(optimizer):
     assert_trees_close(state.params, expected.params, 2.1e-3 if optimizer == "lion" else 5e-5)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 1)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 1), (2, 2, 2)])
 def test_accumulated_micro_batches_equal_one_batch(mesh):
     expected, expected_losses = take_steps(TINY, 3)
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
     state, losses = take_steps(change(TINY, train__micro_batch=4, **sizes), 3)
+    np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
+    assert_trees_close(state.params, expected.params, 2e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_each_device_calls_cudnn_with_its_own_part(monkeypatch, micro_batch):
+    """XLA cannot split that call beside an axis that is split by hand, as with micro-batches: no step would compile."""
+    cfg = change(TINY, train__micro_batch=micro_batch, model__attention="xla")
+    expected, expected_losses = take_steps(cfg, 2)
+    attend, by_hand = jax.nn.dot_product_attention, []
+
+    def stand_in(*args, implementation, **kind):
+        assert implementation == "cudnn"
+        mesh = jax.sharding.get_abstract_mesh()
+        by_hand.append(set(mesh.axis_names) == set(mesh.manual_axes))
+        return attend(*args, implementation="xla", **kind)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setitem(attention.BACKENDS, "xla", attention.BACKENDS["cudnn"])
+    state, losses = take_steps(change(cfg, mesh__data=2, mesh__tensor=2), 2)
+    assert by_hand
+    assert all(by_hand)
     np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
     assert_trees_close(state.params, expected.params, 2e-5)
 
@@ -151,6 +173,21 @@ def test_steps_per_dispatch_changes_no_number(per_dispatch):
     state, losses = take_steps(change(TINY, model__dropout=0.1), 10, per_dispatch)
     np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
     assert_trees_close(state.params, expected.params, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "expected"),
+    [
+        ("cpu", {}, 8),
+        ("gpu", {}, 32),
+        ("tpu", {}, 1),
+        ("gpu", {"train__steps_per_dispatch": 3}, 3),
+        ("cpu", {"train__batch_size": 1200}, 1),
+        ("gpu", {"train__batch_size": 1200}, 1),
+    ],
+)
+def test_small_steps_are_dispatched_together(platform, settings, expected):
+    assert loop.choose_steps_per_dispatch(change(Config(), model__vocab_size=65, **settings), platform) == expected
 
 
 def test_metrics_that_are_there_are_read_at_once(tmp_path):

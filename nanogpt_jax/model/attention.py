@@ -63,15 +63,32 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax
     return jax.lax.dot_general(jax.nn.softmax(scores, axis=-1).astype(v.dtype), v, (((2,), (1,)), heads))
 
 
+def _on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`attend(q, k, v, documents)`, by each device of the mesh with its own sequences and heads.
+
+    For kernels that XLA cannot split over devices: splash's at all, cuDNN's beside an axis that is split by hand, as
+    "data" is with micro-batches (training/step.py).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return attend
+    data = tuple(axis for axis in ("data", "fsdp") if axis not in mesh.manual_axes)
+    rows, split = jax.sharding.PartitionSpec(data), jax.sharding.PartitionSpec(data, None, "tensor")
+    return jax.shard_map(attend, in_specs=(split, split, split, rows), out_specs=split, check_vma=False)
+
+
 def _jax_nn(implementation: str) -> Callable[..., jax.Array]:
     """`jax.nn.dot_product_attention`; cudnn is flash attention, which never holds the [T, S] weights."""
 
-    def attend(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
-        assert dropout_key is None, f"{implementation} attention has no dropout; config.validate refuses it"
+    def attend(q, k, v, documents) -> jax.Array:
         kind = {"is_causal": True} if documents is None else {"mask": causal_mask(q.shape[1], documents)}
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **kind)  # pyright: ignore
 
-    return attend
+    def backend(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
+        assert dropout_key is None, f"{implementation} attention has no dropout; config.validate refuses it"
+        return (_on_each_device(attend) if implementation == "cudnn" else attend)(q, k, v, documents)
+
+    return backend
 
 
 def blocked(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
@@ -80,10 +97,7 @@ def blocked(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> j
 
 
 def splash(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None, interpret=False) -> jax.Array:
-    """JAX's Pallas kernel for TPUs: blocks in on-chip memory, those behind the mask skipped; weights are never held.
-
-    XLA cannot split such a call over devices, so under a mesh each one attends with its own sequences and heads.
-    """
+    """JAX's Pallas kernel for TPUs: blocks in on-chip memory, those behind the mask skipped; weights are never held."""
     assert dropout_key is None, "splash attention has no dropout; config.validate refuses it"
     if q.shape[1] % 128:  # the kernel's block
         return BACKENDS["xla"](q, k, v, documents=documents)
@@ -97,12 +111,7 @@ def splash(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None, inter
         numbers = None if documents is None else splash_attention.SegmentIds(documents, documents)
         return jnp.swapaxes(jax.vmap(kernel)(q, k, v, numbers), 1, 2)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        data = tuple(axis for axis in ("data", "fsdp") if axis not in mesh.manual_axes)
-        rows, split = jax.sharding.PartitionSpec(data), jax.sharding.PartitionSpec(data, None, "tensor")
-        attend = jax.shard_map(attend, in_specs=(split, split, split, rows), out_specs=split, check_vma=False)
-    return attend(q, k, v, documents)
+    return _on_each_device(attend)(q, k, v, documents)
 
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {

@@ -34,8 +34,8 @@ INIT_STD = 0.02
 
 def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
     """`cfg` with what was left to choose ("auto", 0) chosen for a platform: "cpu", "gpu" or "tpu"."""
-    # a scan on CPU doubles the temporary memory and gains only compile time
-    unroll = cfg.scan_unroll or (cfg.n_layer if platform == "cpu" else 1)
+    # a scan gains compile time alone; it doubles the temporary memory on a CPU, and takes 1.22 of the time on an H100
+    unroll = cfg.scan_unroll or (1 if platform == "tpu" else cfg.n_layer)
     return dataclasses.replace(cfg, attention=attention.choose(cfg, platform), scan_unroll=unroll)
 
 
@@ -54,7 +54,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
         y = (layers.project_few if self.few else layers.project)(x, kernel, len(self.inputs))
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(y.dtype)
+            y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)  # gradient: a float32 sum
         return y
 
 

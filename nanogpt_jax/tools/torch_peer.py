@@ -1,6 +1,7 @@
 """GPT-2 in PyTorch, for `bench --versus torch`: what a user would otherwise run. Nothing else uses it.
 
-Same shapes, same initial distribution, same AdamW, same clipping as ours; attention is PyTorch's fused one.
+Same shapes, same initial distribution, same AdamW, same clipping, same micro-batches as ours; attention is PyTorch's
+fused one. On an NVIDIA card as nanoGPT runs it: float32 products in TF32, as JAX's are there, AdamW in one kernel.
 """
 
 # B batch, T time, C channels, H heads, D head dim, V vocabulary
@@ -38,9 +39,9 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """tokens [B, T] -> logits [B, T, V], head tied to the embedding."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, n_vocab: int):
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(cfg.vocab_size, cfg.n_embd), nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.wte, self.wpe = nn.Embedding(n_vocab, cfg.n_embd), nn.Embedding(cfg.block_size, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
@@ -49,33 +50,51 @@ class GPT2(nn.Module):
                 nn.init.normal_(p, 0, 0.02 / (math.sqrt(2 * cfg.n_layer) if "proj" in name else 1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.drop(self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1])))
+        x = self.drop(self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device)))
         for block in self.h:
             x = block(x)
         return F.linear(self.ln_f(x), self.wte.weight)
 
 
+def device() -> torch.device:
+    """The NVIDIA card where there is one, else the CPU."""
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory() -> int:
+    """Bytes that PyTorch held at most on the card; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 def make_step(cfg: Config, compiled: bool) -> Callable[[np.ndarray], float]:
     """tokens [B, T+1] int64 -> the loss, after one AdamW update."""
     torch.manual_seed(cfg.train.seed)
-    model = GPT2(cfg.model)
+    place = device()
+    padded = place.type == "cuda"  # 50257 rows are slow on a card; nanoGPT too pads them
+    model = GPT2(cfg.model, cfg.model.padded_vocab_size if padded else cfg.model.vocab_size).to(place)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    o = cfg.optim
+    o, micro = cfg.optim, cfg.train.micro_batch or cfg.train.batch_size
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=1e-8)
+    fused = place.type == "cuda" or None
+    optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=1e-8, fused=fused)
     call = torch.compile(model) if compiled else model
 
     def step(batch: np.ndarray) -> float:
-        tokens = torch.from_numpy(batch)
-        logits = call(tokens[:, :-1])
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+        pieces = torch.from_numpy(batch).to(place).split(micro)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total = torch.zeros((), device=place)
+        for tokens in pieces:
+            with torch.autocast(place.type, torch.bfloat16, enabled=cfg.model.dtype == "bfloat16"):
+                logits = call(tokens[:, :-1])
+                loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1)) / len(pieces)
+            loss.backward()
+            total += loss.detach()
         if o.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         optimizer.step()
-        return loss.item()
+        return total.item()
 
     return step
 
@@ -86,10 +105,12 @@ def make_generate(cfg: ModelConfig) -> Callable[[np.ndarray, int], torch.Tensor]
 
     sizes = {"n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, **sizes)).train(False)
+    place = device()
+    model.to(place, getattr(torch, cfg.dtype))
 
     def generate(tokens: np.ndarray, n: int) -> torch.Tensor:
         with torch.inference_mode():
-            ids = torch.from_numpy(tokens)
-            return model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+            ids = torch.from_numpy(tokens).to(place)
+            return model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0).cpu()
 
     return generate

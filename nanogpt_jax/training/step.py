@@ -133,8 +133,9 @@ def _gradients(cfg: Config, loss: Loss, mesh: Mesh, params: gpt2.Params, tokens:
     # Row g of micro-batch m is row g*G + m of the batch: each device cuts up the rows that it already holds.
     tokens = tokens.reshape(micro, G, -1).swapaxes(0, 1)
     # D groups of rows add up their own gradients, which meet once, behind the loop, and not once a micro-batch. (A
-    # dropout mask numbers the rows of all groups, so there they go together.)
-    D = mesh.shape["data"] if key is None else 1
+    # dropout mask numbers the rows of all groups, so there they go together. So they do where all three axes of the
+    # mesh split: XLA ends the process when one of those is to be split by hand, "Check failed" in its partitioner.)
+    D = mesh.shape["data"] if key is None and 1 in mesh.shape.values() else 1
     tokens = lax.with_sharding_constraint(tokens, shard(mesh, P(None, *BATCH)))
     keys = None if key is None else jax.random.split(key, G)
 
