@@ -58,8 +58,10 @@ class GPT2(nn.Module):
 
 def device() -> torch.device:
     """The NVIDIA card where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
     torch.set_float32_matmul_precision("high")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda")
 
 
 def peak_memory() -> int:
