@@ -33,10 +33,11 @@ def main(argv: list[str]) -> int:
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
         batches.check_length(data.train, cfg.model.block_size)  # before anything is written
         run_dir.prepare(run, command, cfg, data)
-        longer = f"or train longer: {run_dir.command_again(argv, steps=2 * cfg.train.steps)}"
+        steps = max([cfg.train.steps, *run_dir.checkpoint_steps(run)])
+        longer = f"or train longer: {run_dir.command_again(argv, steps=2 * steps)}"
         then = f"next: {config.program('sample')} {run} --num-samples 3\n      {longer}"
-        if run_dir.is_finished(run, cfg):
-            print(f"{run} is finished: step {cfg.train.steps} of {cfg.train.steps}\n{then}")
+        if finished := run_dir.finished(run, cfg):
+            print(f"{finished}\n{then}")
             return 0
         outcome, sample = train(cfg, run, data, stop)
         if outcome.signal:

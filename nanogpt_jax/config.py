@@ -528,7 +528,7 @@ def is_classifier(run: Path) -> bool:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
-    remedy = "\n       choose another run, or train it again from the start with --overwrite"
+    remedy = f"\n       choose another run, or train it again from the start: {program('train')} --overwrite"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

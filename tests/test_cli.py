@@ -215,7 +215,10 @@ def test_a_finished_run_is_left_alone(place, clean_env):
     before = {p: p.stat().st_mtime_ns for p in (place / "runs/done/checkpoints").rglob("*")}
     again = run(place, clean_env, "train.py", *SMALL, "--train.steps", "10", "--run-dir", "runs/done")
     assert again.returncode == 0
-    assert "is finished: step 10 of 10" in again.stdout
+    assert "is finished: step 10 of 10\n" in again.stdout
+    fewer = run(place, clean_env, "train.py", *SMALL, "--train.steps", "6", "--run-dir", "runs/done")
+    assert "is finished: step 6 of 6, and goes on to 10\n" in fewer.stdout
+    assert "--train.steps 20" in fewer.stdout
     assert {p: p.stat().st_mtime_ns for p in (place / "runs/done/checkpoints").rglob("*")} == before
 
 

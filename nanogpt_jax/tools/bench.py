@@ -317,7 +317,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.loop import choose_steps_per_dispatch
     from nanogpt_jax.training.optim import make_optimizer
-    from nanogpt_jax.training.step import init_state, make_train_step
+    from nanogpt_jax.training.step import compile_for, init_state, make_train_step
 
     platform = start_for_training()
     cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, platform))
@@ -326,10 +326,11 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     state, step = init_state(cfg, tx, mesh), make_train_step(cfg, tx, mesh, K)
     shape = (K, cfg.train.batch_size, cfg.model.block_size + 1)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32)
+    step = compile_for(step, state, tokens, np.int32(K))
 
     def run() -> int:
         nonlocal state
-        state, metrics = step(state, jax.numpy.asarray(tokens), np.int32(K))
+        state, metrics = step(state, tokens, np.int32(K))
         jax.block_until_ready(metrics["loss"])
         return K * cfg.train.batch_size * cfg.model.block_size
 

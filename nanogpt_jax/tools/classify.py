@@ -84,8 +84,8 @@ def train(argv: list[str]) -> int:
         run_dir.prepare(run, command, cfg, data)
         program = config.program("classify")
         then = f"next: {program} eval {run}\n      {program} predict {run} TEXT"
-        if run_dir.is_finished(run, cfg):
-            print(f"{run} is finished: step {cfg.train.steps} of {cfg.train.steps}\n{then}")
+        if finished := run_dir.finished(run, cfg):
+            print(f"{finished}\n{then}")
             return 0
         outcome, best, scores = _train(cfg, run, data, stop)
         if outcome.signal:

@@ -26,7 +26,7 @@ from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import MetricsLog, Progress
 from nanogpt_jax.training.signals import StopRequest
-from nanogpt_jax.training.step import TrainState, step_flops
+from nanogpt_jax.training.step import TrainState, compile_for, step_flops
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,13 @@ def fit(
     progress = Progress(start, t.steps)
     reader = _Reader(cfg, start, task.tokens_per_step, log, progress)
     validation: dict[str, float] = {}
-    step = start
+    step, program = start, None
     try:
         for first, n, tokens in ahead:
             if stop.received:
                 break
-            state, metrics = train_step(state, tokens, np.int32(n))
+            program = program or compile_for(train_step, state, tokens, np.int32(n))
+            state, metrics = program(state, tokens, np.int32(n))
             reader.add(first, n, metrics)
             step = first + n
 
