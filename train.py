@@ -33,9 +33,8 @@ def main(argv: list[str]) -> int:
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
         batches.check_length(data.train, cfg.model.block_size)  # before anything is written
         run_dir.prepare(run, command, cfg, data)
-        steps = max([cfg.train.steps, *run_dir.checkpoint_steps(run)])
-        longer = f"or train longer: {run_dir.command_again(argv, steps=2 * steps)}"
-        then = f"next: {config.program('sample')} {run} --num-samples 3\n      {longer}"
+        longer = run_dir.command_again(argv, steps=2 * max([cfg.train.steps, *run_dir.checkpoint_steps(run)]))
+        then = f"next: {config.program('sample')} {run} --num-samples 3\n      or train longer: {longer}"
         if finished := run_dir.finished(run, cfg):
             print(f"{finished}\n{then}")
             return 0

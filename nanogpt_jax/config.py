@@ -528,7 +528,8 @@ def is_classifier(run: Path) -> bool:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
-    remedy = f"\n       choose another run, or train it again from the start: {program('train')} --overwrite"
+    again = f"{program('train')} --run-dir {path.parent} --overwrite"
+    remedy = f"\n       choose another run, or train it again from the start: {again}"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -73,10 +73,10 @@ def make_mesh(cfg: MeshConfig) -> "Mesh":
     needed = math.prod(sizes)
     shape = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if needed > len(devices):
-        largest = AXES[int(np.argmax(sizes))]
+        simulate = f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         raise UserError(
-            f"mesh {shape} needs {needed} devices, {len(devices)} are visible; "
-            f"set mesh.{largest}={sizes[int(np.argmax(sizes))] * len(devices) // needed or 1} or start more processes"
+            f"mesh {shape} needs {needed} devices, and {len(devices)} of them can be seen\n"
+            f"       make an axis of it smaller (-1 takes what is there); to simulate devices on a CPU: {simulate}"
         )
     if jax.process_count() > 1 and needed != len(devices):
         raise UserError(f"mesh {shape} uses {needed} of {len(devices)} devices; with many processes it must use all")

@@ -156,7 +156,11 @@ def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: An
 
 def _damaged(run_dir: Path, step: int, error: Exception) -> UserError:
     before = [s for s in checkpoint_steps(run_dir) if s < step]
-    remedy = f"delete that folder, and checkpoint {before[-1]} is used" if before else "there is none before it"
+    remedy = (
+        f"delete that folder, and checkpoint {before[-1]} is used"
+        if before
+        else "there is none before it; --overwrite starts over"
+    )
     return UserError(
         f"checkpoint {run_dir / 'checkpoints' / str(step)} is damaged or of another model\n"
         f"       {_reason(error)}\n       {remedy}"

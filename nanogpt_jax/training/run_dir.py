@@ -163,10 +163,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def finished(run_dir: Path, cfg: Config) -> str:
-    """What there is to say of a run that has all steps already, or more of them; "" of another."""
+    """What there is to say of a run that has all the steps already, or more of them; "" of another."""
     last, steps = max(checkpoint_steps(run_dir), default=-1), cfg.train.steps
-    further = f", and goes on to {last}" if last > steps else ""
-    return f"{run_dir} is finished: step {steps} of {steps}{further}" if last >= steps else ""
+    if last > steps:
+        return f"{run_dir} is at step {last} already, beyond train.steps={steps}: nothing is left to do"
+    return f"{run_dir} is finished: step {steps} of {steps}" if last == steps else ""
 
 
 def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
