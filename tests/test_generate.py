@@ -69,20 +69,21 @@ def text_of(params: gpt2.Params, prompts: list[str], n: int = 50, **more) -> lis
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 
-def test_cached_decode_equals_the_full_forward_at_every_position(params):
-    tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (3, CFG.block_size), np.int32)
+@pytest.mark.parametrize("B", [1, 3])
+def test_cached_decode_equals_the_full_forward_at_every_position(params, B):
+    tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (B, CFG.block_size), np.int32)
     expected = full_forward(CFG, params, tokens)[..., : CFG.vocab_size]
-    lengths = np.array([1, 5, 11], np.int32)
-    apart = gpt2.outputs_first(params)
+    lengths = np.array([1, 5, 11][:B], np.int32)
+    apart = gpt2.for_texts(params, B)
     prompts = np.where(np.arange(12) < lengths[:, None], tokens[:, :12], 3)  # whatever stands in the padding
     prefill = jax.jit(gpt2.prefill, static_argnums=0)
-    logits, cache = prefill(CFG, apart, prompts, lengths, gpt2.init_cache(CFG, 3, CFG.block_size))
+    logits, cache = prefill(CFG, apart, prompts, lengths, gpt2.init_cache(CFG, B, CFG.block_size))
     step = jax.jit(gpt2.decode_step, static_argnums=0)
     for _ in range(CFG.block_size):
         at = np.asarray(cache.length) - 1
         for b in np.flatnonzero(at < CFG.block_size):  # shorter rows go on when the longest is full
             np.testing.assert_allclose(logits[b, : CFG.vocab_size], expected[b, at[b]], atol=1e-4, rtol=0)
-        following = tokens[np.arange(3), np.minimum(at + 1, CFG.block_size - 1)]
+        following = tokens[np.arange(B), np.minimum(at + 1, CFG.block_size - 1)]
         logits, cache = step(CFG, apart, following, cache)
     assert (np.asarray(cache.length) > CFG.block_size).all()
 

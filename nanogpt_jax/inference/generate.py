@@ -88,13 +88,13 @@ class State(NamedTuple):
     seen: jax.Array | None  # [B, V] bool, with a repetition penalty
 
 
-def for_decoding(cfg: ModelConfig, params: gpt2.Params) -> gpt2.Params:
-    """`params` as `prefill` and `decode` take them: layers apart, matrices in the compute dtype, once for all steps.
+def for_decoding(cfg: ModelConfig, params: gpt2.Params, B: int) -> gpt2.Params:
+    """`params` as `prefill` and `decode` take them for B texts: layers apart, matrices in the compute dtype.
 
     The embedding is cut to cfg's vocabulary, so that ids for which a tokenizer has no text cannot be drawn. Not jitted:
     one slice program a shape compiles sooner than L slices of each array.
     """
-    params = gpt2.outputs_first({**params, "wte": params["wte"][: cfg.padded_vocab_size]})
+    params = gpt2.for_texts({**params, "wte": params["wte"][: cfg.padded_vocab_size]}, B)
     return jax.tree.map(lambda p: p.astype(cfg.dtype) if p.ndim > 1 else p, params)  # vectors cost nothing
 
 

@@ -10,12 +10,13 @@ The parameters are one nested dict, named as OpenAI named them, with the layers 
     h.mlp.c_proj    {kernel [L, 4C, C],      bias [L, C]}
 
 V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `forward` scans over L, or loops
-over h where it is a list of layers, as `unstack` makes it; `prefill` and `decode_step` take `outputs_first(params)`.
+over h where it is a list of layers, as `unstack` makes it; `prefill` and `decode_step` take `for_texts(params, B)`.
 """
 
 # B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
 
 import dataclasses
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -40,19 +41,22 @@ def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
 
 
 class Linear(nn.Module):
-    """x [..., *I] -> [..., *O]. Kernel [*I, *O] ~ N(0, std²), with `few` [*O, *I] (see `outputs_first`); bias zero."""
+    """x [B, ..., *I] -> [B, ..., *O]. Kernel [*I, *O] ~ N(0, std²), or as `for_texts` turns it; bias zero."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     bias: bool
     std: float = INIT_STD
-    few: bool = False  # rows of x
+    few: bool = False  # in generation: few rows, and an order of the kernel that depends on B
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*self.outputs, *self.inputs) if self.few else (*self.inputs, *self.outputs)
+        turned = self.few and len(x) > 1
+        shape = (*self.outputs, *self.inputs) if turned else (*self.inputs, *self.outputs)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
-        y = (layers.project_few if self.few else layers.project)(x, kernel, len(self.inputs))
+        one_row = self.few and x.size == math.prod(self.inputs)
+        project = layers.project_few if turned else layers.project_row if one_row else layers.project
+        y = project(x, kernel, len(self.inputs))
         if self.bias:
             y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)  # gradient: a float32 sum
         return y
@@ -177,8 +181,12 @@ def separate(cfg: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]
 
 def head(cfg: ModelConfig, params: Params, x: jax.Array, few: bool = False) -> jax.Array:
     """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary, which can neither win nor learn."""
-    x, wte = LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, x), params["wte"]  # pyright: ignore
-    logits = (layers.project_few(x, wte) if few else layers.linear(x, wte.T)).astype(jnp.float32)
+    x = LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, x)  # pyright: ignore
+    if few:
+        logits = layers.project_few(x, params["wte"]) if len(x) > 1 else layers.project_row(x, params["head"])
+    else:
+        logits = layers.linear(x, params["wte"].T)
+    logits = logits.astype(jnp.float32)
     real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
     return jnp.where(real, logits, -jnp.inf) if cfg.padded_vocab_size > cfg.vocab_size else logits
 
@@ -229,11 +237,15 @@ class Cache(NamedTuple):
     length: jax.Array  # [B] int32, filled positions in each row
 
 
-def outputs_first(params: Params) -> Params:
-    """`params` as decoding reads them: unstacked, each kernel with its outputs first, [*O, *I].
+def for_texts(params: Params, B: int) -> Params:
+    """`params` as generation reads them for B texts: unstacked, and every weight once, in the order of memory.
 
-    A step then reads every weight once, in the order of memory; a scan would copy each layer, see layers.project_few.
+    For one text that is how kernels are, and `head` [C, V'] is wte turned: of long rows more is read at once. For more,
+    kernels have their outputs first, [*O, *I]. See layers.project_row and project_few.
     """
+    params = unstack(params)
+    if B == 1:
+        return {**params, "head": params["wte"].T}
     n_in = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}  # axes of the inputs
 
     def turn(path, p: jax.Array) -> jax.Array:
@@ -241,7 +253,6 @@ def outputs_first(params: Params) -> Params:
         inputs = next((n for kernel, n in n_in.items() if name.endswith(kernel + "/kernel")), 0)
         return jnp.moveaxis(p, range(inputs), range(-inputs, 0))
 
-    params = unstack(params)
     return {**params, "h": [jax.tree.map_with_path(turn, layer) for layer in params["h"]]}
 
 

@@ -8,6 +8,7 @@ once, in order; and a layer norm keeps its input and two numbers a row, a GELU i
 
 # N rows, I inputs, O outputs, C channels
 
+import functools
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 EPSILON = 1e-5  # GPT-2's, in the layer norm
-PIECES = 8  # or up to twice as many, of a matrix that is read for one row; from 2 to 16 are alike on two cores
+PIECES = 8  # of a matrix that is read for one row; 16 are as good on two cores, 4 are not
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -84,25 +85,35 @@ def project(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
     return y.reshape(*lead, *kernel.shape[n_in:])
 
 
+def project_row(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
+    """`project` for one row, as in generating one text, where reading W is the work. Forward only, in the dtype of x.
+
+    On a CPU x and W are cut into pieces along their inputs, a batch of products: of one product XLA:CPU's own split
+    leaves one core to wait for another. The head is left whole: pieces of its long output cost more than that.
+    """
+    outputs, W = kernel.shape[n_in:], kernel.reshape(x.size, -1).astype(x.dtype)
+    n = PIECES if len(W) % PIECES == 0 and W.shape[1] <= 8 * len(W) else 1
+
+    def in_pieces(x: jax.Array, W: jax.Array) -> jax.Array:
+        batch = (((2,), (1,)), ((0,), (0,)))
+        y = lax.dot_general(
+            x.reshape(n, 1, -1), W.reshape(n, len(W) // n, -1), batch, preferred_element_type=jnp.float32
+        )
+        return functools.reduce(jnp.add, y).astype(x.dtype)  # [1, O]; y.sum(0) would be a slow pass of its own
+
+    y = lax.platform_dependent(x.reshape(1, -1), W, cpu=in_pieces, default=jnp.matmul)
+    return y.reshape(*x.shape[: x.ndim - n_in], *outputs)
+
+
 def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
-    """`project` for few rows, as in decoding, where reading W is the work: x [..., *I], kernel [*O, *I] -> [..., *O].
+    """`project` for few rows, as in generating several texts: x [..., *I], kernel [*O, *I] -> [..., *O].
 
     W is the left factor, read row by row: as the right one, XLA:CPU copies all of it into another order every time.
-    For one row it is there a batch of pieces: XLA:CPU's own split leaves one core to wait for another.
     Forward only, in the dtype of x.
     """
     lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
     x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)
-    pieces = next((n for n in range(PIECES, 2 * PIECES + 1) if len(w) % n == 0), 1)
-
-    def whole(w: jax.Array, x: jax.Array) -> jax.Array:
-        return _dot(w, x, ((1,), (1,)))  # [O, N]
-
-    def in_pieces(w: jax.Array, x: jax.Array) -> jax.Array:
-        w, x = w.reshape(pieces, len(w) // pieces, -1), jnp.broadcast_to(x, (pieces, *x.shape))
-        return lax.dot_general(w, x, (((2,), (2,)), ((0,), (0,)))).reshape(-1, 1)
-
-    (y,) = _once(lax.platform_dependent(w, x, cpu=in_pieces if len(x) == 1 else whole, default=whole))
+    (y,) = _once(_dot(w, x, ((1,), (1,))))  # [O, N]
     return y.T.reshape(*lead, *outputs)
 
 
