@@ -102,6 +102,26 @@ def oracle(params: gpt2.Params, prompt: str, row: int, n: int, rules: Rules, see
     return LETTERS.decode(text)
 
 
+@given(n=st.integers(1, 5000), most=st.integers(1, 5000))
+@quick
+def test_a_cache_has_room_and_little_more(n, most):
+    S = sampler.cache_length(n, most)
+    assert min(n, most) <= S <= min(most, max(1.25 * n, n + 15))
+
+
+def test_a_long_prompt_in_a_cache_that_is_no_power_of_two(params):
+    """70 + 10 positions are a cache of 80, and the prompt's next power of two would be 128."""
+    long = replace(CFG, block_size=256)
+    wide = {**params, "wpe": jnp.asarray(np.random.default_rng(1).normal(scale=0.2, size=(256, 16)), jnp.float32)}
+    prompt = "the quick brown fox jumps over the lazy dog " * 2
+    assert sampler.cache_length(70 + 10, 256) == 80
+    more = {"rules": Rules(temperature=0), "max_new_tokens": 10, "seed": 7}
+    (text,) = generate_text(long, wide, LETTERS, [prompt[:70]], **more)
+    for n in range(10):
+        logits = full_forward(long, wide, LETTERS.encode(prompt[:70] + text[:n])[None])[0, -1, : long.vocab_size]
+        assert LETTERS.decode([int(logits.argmax())]) == text[n]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_ragged_rows_far_past_the_context_say_what_the_full_forward_says(params, temperature):
     rules = Rules(temperature=temperature)

@@ -49,7 +49,7 @@ def generate_text(
     params = generate.for_decoding(cfg, params, len(prompts))
     rows = [_Row(prompt_ids(tokenizer, p)[-cfg.block_size :], max_new_tokens, tokenizer, stop) for p in prompts]
     longest = max(len(row.ids) for row in rows) + max_new_tokens
-    S = bucket(longest, cfg.block_size)
+    S = cache_length(longest, cfg.block_size)
     slides = longest > cfg.block_size
     random, count, state = np.uint32(seed), 0, None
     while active := [row for row in rows if not row.done]:
@@ -147,7 +147,7 @@ def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: in
             row.start = len(row.ids) - max(1, cfg.block_size // 2)
     windows = [row.ids[-1:] if row.done else row.ids[row.start :] for row in rows]
     lengths = np.array([len(window) for window in windows], np.int32)
-    tokens = np.zeros((len(rows), bucket(max(least, *lengths.tolist()), cfg.block_size)), np.int32)
+    tokens = np.zeros((len(rows), bucket(max(least, *lengths.tolist()), S)), np.int32)
     for b, window in enumerate(windows):
         tokens[b, : len(window)] = window
     if rules.repetition_penalty == 1:
@@ -156,6 +156,12 @@ def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: in
     for b, row in enumerate(rows):
         seen[b, row.ids] = True
     return tokens, lengths, seen
+
+
+def cache_length(n: int, most: int) -> int:
+    """Room for n positions, at most `most`, and up to a quarter more: every step reads all of it."""
+    step = max(16, bucket(n, 2 * most) // 8)
+    return min(most, -(-n // step) * step)
 
 
 def bucket(n: int, most: int) -> int:

@@ -367,7 +367,7 @@ def _jax_decode(cfg: Config, order: dict[str, Any]):
     import numpy as np
 
     from nanogpt_jax.distributed.mesh import start
-    from nanogpt_jax.inference import generate
+    from nanogpt_jax.inference import generate, sampler
     from nanogpt_jax.model import gpt2
 
     cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, start()))
@@ -377,11 +377,10 @@ def _jax_decode(cfg: Config, order: dict[str, Any]):
     params = generate.for_decoding(cfg.model, params, B)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (B, P), dtype=np.int32)
     lengths, seed = np.full(B, P, np.int32), np.uint32(0)
+    S = sampler.cache_length(P + new, cfg.model.block_size)
 
     def run() -> int:
-        _, state = generate.prefill(
-            cfg.model, rules, params, tokens, lengths, None, seed, np.int32(0), cache_length=P + new
-        )
+        _, state = generate.prefill(cfg.model, rules, params, tokens, lengths, None, seed, np.int32(0), cache_length=S)
         for done in range(1, new, 16):
             n = np.int32(min(16, new - done))
             drawn, state = generate.decode(cfg.model, rules, params, state, seed, np.int32(done), n, chunk=16)
