@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.interop import weights
-from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, layers
+from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, layers, losses
 from nanogpt_jax.model.layers import linear, project
 from nanogpt_jax.model.losses import cross_entropy
 
@@ -653,6 +653,34 @@ def test_cross_entropy_and_its_gradient_equal_numpy(shape, scale, seed):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * max(scale, 1))
     gradient = (np.exp(log_softmax) - np.eye(shape[-1])[targets]) * g[..., None]
     np.testing.assert_allclose(backward(g)[0], gradient, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("N", [1, 6, 7, 8, 13, 60])
+@pytest.mark.parametrize(
+    ("V", "dtype", "most"), [(200, "float32", 5e-6), (256, "float32", 5e-6), (200, "bfloat16", 2e-2)]
+)
+def test_cross_entropy_of_the_head_is_that_of_all_its_logits(N, V, dtype, most, monkeypatch):
+    """And so are the gradients, in pieces of 6 rows: one, two, a prime number of rows, many."""
+    monkeypatch.setattr(losses, "ROWS", 6)
+    rng = np.random.default_rng(N)
+    x, wte = jnp.asarray(rng.normal(size=(N, 16)), dtype), jnp.asarray(rng.normal(size=(256, 16)) / 4, jnp.float32)
+    targets = rng.integers(V, size=N).astype("int32")
+
+    def whole(x, wte):
+        logits = (x.astype(jnp.float32) @ wte.T)[:, :V]
+        return 3 * cross_entropy(logits, targets).mean()
+
+    def ours(x, wte):
+        return 3 * losses.cross_entropy_of_head(x, wte, targets, V)
+
+    expected, gradients = jax.jit(jax.value_and_grad(whole, (0, 1)))(x, wte)
+    value, found = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, wte)
+    assert_close(value, expected, most)
+    assert_close(jax.jit(ours)(x, wte), expected, most)
+    for a, b in zip(found, gradients, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a.astype(jnp.float32), b.astype(jnp.float32), most)
+    assert not found[1][V:].any()  # padding learns nothing
 
 
 def test_the_gradient_of_a_bias_is_summed_in_float32():

@@ -179,9 +179,14 @@ def separate(cfg: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]
     return jnp.cumsum(begins, axis=1), place - lax.cummax(jnp.where(begins, place, 0), axis=1)
 
 
+def last_norm(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """x [..., C] -> [..., C]: ln_f, between the last block and the head."""
+    return LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, x)  # pyright: ignore
+
+
 def head(cfg: ModelConfig, params: Params, x: jax.Array, few: bool = False) -> jax.Array:
     """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary, which can neither win nor learn."""
-    x = LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, x)  # pyright: ignore
+    x = last_norm(cfg, params, x)
     if few:
         logits = layers.project_few(x, params["wte"]) if len(x) > 1 else layers.project_row(x, params["head"])
     else:
