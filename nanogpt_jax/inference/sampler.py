@@ -159,8 +159,8 @@ def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: in
 
 
 def cache_length(n: int, most: int) -> int:
-    """Room for n positions, at most `most`, and up to a quarter more: every step reads all of it."""
-    step = max(16, bucket(n, 2 * most) // 8)
+    """Room for n positions, at most `most`, and up to an eighth more: every step reads all of it."""
+    step = max(16, bucket(n, 2 * most) // 16)
     return min(most, -(-n // step) * step)
 
 
