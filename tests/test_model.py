@@ -655,12 +655,12 @@ def test_cross_entropy_and_its_gradient_equal_numpy(shape, scale, seed):
     np.testing.assert_allclose(backward(g)[0], gradient, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("N", [1, 6, 7, 8, 13, 60])
+@pytest.mark.parametrize("N", [1, 7, 8, 60])
 @pytest.mark.parametrize(
     ("V", "dtype", "most"), [(200, "float32", 5e-6), (256, "float32", 5e-6), (200, "bfloat16", 2e-2)]
 )
 def test_cross_entropy_of_the_head_is_that_of_all_its_logits(N, V, dtype, most, monkeypatch):
-    """And so are the gradients, in pieces of 6 rows: one, two, a prime number of rows, many."""
+    """And so are the gradients, in pieces of 6 rows at most: one, two, many, and of a prime number of rows."""
     monkeypatch.setattr(losses, "ROWS", 6)
     rng = np.random.default_rng(N)
     x, wte = jnp.asarray(rng.normal(size=(N, 16)), dtype), jnp.asarray(rng.normal(size=(256, 16)) / 4, jnp.float32)

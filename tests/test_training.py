@@ -170,18 +170,23 @@ def test_gradients_of_micro_batches_meet_once_a_step():
 @pytest.mark.parametrize("micro_batch", [0, 4])
 def test_many_logits_exist_in_pieces_and_change_no_number(micro_batch, monkeypatch):
     cfg = change(
-        TINY, mesh__data=1, model__vocab_size=1000, model__attention="reference", train__micro_batch=micro_batch
+        TINY,
+        mesh__data=1,
+        model__n_layer=1,
+        model__vocab_size=1000,
+        model__attention="reference",
+        train__micro_batch=micro_batch,
     )
 
     def rows_of_logits() -> int:
         return max(int(n) for n in re.findall(r"f32\[(?:1,)?(\d+),1024\]", compiled_step(cfg)))
 
-    expected, expected_losses = take_steps(cfg, 3)
+    expected, expected_losses = take_steps(cfg, 2)
     assert rows_of_logits() == 64  # of 128: half a batch at a time, or micro-batches
     monkeypatch.setattr("nanogpt_jax.training.step.MANY_LOGITS", 1000)
     monkeypatch.setattr("nanogpt_jax.model.losses.ROWS", 16)
     assert rows_of_logits() == 16
-    state, found = take_steps(cfg, 3)
+    state, found = take_steps(cfg, 2)
     np.testing.assert_allclose(found, expected_losses, atol=2e-6)
     assert_trees_close(state.params, expected.params, 2e-5)
 
