@@ -47,7 +47,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """50257 -> 50304: a multiple of 128 fills the matrix unit. losses.py and generate.py mask the padding."""
+        """50257 -> 50304: a multiple of 128 fills the matrix unit. losses.without_padding masks it."""
         return -(-self.vocab_size // 128) * 128
 
     @property

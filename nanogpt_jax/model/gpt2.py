@@ -28,6 +28,7 @@ from jax import lax
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.model import attention, layers
 from nanogpt_jax.model.dropout import dropout
+from nanogpt_jax.model.losses import without_padding
 
 Params = dict[str, Any]
 INIT_STD = 0.02
@@ -185,15 +186,13 @@ def last_norm(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def head(cfg: ModelConfig, params: Params, x: jax.Array, few: bool = False) -> jax.Array:
-    """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary, which can neither win nor learn."""
+    """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary."""
     x = last_norm(cfg, params, x)
     if few:
         logits = layers.project_few(x, params["wte"]) if len(x) > 1 else layers.project_row(x, params["head"])
     else:
         logits = layers.linear(x, params["wte"].T)
-    logits = logits.astype(jnp.float32)
-    real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
-    return jnp.where(real, logits, -jnp.inf) if cfg.padded_vocab_size > cfg.vocab_size else logits
+    return without_padding(logits.astype(jnp.float32), cfg.vocab_size)
 
 
 def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:

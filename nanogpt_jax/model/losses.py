@@ -12,6 +12,12 @@ ROWS = 256  # whose logits exist at a time: 49 MiB of GPT-2's
 BLOCKS = 8  # in which the gradient of wte is added up; a padded vocabulary is a multiple
 
 
+def without_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits [N, V'] with -inf for the padding of the vocabulary, which can neither win nor learn -> [N, V']."""
+    padded = logits.shape[-1]
+    return jnp.where(jnp.arange(padded) < vocab_size, logits, -jnp.inf) if padded > vocab_size else logits
+
+
 @jax.custom_vjp
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[target]: logits [B, T, V] float32, targets [B, T] int32 -> nats [B, T].
@@ -51,13 +57,12 @@ def cross_entropy_of_head(x: jax.Array, wte: jax.Array, targets: jax.Array, voca
 
 
 def _logits(x: jax.Array, wte: jax.Array, vocab_size: int) -> jax.Array:
-    logits = jnp.matmul(x, wte.astype(x.dtype).T).astype(jnp.float32)
-    return jnp.where(jnp.arange(len(wte)) < vocab_size, logits, -jnp.inf)
+    return without_padding(jnp.matmul(x, wte.astype(x.dtype).T).astype(jnp.float32), vocab_size)
 
 
 def _cross_entropy_of_head(x: jax.Array, wte: jax.Array, targets: jax.Array, vocab_size: int):
     N, least = len(x), -(-len(x) // ROWS)
-    pieces = next((n for n in range(least, 2 * least) if N % n == 0), 1)  # 1: no such number of pieces are alike
+    pieces = next((n for n in range(least, 2 * least) if N % n == 0), 1)  # 1 where no such number divides N
     R, V = N // pieces, len(wte) // BLOCKS
 
     def add(i, sums):
