@@ -52,7 +52,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        turned = self.few and len(x) > 1
+        turned = self.few and outputs_first(len(x), math.prod(self.inputs), math.prod(self.outputs))
         shape = (*self.outputs, *self.inputs) if turned else (*self.inputs, *self.outputs)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
         one_row = self.few and x.size == math.prod(self.inputs)
@@ -244,20 +244,25 @@ class Cache(NamedTuple):
 def for_texts(params: Params, B: int) -> Params:
     """`params` as generation reads them for B texts: unstacked, and every weight once, in the order of memory.
 
-    For one text that is how kernels are, and `head` [C, V'] is wte turned: of long rows more is read at once. For more,
-    kernels have their outputs first, [*O, *I]. See layers.project_row and project_few.
+    For one text no kernel has its shorter axis last, and `head` [C, V'] is wte turned: of long rows more is read at
+    once. For more, kernels have their outputs first, [*O, *I]. See layers.project_row and project_few.
     """
     params = unstack(params)
-    if B == 1:
-        return {**params, "head": params["wte"].T}
     n_in = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}  # axes of the inputs
 
     def turn(path, p: jax.Array) -> jax.Array:
         name = "/".join(key.key for key in path)
         inputs = next((n for kernel, n in n_in.items() if name.endswith(kernel + "/kernel")), 0)
-        return jnp.moveaxis(p, range(inputs), range(-inputs, 0))
+        turned = outputs_first(B, math.prod(p.shape[:inputs]), math.prod(p.shape[inputs:]))
+        return jnp.moveaxis(p, range(inputs), range(-inputs, 0)) if turned else p
 
-    return {**params, "h": [jax.tree.map_with_path(turn, layer) for layer in params["h"]]}
+    head = {"head": params["wte"].T} if B == 1 else {}
+    return {**params, **head, "h": [jax.tree.map_with_path(turn, layer) for layer in params["h"]]}
+
+
+def outputs_first(B: int, n_in: int, n_out: int) -> bool:
+    """Whether a kernel of `n_in` inputs and `n_out` outputs is turned for generating B texts."""
+    return B > 1 or n_in > n_out
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:

@@ -109,12 +109,14 @@ def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
     """`project` for few rows, as in generating several texts: x [..., *I], kernel [*O, *I] -> [..., *O].
 
     W is the left factor, read row by row: as the right one, XLA:CPU copies all of it into another order every time.
-    Forward only, in the dtype of x.
+    For one row it is cut into pieces along its outputs, see `project_row`. Forward only, in the dtype of x.
     """
     lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
     x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)
-    (y,) = _once(_dot(w, x, ((1,), (1,))))  # [O, N]
-    return y.T.reshape(*lead, *outputs)
+    n = PIECES if len(x) == 1 and len(w) % PIECES == 0 else 1
+    w, xs = w.reshape(n, len(w) // n, -1), jnp.broadcast_to(x, (n, *x.shape))
+    (y,) = _once(lax.dot_general(w, xs, (((2,), (2,)), ((0,), (0,)))))  # [n, O/n, N]
+    return y.reshape(-1, len(x)).T.reshape(*lead, *outputs)
 
 
 @jax.custom_vjp
