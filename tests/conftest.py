@@ -9,8 +9,8 @@ from hypothesis import settings
 
 # All of this must stand in the environment before anything imports jax, which reads it once.
 BEFORE = os.environ.get("XLA_FLAGS")
-# Tests compile much and compute little: LLVM's lowest level makes the suite a third as long.
-QUICK = f"{BEFORE or ''} --xla_backend_optimization_level=0".strip()
+# Tests compile much and compute little: LLVM's lowest level makes the suite a third as long. One piece of code, not 32.
+QUICK = f"{BEFORE or ''} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1".strip()
 os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"

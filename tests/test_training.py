@@ -84,9 +84,8 @@ def test_golden_losses():
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_sharding_is_a_layout_not_an_algorithm(dropout):
-    cfg = change(TINY, model__dropout=dropout)
+def test_sharding_is_a_layout_not_an_algorithm():
+    cfg = change(TINY, model__dropout=0.2, model__n_layer=1)  # the masks too; the tests below go without
     expected, expected_losses = take_steps(cfg, 3)
     for data, fsdp, tensor in MESHES:
         state, losses = take_steps(change(cfg, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor), 3)
@@ -103,7 +102,7 @@ def test_sharding_is_a_layout_not_an_algorithm(dropout):
 
 @pytest.mark.parametrize("optimizer", ["muon", "lion", "sgd"])
 def test_every_optimizer_shards(optimizer):
-    cfg = change(TINY, optim__name=optimizer)
+    cfg = change(TINY, optim__name=optimizer, model__n_layer=1)
     expected, _ = take_steps(cfg, 2)
     state, _ = take_steps(change(cfg, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), 2)
     # lion takes the sign of what may be zero to rounding: one step's length apart is then all that can be said
@@ -122,7 +121,7 @@ def test_accumulated_micro_batches_equal_one_batch(mesh):
 @pytest.mark.parametrize("micro_batch", [0, 4])
 def test_each_device_calls_cudnn_with_its_own_part(monkeypatch, micro_batch):
     """XLA cannot split that call beside an axis that is split by hand, as with micro-batches: no step would compile."""
-    cfg = change(TINY, train__micro_batch=micro_batch, model__attention="xla")
+    cfg = change(TINY, train__micro_batch=micro_batch, model__attention="xla", model__n_layer=1)
     expected, expected_losses = take_steps(cfg, 2)
     attend, by_hand = jax.nn.dot_product_attention, []
 
@@ -193,8 +192,9 @@ def test_many_logits_exist_in_pieces_and_change_no_number(micro_batch, monkeypat
 
 @pytest.mark.parametrize("per_dispatch", [3, 8])
 def test_steps_per_dispatch_changes_no_number(per_dispatch):
-    expected, expected_losses = take_steps(change(TINY, model__dropout=0.1), 10)
-    state, losses = take_steps(change(TINY, model__dropout=0.1), 10, per_dispatch)
+    cfg = change(TINY, model__dropout=0.1, model__n_layer=1)
+    expected, expected_losses = take_steps(cfg, 10)
+    state, losses = take_steps(cfg, 10, per_dispatch)
     np.testing.assert_allclose(losses, expected_losses, atol=2e-6)
     assert_trees_close(state.params, expected.params, 2e-5)
 
@@ -287,9 +287,9 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
 def test_decay_shrinks_matrices_and_leaves_norms(name):
     cfg = OptimConfig(name=name, weight_decay=0.5, warmup_steps=0, schedule="constant", learning_rate=0.1)
-    params = gpt2.init_params(TINY.model, jax.random.key(0))
+    params = jax.jit(lambda: gpt2.init_params(TINY.model, jax.random.key(0)))()
     tx = make_optimizer(cfg, 10)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), jax.jit(tx.init)(params), params)
     after = optax.apply_updates(params, updates)
     kernel = params["h"]["mlp"]["c_fc"]["kernel"]
     np.testing.assert_allclose(after["h"]["mlp"]["c_fc"]["kernel"], kernel * (1 - 0.1 * 0.5), rtol=1e-4, atol=1e-7)
@@ -415,7 +415,6 @@ def raise_signal_at(monkeypatch, call: int) -> None:
 
 
 def test_resume_on_another_mesh_is_the_same_to_rounding(train):
-    assert train("--train.steps", "12", "--run-dir", "one") == 0
     assert train("--train.steps", "8", "--run-dir", "two", "--optim.schedule", "constant") == 0
     assert train("--train.steps", "12", "--run-dir", "a", "--optim.schedule", "constant") == 0
     more = ("--train.steps", "12", "--optim.schedule", "constant", "--mesh.data", "2", "--mesh.fsdp", "2")
@@ -426,7 +425,6 @@ def test_resume_on_another_mesh_is_the_same_to_rounding(train):
 
 def test_a_save_is_a_copy_of_its_moment(train):
     """The state is donated to the next step while orbax still writes: the checkpoint must not see that step."""
-    assert train("--train.steps", "12", "--run-dir", "kept", "--train.keep", "9") == 0
     params = {}
     for steps in (4, 8):
         run = f"only{steps}"

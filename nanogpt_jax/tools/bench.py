@@ -276,16 +276,21 @@ def _device() -> str:
 def _limits() -> dict[str, float]:
     """What the machine can do at most, measured here and now: floating-point operations and bytes read a second.
 
-    Of random numbers: a card computes faster, and draws less power, where all are alike.
+    A card's of random numbers: it computes faster, and draws less power, where all are alike.
     """
     import jax
     import jax.numpy as jnp
 
     is_cpu = jax.default_backend() == "cpu"
     n, rows = (2048, 8192) if is_cpu else (8192, 2**17)  # 256 MB, 4 GB: a call costs a card some microseconds
-    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    a = draw(jax.random.key(0), (n, n), jnp.float32 if is_cpu else jnp.bfloat16)
-    big, vector = draw(jax.random.key(1), (rows, 8192), jnp.float32), jnp.ones(8192)
+
+    def numbers(shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> jax.Array:
+        if is_cpu:
+            return jnp.ones(shape, dtype)
+        return jax.jit(jax.random.normal, static_argnums=(1, 2))(jax.random.key(0), shape, dtype)
+
+    a = numbers((n, n), jnp.float32 if is_cpu else jnp.bfloat16)
+    big, vector = numbers((rows, 8192), jnp.float32), jnp.ones(8192)
     product = jax.jit(jnp.matmul)
     peak = 2 * n**3 / _quickest(lambda: product(a, a).block_until_ready())
     bandwidth = big.nbytes / _quickest(lambda: product(big, vector).block_until_ready())  # nothing but reading
