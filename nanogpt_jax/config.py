@@ -533,6 +533,9 @@ def _read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if runs := sorted(str(p.parent) for p in path.parent.glob("*/config.json")):
+            more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
+            raise UserError(f"{path.parent} is a folder of runs; name one: {', '.join(runs[:5])}{more}") from None
         raise UserError(f"{path.parent} is not a run directory: it has no {path.name}{remedy}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is damaged: {e}{remedy}, when you have deleted that file") from None

@@ -407,7 +407,8 @@ def test_sample_says_from_which_run_when_it_was_given_none(run, params, monkeypa
 
 WRONG = {
     "nowhere": "no run nowhere\n       train one first: nanogpt-jax train",
-    "{run} {run}": "one run at a time, but got {run} and {run}",
+    "{run} {run}": "one run at a time, but got {run} and {run}\n       a text to go on from is --prompt TEXT",
+    "{runs}": "{runs} is a folder of runs; name one: {run}",
     "{run}/config.json": "{run}/config.json is a file",
     "{run}/tokenizer": "{run}/tokenizer is not a run directory: it has no config.json",
     "{run} --temprature 1": "unknown flag --temprature\n       did you mean --temperature?",
@@ -439,9 +440,9 @@ def test_wrong_input_is_named_and_exits_with_2(run, arguments, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("empty").touch()
     Path("latin1").write_bytes(b"\xe9t\xe9")
-    assert sample(*arguments.format(run=run).split()) == 2
+    assert sample(*arguments.format(run=run, runs=run.parent).split()) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: " + WRONG[arguments].format(run=run))
+    assert err.startswith("error: " + WRONG[arguments].format(run=run, runs=run.parent))
     assert out == ""
 
 

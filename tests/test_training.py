@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +224,27 @@ def test_metrics_that_are_there_are_read_at_once(tmp_path):
         reader.add(0, 2, done)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monkeypatch, capsys):
+    """By a clock that goes on by a hundredth of a second when it is read, and by a thousand when a step is compiled."""
+    compile_for, now = loop.compile_for, [0.0]
+
+    def tick() -> float:
+        now[0] += 0.01
+        return now[0]
+
+    def slow(*args):
+        now[0] += 1000
+        return compile_for(*args)
+
+    for module in (loop, metrics):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=tick))
+    monkeypatch.setattr(loop, "compile_for", slow)
+    assert train("--train.steps", "200", "--train.save-every", "0", "--train.eval-every", "0", "--run-dir", "r") == 0
+    left = int(re.search(r"step \d+/200 .* left (\d+) s", capsys.readouterr().err)[1])
+    assert left < 100
+    assert rows("r")[0]["tokens_per_second"] > 1000
 
 
 RESIDENT = """

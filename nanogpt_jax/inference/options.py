@@ -60,7 +60,9 @@ def read(argv: list[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(argv, absent)
     for word in sorted(unknown, key=lambda w: not w.startswith("-")):
         if not word.startswith("-"):
-            raise UserError(f"one run at a time, but got {options.run} and {word}")
+            raise UserError(
+                f"one run at a time, but got {options.run} and {word}\n       a text to go on from is --prompt TEXT"
+            )
         known = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
         raise config.unknown_flag(word.partition("=")[0].lstrip("-"), known, "sample")
     for name, (must, good) in LIMITS.items():

@@ -27,8 +27,8 @@ USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [-
 
   train     tokens/s of the training step on random tokens (the default); whole batches, of which gpt2's is half a
             million tokens: --train.batch-size, --train.micro-batch
-  decode    tokens/s of generation, from random weights: --batch N (default: 1), --prompt N (16),
-            --new N (256, or as many as model.block_size has room for)
+  decode    tokens/s of generation, from random weights: --batch N (default: 1), --prompt N (16,
+            or half of model.block_size), --new N (256, or as many as there is room for)
   data      tokens/s of making batches on the host
 
   --rounds N      times that every engine is measured, in turn (default: 5)
@@ -39,7 +39,7 @@ USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [-
 
 Settings are those of train.py; see nanogpt-jax train --help."""
 
-OWN = {"rounds": "5", "seconds": "2", "versus": "", "json": "", "batch": "1", "prompt": "16", "new": ""}
+OWN = {"rounds": "5", "seconds": "2", "versus": "", "json": "", "batch": "1", "prompt": "", "new": ""}
 PEER = "nanogpt_jax.tools.torch_peer"  # imported where it is asked for
 PEERS = {"train": ("torch", "torch.compile"), "decode": ("transformers",), "data": ()}
 
@@ -107,7 +107,9 @@ def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
     if "json" in flags:
         cli.check_file("--json", flags["json"])
     cfg = config.load([*words, *(f"--{key}={value}" for key, value in flags.items() if key not in OWN)]).cfg
-    prompt, room = int(options["prompt"]), cfg.model.block_size
+    room = cfg.model.block_size
+    options["prompt"] = options["prompt"] or str(max(1, min(16, room // 2)))
+    prompt = int(options["prompt"])
     if work == "decode" and prompt >= room:
         raise UserError(f"--prompt={prompt} leaves no room in model.block_size={room}")
     options["new"] = options["new"] or str(max(1, min(256, room - prompt)))

@@ -135,7 +135,9 @@ def fit(
         for first, n, tokens in ahead:
             if stop.received:
                 break
-            program = program or compile_for(train_step, state, tokens, np.int32(n))
+            if program is None:
+                program = compile_for(train_step, state, tokens, np.int32(n))
+                reader.begin()
             state, metrics = program(state, tokens, np.int32(n))
             reader.add(first, n, metrics)
             step = first + n
@@ -183,6 +185,11 @@ class _Reader:
         self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
         self._clock = time.monotonic()
         self._counted = 0  # steps since the clock was read
+
+    def begin(self) -> None:
+        """Start the clocks anew: what compiling took says nothing of the speed or the time left."""
+        self._clock = time.monotonic()
+        self._progress.begin()
 
     def add(self, first: int, n: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append((first, n, metrics))

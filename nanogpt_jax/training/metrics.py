@@ -97,6 +97,9 @@ class Progress:
             self._task = self._bar.add_task("", total=steps, completed=step, loss="...", speed="...")
             self._bar.start()
 
+    def begin(self) -> None:
+        self._started = time.monotonic()
+
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         self._step = step
         if self._bar:
