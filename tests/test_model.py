@@ -255,18 +255,28 @@ def test_every_backend_equals_the_reference_and_that_the_equation(case):
     assert_close(results["reference"][0], the_equation(q, k, v, np.tri(q.shape[1], dtype=bool)), 1e-5)
 
 
+def check_the_caches_attention(q, k, v, position):
+    """q [B, T, H, D] on S positions; `position` [B, T] is the last to look at, and what lies behind it is rubbish."""
+    B, T, H, D = q.shape
+    in_one_row = (x.swapaxes(1, 2).reshape(B * H, -1, D) for x in (q, k, v))
+    y = jax.jit(attention.cached)(*in_one_row, position.repeat(H, axis=0))
+    see = np.arange(k.shape[1]) <= position[:, None, :, None]
+    assert_close(y.reshape(B, H, T, D).swapaxes(1, 2), the_equation(q, k, v, see), 1e-5)
+
+
 @given(attention_case(), st.integers(0, 5))
 def test_the_caches_attention_equals_the_equation(case, more):
-    """T queries on S = T + more positions, of which each sequence has filled some before, and some hold rubbish."""
     q, k, v, _ = case
     B, T, H, D = q.shape
     rng = np.random.default_rng(more)
     k, v = (np.concatenate([x, rng.normal(size=(B, more, H, D)).astype("float32")], axis=1) for x in (k, v))
-    position = rng.integers(0, more + 1, (B, 1)) + np.arange(T)
-    in_one_row = (x.swapaxes(1, 2).reshape(B * H, -1, D) for x in (q, k, v))
-    y = jax.jit(attention.cached)(*in_one_row, position.repeat(H, axis=0))
-    see = np.arange(T + more) <= position[:, None, :, None]
-    assert_close(y.reshape(B, H, T, D).swapaxes(1, 2), the_equation(q, k, v, see), 1e-5)
+    check_the_caches_attention(q, k, v, rng.integers(0, more + 1, (B, 1)) + np.arange(T))
+
+
+@pytest.mark.parametrize("S", [1, 8, 30, 40])  # in pieces of 8 where they fit
+def test_one_query_looks_at_a_cache_of_any_length(S):
+    q, k, v = (np.random.default_rng(0).normal(size=(2, n, 3, 4)).astype("float32") for n in (1, S, S))
+    check_the_caches_attention(q, k, v, np.array([[S - 1], [S // 2]]))
 
 
 @settings(max_examples=10)

@@ -21,6 +21,9 @@ from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.model import blocked_attention
 from nanogpt_jax.model.dropout import dropout
 
+HEADS = ((0,), (0,))  # of queries, keys and values that have all heads in one row: their common axis
+PIECE = 8  # positions of a cache that are added up at once
+
 
 def causal_mask(T: int, documents: jax.Array | None = None) -> jax.Array:
     """[1 or B, 1, T, T] bool: position t may look at positions 0..t, or at those of its own document [B, T]."""
@@ -56,11 +59,26 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax
     Keys are the left factor and values the right one, and B and H one axis: else XLA:CPU copies all of the cache into
     another order at every step.
     """
-    heads = ((0,), (0,))
-    scores = jax.lax.dot_general(k, q, (((2,), (2,)), heads), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jax.lax.dot_general(k, q, (((2,), (2,)), HEADS), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     may_look = jnp.arange(k.shape[1]) <= position[:, :, None]
     scores = jnp.where(may_look, scores.swapaxes(1, 2), jnp.finfo(jnp.float32).min)  # [N, T, S]
-    return jax.lax.dot_general(jax.nn.softmax(scores, axis=-1).astype(v.dtype), v, (((2,), (1,)), heads))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if q.shape[1] > 1 or v.shape[1] % PIECE or v.dtype != jnp.float32:
+        return _mean(weights, v)
+    return jax.lax.platform_dependent(weights, v, cpu=_mean_in_pieces, default=_mean)
+
+
+def _mean(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """weights [N, T, S], v [N, S, D] -> [N, T, D]"""
+    return jax.lax.dot_general(weights, v, (((2,), (1,)), HEADS))
+
+
+def _mean_in_pieces(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """The same for T = 1: sums of PIECE positions, a loop that both cores of a CPU run, where the product takes one."""
+    N, S, D = v.shape
+    w, v = jax.lax.optimization_barrier(weights).reshape(N, -1, PIECE, 1), v.reshape(N, -1, PIECE, D)
+    pieces = functools.reduce(jnp.add, [w[:, :, i] * v[:, :, i] for i in range(PIECE)])  # [N, S / PIECE, D]
+    return _mean(jnp.ones((N, 1, S // PIECE), v.dtype), jax.lax.optimization_barrier(pieces))
 
 
 def _on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
