@@ -114,9 +114,13 @@ def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
     lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
     x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)
     n = PIECES if len(x) == 1 and len(w) % PIECES == 0 else 1
-    w, xs = w.reshape(n, len(w) // n, -1), jnp.broadcast_to(x, (n, *x.shape))
-    (y,) = _once(lax.dot_general(w, xs, (((2,), (2,)), ((0,), (0,)))))  # [n, O/n, N]
-    return y.reshape(-1, len(x)).T.reshape(*lead, *outputs)
+
+    def product(x: jax.Array, w: jax.Array, n: int = 1) -> jax.Array:
+        xs, batch = jnp.broadcast_to(x, (n, *x.shape)), (((2,), (2,)), ((0,), (0,)))
+        return lax.dot_general(w.reshape(n, len(w) // n, -1), xs, batch).reshape(len(w), len(x))  # [O, N]
+
+    (y,) = _once(lax.platform_dependent(x, w, cpu=functools.partial(product, n=n), default=product))
+    return y.T.reshape(*lead, *outputs)
 
 
 @jax.custom_vjp
