@@ -313,7 +313,9 @@ def commands_of_the_readme() -> list[list[str]]:
     return [[values.get(w, w).replace("=FILE", "=text.txt") for w in shlex.split(line)] for line in found]
 
 
-def test_the_readme_names_commands():
+def test_the_readme_is_whole_and_names_commands():
+    headings = re.findall("^## .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(headings) == len(set(headings)) > 8  # no part of it stands there twice
     assert ["python", "train.py"] in commands_of_the_readme()
     assert len(commands_of_the_readme()) > 8
 

@@ -1,6 +1,7 @@
 """The command line of `sample.py`: flags, their limits, and the prompt. No jax here: a typo is reported at once."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,9 +61,8 @@ def read(argv: list[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(argv, absent)
     for word in sorted(unknown, key=lambda w: not w.startswith("-")):
         if not word.startswith("-"):
-            raise UserError(
-                f"one run at a time, but got {options.run} and {word}\n       a text to go on from is --prompt TEXT"
-            )
+            both = f"{options.run} and {shlex.quote(word)}"
+            raise UserError(f"one run at a time, but got {both}\n       a text to go on from is --prompt TEXT")
         known = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
         raise config.unknown_flag(word.partition("=")[0].lstrip("-"), known, "sample")
     for name, (must, good) in LIMITS.items():

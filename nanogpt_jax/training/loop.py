@@ -224,5 +224,5 @@ class _Reader:
             if step % t.log_every == 0 or step == t.steps:
                 row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
                 self._log.write(step, {**row, "tokens_per_second": round(speed, 1)})
-                self._progress.update(step, loss, speed)
+                self._progress.update(step, loss, speed, first + n)
                 self._clock, self._counted = now, 0

@@ -77,7 +77,7 @@ class Progress:
     """Step, loss, tokens/s and time left: a bar on a terminal, and a line now and then elsewhere."""
 
     def __init__(self, step: int, steps: int):
-        self._step, self._steps = step, steps
+        self._steps = steps
         self._started, self._began_at = time.monotonic(), step
         self._bar = None
         self._next_line = step
@@ -100,12 +100,12 @@ class Progress:
     def begin(self) -> None:
         self._started = time.monotonic()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        self._step = step
+    def update(self, step: int, loss: float, tokens_per_second: float, done: int) -> None:
+        """Show a step. Several are read at once: `done` of them had been taken by now."""
         if self._bar:
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
         elif step >= self._next_line:
-            left = (time.monotonic() - self._started) / max(step - self._began_at, 1) * (self._steps - step)
+            left = (time.monotonic() - self._started) / (done - self._began_at) * (self._steps - done)
             print(
                 f"step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  left {left:.0f} s",
                 file=sys.stderr,
