@@ -247,6 +247,16 @@ def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monke
     assert rows("r")[0]["tokens_per_second"] > 1000
 
 
+def test_a_long_run_without_a_terminal_says_something_every_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = metrics.Progress(0, 100_000)
+    for step in range(1, 151):
+        now[0] += 1
+        progress.update(step, 1.0, 10.0, step)
+    assert re.findall(r"step (\d+)/", capsys.readouterr().err) == ["1", "61", "121"]
+
+
 RESIDENT = """
 import resource
 from nanogpt_jax.distributed.mesh import start_for_training

@@ -10,6 +10,8 @@ from typing import Any
 
 from nanogpt_jax.config import TrainConfig, UserError
 
+LINE_SECONDS = 60  # at most, between two lines of progress where there is no bar
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl. One that is damaged is left out, as a crash leaves a last one that is cut short."""
@@ -80,7 +82,7 @@ class Progress:
         self._steps = steps
         self._started, self._began_at = time.monotonic(), step
         self._bar = None
-        self._next_line = step
+        self._next_line, self._line_due = step, 0.0
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -98,19 +100,20 @@ class Progress:
             self._bar.start()
 
     def begin(self) -> None:
+        """Count the time left from now."""
         self._started = time.monotonic()
 
     def update(self, step: int, loss: float, tokens_per_second: float, done: int) -> None:
         """Show a step. Several are read at once: `done` of them had been taken by now."""
         if self._bar:
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
-        elif step >= self._next_line:
+        elif step >= self._next_line or time.monotonic() >= self._line_due:
             left = (time.monotonic() - self._started) / (done - self._began_at) * (self._steps - done)
             print(
                 f"step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  left {left:.0f} s",
                 file=sys.stderr,
             )
-            self._next_line = step + max(self._steps // 20, 1)
+            self._next_line, self._line_due = step + max(self._steps // 20, 1), time.monotonic() + LINE_SECONDS
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar."""
