@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,16 @@ def check_file(flag: str, place: str) -> None:
 def guarded(main: Main, argv: list[str] | None = None) -> int:
     """`main` with errors as a person wants them: the message and what to do on stderr, exit code 2, no traceback."""
     runtime.set_up()
+    code = _answer(main, argv)
+    if any(thread.name.startswith(runtime.SPARE) for thread in threading.enumerate()):
+        # Python would wait for it, up to half a minute
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _answer(main: Main, argv: list[str] | None) -> int:
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except UserError as e:

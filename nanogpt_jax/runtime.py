@@ -1,12 +1,14 @@
-"""What JAX is told before it starts, in one place: where compiled programs are kept. It reads that when it is imported.
+"""What JAX is told before it starts, in one place: where compiled programs are kept, and what XLA may say.
 
-What a user has set is left as it is. XLA's flags would stand here too, but none of those tried makes a CPU faster now
-(README, "Speed"), and an XLA that does not know a flag ends the process.
+What a user has set is left as it is. XLA's flags would stand here too, but none of those tried makes every program on
+a CPU faster (README, "Speed"), and an XLA that does not know a flag ends the process.
 """
 
 import os
 from hashlib import sha256
 from pathlib import Path
+
+SPARE = "spare"  # the name of threads that nobody waits for when a command has ended
 
 
 def settings() -> dict[str, str]:
@@ -15,6 +17,8 @@ def settings() -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(_cache_folder()),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # bytes; what was used longest ago goes first
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        # errors only: of training.step.Program's second compilation XLA warns a hundred thousand times
+        "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     return {name: os.environ.get(name, value) for name, value in ours.items()}
 

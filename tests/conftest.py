@@ -14,6 +14,7 @@ QUICK = f"{BEFORE or ''} --xla_backend_optimization_level=0 --xla_cpu_parallel_c
 os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as runtime has it
 # Programs compiled by one test or subprocess serve the next: pytest-xdist's workers inherit the place from the parent.
 OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"nanogpt_jax-{os.getpid()}"))

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "model": {"config"},
     "data": {"config"},
     "distributed": {"config"},
-    "training": {"config", "model", "data", "distributed", "evaluation"},
+    "training": {"config", "runtime", "model", "data", "distributed", "evaluation"},
     "inference": {"config", "model", "data"},
     "evaluation": {"config", "model", "data", "inference", "distributed"},
     "interop": {"config", "model", "data"},

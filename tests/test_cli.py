@@ -416,6 +416,24 @@ sys.exit(cli.guarded(train.main))
     assert "from step 10" in result.stdout
 
 
+def test_a_command_does_not_wait_for_a_compilation_that_nobody_will_use(tmp_path, place, clean_env):
+    shutil.copy(place / "text.txt", tmp_path)
+    busy = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from nanogpt_jax import cli
+from nanogpt_jax.training import loop, program
+loop.BEGUN = loop.LONG = 0
+program.Program._compile_apart = lambda self: time.sleep(300)
+sys.exit(cli.guarded(train.main))
+"""
+    command = [sys.executable, "-c", busy, *SMALL, "--run-dir", "runs/busy"]
+    result = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "next:" in result.stdout
+
+
 def test_a_run_with_damaged_files_goes_on_or_says_which(place, clean_env):
     shutil.copytree(place / "runs/done", place / "runs/worn")
     longer = [*SMALL, "--train.steps", "20", "--run-dir", "runs/worn"]

@@ -100,6 +100,7 @@ def test_a_users_own_settings_stand(monkeypatch, tmp_path):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
     assert os.environ["XLA_FLAGS"] == "--mine"
     assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0.1"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
     assert "# XLA_FLAGS=--mine" in runtime.describe()
 
 

@@ -27,6 +27,7 @@ from nanogpt_jax.distributed.sharding import spec_for
 from nanogpt_jax.model import attention, gpt2
 from nanogpt_jax.training import loop, metrics
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
+from nanogpt_jax.training.program import Program
 from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.step import init_state, make_train_step
 
@@ -228,7 +229,7 @@ def test_metrics_that_are_there_are_read_at_once(tmp_path):
 
 def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monkeypatch, capsys):
     """By a clock that goes on by a hundredth of a second when it is read, and by a thousand when a step is compiled."""
-    compile_for, now = loop.compile_for, [0.0]
+    Program, now = loop.Program, [0.0]
 
     def tick() -> float:
         now[0] += 0.01
@@ -236,11 +237,11 @@ def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monke
 
     def slow(*args):
         now[0] += 1000
-        return compile_for(*args)
+        return Program(*args)
 
     for module in (loop, metrics):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=tick))
-    monkeypatch.setattr(loop, "compile_for", slow)
+    monkeypatch.setattr(loop, "Program", slow)
     assert train("--train.steps", "200", "--train.save-every", "0", "--train.eval-every", "0", "--run-dir", "r") == 0
     left = int(re.search(r"step \d+/200 .* left (\d+) s", capsys.readouterr().err)[1])
     assert left < 100
@@ -255,6 +256,50 @@ def test_a_long_run_without_a_terminal_says_something_every_minute(monkeypatch, 
         now[0] += 1
         progress.update(step, 1.0, 10.0, step)
     assert re.findall(r"step (\d+)/", capsys.readouterr().err) == ["1", "61", "121"]
+
+
+def programs(cfg: Config, improve: bool):
+    """Both ways through two dispatches: the program, and the state that it left."""
+    cfg = replace(cfg, model=gpt2.resolve(cfg.model, "cpu"))
+    mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
+    state = init_state(cfg, tx, mesh)
+    tokens = np.random.default_rng(0).integers(0, 65, (2, 8, 17), dtype=np.int32)
+    program = Program(make_train_step(cfg, tx, mesh, 2), state, tokens, np.int32(2))
+    state, _ = program(state, tokens, np.int32(2))
+    if improve:
+        program.improve(wait=True)
+    return program, program(state, tokens, np.int32(1))[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"model__dropout": 0.2, "optim__name": "muon"}])
+def test_the_second_program_takes_over_and_gives_the_same_bits(settings, capfd):
+    """Else a run that goes on from a checkpoint would differ from one that was never stopped."""
+    (first, expected), (second, state) = (programs(change(TINY, **settings), improve) for improve in (False, True))
+    temporary = [p._program.memory_analysis().temp_size_in_bytes for p in (first, second)]
+    assert temporary[1] > 1.2 * temporary[0]
+    assert_trees_equal(state, expected)
+    assert capfd.readouterr().err == ""
+
+
+def test_several_devices_and_an_xla_without_it_have_the_first_program_only(monkeypatch):
+    program, _ = programs(change(TINY, mesh__data=2), True)
+    assert program._next is None
+    _, expected = programs(TINY, False)
+    monkeypatch.setattr(Program, "_compile_apart", lambda self: 1 / 0)
+    _, state = programs(TINY, True)
+    assert_trees_equal(state, expected)
+
+
+def test_only_a_long_run_is_compiled_twice(train, monkeypatch):
+    asked, improve = [], Program.improve
+    monkeypatch.setattr(Program, "improve", lambda self: (asked.append(self), improve(self, wait=True)))
+    monkeypatch.setattr(loop, "BEGUN", 0)
+    assert train("--train.steps", "20", "--run-dir", "short") == 0
+    assert not asked
+    monkeypatch.setattr(loop, "LONG", 0)
+    assert train("--train.steps", "20", "--run-dir", "long") == 0
+    assert asked
+    assert numbers("short") == numbers("long")
 
 
 RESIDENT = """

@@ -25,8 +25,13 @@ from nanogpt_jax.model import gpt2
 from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import MetricsLog, Progress
+from nanogpt_jax.training.program import Program
 from nanogpt_jax.training.signals import StopRequest
-from nanogpt_jax.training.step import TrainState, compile_for, step_flops
+from nanogpt_jax.training.step import TrainState, step_flops
+
+# Seconds that a run has taken, and that are left, before the step is compiled a second time: that keeps a core for 3 to
+# 15 seconds, and lets a run that is stopped then end no sooner.
+BEGUN, LONG = 10, 60
 
 
 @dataclass(frozen=True)
@@ -130,30 +135,34 @@ def fit(
     progress = Progress(start, t.steps)
     reader = _Reader(cfg, start, task.tokens_per_step, log, progress)
     validation: dict[str, float] = {}
-    step, program = start, None
+    step, program, began = start, None, 0.0
     try:
         for first, n, tokens in ahead:
             if stop.received:
                 break
             if program is None:
-                program = compile_for(train_step, state, tokens, np.int32(n))
+                program = Program(train_step, state, tokens, np.int32(n))
                 reader.begin()
+                began = time.monotonic()
             state, metrics = program(state, tokens, np.int32(n))
             reader.add(first, n, metrics)
             step = first + n
+            spent = time.monotonic() - began
+            if spent > BEGUN and spent / (step - start) * (t.steps - step) > LONG:
+                program.improve()
 
             is_last = step == t.steps
             val_loss = None
             if is_last or (t.eval_every and step % t.eval_every == 0):
                 reader.drain()
                 give_back_memory()
-                began = time.monotonic()
+                paused = time.monotonic()
                 scores = task.evaluate(state.params)
                 validation = {f"val/{name}": value for name, value in scores.items()}
                 log.write(step, validation)
                 progress.say(f"step {step}: {task.say.format(**scores)}")
                 val_loss = task.loss(scores)
-                reader.pause(time.monotonic() - began)
+                reader.pause(time.monotonic() - paused)
             best = meta["best_val_loss"]
             is_best = val_loss is not None and (best is None or val_loss < best)
             if is_best:

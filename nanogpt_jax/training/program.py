@@ -1,0 +1,57 @@
+"""The step as a compiled program, and beside it, where the run is long, a quicker one."""
+
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from nanogpt_jax import runtime
+from nanogpt_jax.distributed.mesh import give_back_memory
+from nanogpt_jax.training.step import Metrics, TrainState
+
+MOST_TEMPORARY = 2**30  # bytes, of which the second program needs two to three times as many
+
+
+class Program:
+    """A jitted step, compiled for these arguments; on one CPU a second time, where the run is worth it.
+
+    XLA:CPU gives arrays the same memory where the one is not needed any more when the other is made, in the order in
+    which it wrote the operations down. Two cores take them in another order, and then one waits until the other has
+    read what still lies there. The second program has memory for every array apart: the same operations and the same
+    bits, 1.0 to 1.4 times as fast, and two to three times the temporary memory. JAX cannot keep it in its cache, since
+    XLA stores no program with several blocks of temporary memory; so the first one works while it is compiled.
+    """
+
+    def __init__(self, step: Any, *arguments: Any):
+        self._lowered: Any = step.lower(*arguments)
+        self._program = self._lowered.compile()
+        self._next: Future[Any] | None = None
+        device, *others = jax.tree.leaves(arguments[0])[0].devices()
+        self._can_improve = (
+            device.platform == "cpu"
+            and not others
+            and self._program.memory_analysis().temp_size_in_bytes <= MOST_TEMPORARY
+        )
+        # What compiling took, before the step takes memory of its own: 136 MiB less at the peak of GPT-2's 124M.
+        give_back_memory()
+
+    def __call__(self, *arguments: Any) -> tuple[TrainState, Metrics]:
+        if self._next and self._next.done():
+            if not self._next.exception():  # an XLA without that option has the first program only
+                self._program = self._next.result()
+            self._next = self._lowered = None
+            give_back_memory()
+        return self._program(*arguments)
+
+    def improve(self, wait: bool = False) -> None:
+        """Begin to compile the second program, once; the first call after that is done takes it."""
+        if self._can_improve:
+            self._can_improve = False
+            thread = ThreadPoolExecutor(1, runtime.SPARE)
+            self._next = thread.submit(self._compile_apart)
+            thread.shutdown(wait=wait)
+
+    def _compile_apart(self) -> Any:
+        warnings.filterwarnings("ignore", r"(?s)Error writing persistent compilation cache.*Multiple temp buffer")
+        return self._lowered.compile(compiler_options={"xla_multiheap_size_constraint_per_heap": 1})  # bytes
