@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -25,7 +26,7 @@ from nanogpt_jax.data import batches
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
 from nanogpt_jax.model import attention, gpt2
-from nanogpt_jax.training import loop, metrics
+from nanogpt_jax.training import loop, metrics, program
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
 from nanogpt_jax.training.program import Program
 from nanogpt_jax.training.run_dir import checkpoint_steps
@@ -264,11 +265,11 @@ def programs(cfg: Config, improve: bool):
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
     state = init_state(cfg, tx, mesh)
     tokens = np.random.default_rng(0).integers(0, 65, (2, 8, 17), dtype=np.int32)
-    program = Program(make_train_step(cfg, tx, mesh, 2), state, tokens, np.int32(2))
-    state, _ = program(state, tokens, np.int32(2))
+    step = Program(make_train_step(cfg, tx, mesh, 2), state, tokens, np.int32(2))
+    state, _ = step(state, tokens, np.int32(2))
     if improve:
-        program.improve(wait=True)
-    return program, program(state, tokens, np.int32(1))[0]
+        step.improve(wait=True)
+    return step, step(state, tokens, np.int32(1))[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"model__dropout": 0.2, "optim__name": "muon"}])
@@ -282,12 +283,40 @@ def test_the_second_program_takes_over_and_gives_the_same_bits(settings, capfd):
 
 
 def test_several_devices_and_an_xla_without_it_have_the_first_program_only(monkeypatch):
-    program, _ = programs(change(TINY, mesh__data=2), True)
-    assert program._next is None
+    several, _ = programs(change(TINY, mesh__data=2), True)
+    assert several._can_improve is False
     _, expected = programs(TINY, False)
     monkeypatch.setattr(Program, "_compile_apart", lambda self: 1 / 0)
     _, state = programs(TINY, True)
     assert_trees_equal(state, expected)
+
+
+def test_no_second_program_where_memory_is_scarce(monkeypatch):
+    monkeypatch.setattr(program, "free_memory", lambda: 2**20)
+    (first, expected), (kept, state) = (programs(TINY, improve) for improve in (False, True))
+    temporary = [p._program.memory_analysis().temp_size_in_bytes for p in (first, kept)]
+    assert temporary[0] == temporary[1]
+    assert kept._next is None
+    assert_trees_equal(state, expected)
+
+
+def test_free_memory_is_what_the_container_leaves(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 16000 kB\nMemAvailable:   8000 kB\n")
+    monkeypatch.setattr(program, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(program, "GROUP", tmp_path)
+    assert program.free_memory() == 8000 * 1024
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert program.free_memory() == 8000 * 1024
+    (tmp_path / "memory.max").write_text("3000000\n")
+    assert program.free_memory() == 2_000_000
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000000\n")
+    assert program.free_memory() == 4_000_000
+    (tmp_path / "meminfo").unlink()
+    assert program.free_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def test_only_a_long_run_is_compiled_twice(train, monkeypatch):
