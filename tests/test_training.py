@@ -291,8 +291,9 @@ def test_several_devices_and_an_xla_without_it_have_the_first_program_only(monke
     assert_trees_equal(state, expected)
 
 
-def test_no_second_program_where_memory_is_scarce(monkeypatch):
-    monkeypatch.setattr(program, "free_memory", lambda: 2**20)
+@pytest.mark.parametrize(("name", "value"), [("free_memory", lambda: 2**20), ("MOST_TEMPORARY", 2**10)])
+def test_no_second_program_where_memory_is_scarce(monkeypatch, name, value):
+    monkeypatch.setattr(program, name, value)
     (first, expected), (kept, state) = (programs(TINY, improve) for improve in (False, True))
     temporary = [p._program.memory_analysis().temp_size_in_bytes for p in (first, kept)]
     assert temporary[0] == temporary[1]

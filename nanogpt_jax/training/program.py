@@ -12,6 +12,7 @@ from nanogpt_jax import runtime
 from nanogpt_jax.distributed.mesh import give_back_memory
 from nanogpt_jax.training.step import Metrics, TrainState
 
+MOST_TEMPORARY = 2**30  # bytes: of two or three times as many, larger models gain 1 %
 COST = 8  # bytes for each line of a program, squared: 6.2 to 8.5 were measured, from 6,000 to 31,000 lines
 MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -25,7 +26,7 @@ class Program:
     bits, 1.0 to 1.4 times as fast. JAX cannot keep it in its cache, since XLA stores no program with several blocks of
     temporary memory; so the first one works while it is compiled. XLA also takes much memory for it, half a gigabyte
     for the defaults, four for six layers of 384 channels, as it notes the life of every array with each array: so it is
-    made only where that is less than a quarter of what is free.
+    made only where that is less than a quarter of what is free, and for no model with much temporary memory.
     """
 
     def __init__(self, step: Any, *arguments: Any):
@@ -54,7 +55,9 @@ class Program:
             thread.shutdown(wait=wait)
 
     def _compile_apart(self) -> Any:
-        if COST * self._program.as_text().count("\n") ** 2 > free_memory() / 4:
+        temporary = self._program.memory_analysis().temp_size_in_bytes
+        cost = COST * self._program.as_text().count("\n") ** 2
+        if temporary > MOST_TEMPORARY or cost > free_memory() / 4:
             return None
         warnings.filterwarnings("ignore", r"(?s)Error writing persistent compilation cache.*Multiple temp buffer")
         return self._lowered.compile(compiler_options={"xla_multiheap_size_constraint_per_heap": 1})  # bytes
