@@ -428,7 +428,7 @@ loop.BEGUN = loop.LONG = 0
 program.Program._compile_apart = lambda self: time.sleep(300)
 sys.exit(cli.guarded(train.main))
 """
-    command = [sys.executable, "-c", busy, *SMALL, "--run-dir", "runs/busy"]
+    command = [sys.executable, "-c", busy, *SMALL, "--train.steps", "20", "--run-dir", "runs/busy"]
     result = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "next:" in result.stdout
