@@ -1,5 +1,6 @@
 """`python -m nanogpt_jax COMMAND`, installed as `nanogpt-jax` too, and what all commands share."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -38,8 +39,8 @@ def guarded(main: Main, argv: list[str] | None = None) -> int:
     code = _answer(main, argv)
     if any(thread.name.startswith(runtime.SPARE) for thread in threading.enumerate()):
         # Python would wait for it, up to half a minute
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # whoever read it has gone
+            sys.stdout.flush()
         os._exit(code)
     return code
 

@@ -17,7 +17,7 @@ def settings() -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(_cache_folder()),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # bytes; what was used longest ago goes first
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        # errors only: of training.step.Program's second compilation XLA warns a hundred thousand times
+        # errors only: of training.program's second compilation XLA warns a hundred thousand times
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     return {name: os.environ.get(name, value) for name, value in ours.items()}
