@@ -38,7 +38,7 @@ def guarded(main: Main, argv: list[str] | None = None) -> int:
     runtime.set_up()
     code = _answer(main, argv)
     if any(thread.name.startswith(runtime.SPARE) for thread in threading.enumerate()):
-        # Python would wait for it, up to half a minute
+        # Python would wait for it
         with contextlib.suppress(OSError):  # whoever read it has gone
             sys.stdout.flush()
         os._exit(code)

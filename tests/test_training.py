@@ -309,22 +309,24 @@ def test_several_devices_have_no_second_program():
     assert step._next is None
 
 
-def test_free_memory_is_what_the_container_leaves(monkeypatch, tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 16000 kB\nMemAvailable:   8000 kB\n")
-    monkeypatch.setattr(program, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(program, "GROUP", tmp_path)
+def test_free_memory_is_what_the_control_groups_leave(monkeypatch, tmp_path):
+    for name in ("MEMORY", "OWN_GROUPS", "GROUPS"):
+        monkeypatch.setattr(program, name, tmp_path / name)
+    (tmp_path / "MEMORY").write_text("MemTotal: 16000 kB\nMemAvailable:   8000 kB\n")
+    (tmp_path / "OWN_GROUPS").write_text("3:cpu:/\n2:memory:/old\n0::/job/step\n")
+    job, old = tmp_path / "GROUPS" / "job", tmp_path / "GROUPS" / "memory"
+    (job / "step").mkdir(parents=True)
+    old.mkdir()
     assert program.free_memory() == 8000 * 1024
-    (tmp_path / "memory.current").write_text("1000000\n")
-    (tmp_path / "memory.max").write_text("max\n")
+    (job / "memory.current").write_text("1000000\n")
+    (job / "memory.max").write_text("max\n")
     assert program.free_memory() == 8000 * 1024
-    (tmp_path / "memory.max").write_text("3000000\n")
+    (job / "memory.max").write_text("6000000\n")  # of the group above the process's own
+    assert program.free_memory() == 5_000_000
+    (old / "memory.usage_in_bytes").write_text("1000000\n")
+    (old / "memory.limit_in_bytes").write_text("3000000\n")
     assert program.free_memory() == 2_000_000
-    (tmp_path / "memory.max").unlink()
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000000\n")
-    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000000\n")
-    assert program.free_memory() == 4_000_000
-    (tmp_path / "meminfo").unlink()
+    (tmp_path / "MEMORY").unlink()
     assert program.free_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
