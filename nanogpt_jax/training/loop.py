@@ -30,7 +30,7 @@ from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import TrainState, step_flops
 
 # Seconds that a run has taken, and that are left, before the step is compiled a second time, which keeps one core for 3
-# to 15: one that is only tried out is left alone, and a short one would not get them back.
+# to 25: one that is only tried out is left alone, and a short one would not get them back.
 BEGUN, LONG = 10, 60
 
 

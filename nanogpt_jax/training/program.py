@@ -24,7 +24,7 @@ class Program:
     which it wrote the operations down. Two cores take them in another order, and then one waits until the other has
     read what still lies there. The second program has memory for every array apart: the same operations and the same
     bits, 1.0 to 1.4 times as fast. JAX cannot keep it in its cache, since XLA stores no program with several blocks of
-    temporary memory; so the first one works while it is compiled. XLA also takes much memory for it, half a gigabyte
+    temporary memory; so the first one works while it is compiled. XLA also takes much memory for it, 0.7 gigabytes
     for the defaults, 3.6 for six layers of 384 channels, as it notes the life of every array with each array: so it is
     made only where that is less than a quarter of what is free, and for no model with much temporary memory.
     """
@@ -49,7 +49,7 @@ class Program:
         return self._program(*arguments)
 
     def improve(self, wait: bool = False) -> None:
-        """Begin to compile the second program, once; the first call after that is done takes it."""
+        """Begin to compile the second program, once; the first call after that takes it. `wait`: until it is there."""
         if self._can_improve:
             self._can_improve = False
             executor = ThreadPoolExecutor(1, runtime.SPARE)
