@@ -22,8 +22,6 @@ def main(argv: list[str]) -> int:
     from nanogpt_jax.training import run_dir
 
     run = options.existing(wish.run) if wish.run else run_dir.newest(Path("runs"))
-    if not wish.run:
-        print(f"from {run}:", file=sys.stderr)
     cfg = config.read_json(run / "config.json")
     tokenizer = tokenizers.load(run / "tokenizer")
     if prompt is None:  # a char model begins an empty prompt with end-of-text or a newline, if its vocabulary has one
@@ -32,13 +30,18 @@ def main(argv: list[str]) -> int:
     if n > context:
         print(f"note: of the prompt's {n} tokens the model sees the last {context}, its context", file=sys.stderr)
 
+    if wish.num_samples > 1 and wish.temperature == 0:
+        print("note: at temperature 0 all samples are alike", file=sys.stderr)
+
     from nanogpt_jax.distributed.mesh import start  # jax takes seconds, so only now
     from nanogpt_jax.inference.generate import Rules
     from nanogpt_jax.inference.sampler import generate_text
     from nanogpt_jax.training.checkpoint import load_params
 
     start()
-    params, _ = load_params(run, cfg, wish.checkpoint)
+    params, step = load_params(run, cfg, wish.checkpoint)
+    if not wish.run:
+        print(f"from {run}, step {step}:", file=sys.stderr)
     rules = Rules(wish.temperature, wish.top_k, wish.top_p, wish.min_p, wish.repetition_penalty)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark

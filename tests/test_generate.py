@@ -402,7 +402,12 @@ def test_sample_says_from_which_run_when_it_was_given_none(run, params, monkeypa
     assert sample("--prompt=hello", "--max-new-tokens=5", "--seed=7") == 0
     out, err = capsys.readouterr()
     assert out == "hello" + text_of(params, ["hello"], 5)[0] + "\n"
-    assert err == "from runs/last:\n"
+    assert err == "from runs/last, step 3:\n"
+
+
+def test_sample_says_that_samples_at_temperature_0_are_alike(run, params, capsys):
+    assert sample(run, "--prompt=hello", "--max-new-tokens=5", "--temperature=0", "--num-samples=2") == 0
+    assert capsys.readouterr().err == "note: at temperature 0 all samples are alike\n"
 
 
 WRONG = {

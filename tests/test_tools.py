@@ -30,6 +30,7 @@ def test_the_bench_measures_and_writes_what_it_shows(work, rounds, flags, tmp_pa
     assert len(result["rounds"]) == rounds
     assert result["tokens_per_second"] == sorted(result["rounds"])[rounds // 2] > 0
     assert f"{result['tokens_per_second']:,.1f}" in done.stdout
+    assert ("of one round" in done.stdout) == (rounds == 1)
     assert result["times_as_fast"] == 1
     assert result["first_step_seconds"] > 0
     assert result["peak_memory_bytes"] > 10e6
@@ -63,6 +64,13 @@ def test_wrong_input_of_the_bench(flags, message, capfd, monkeypatch):
     error = capfd.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_peer_that_is_not_installed_is_told_before_anything_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert cli.guarded(bench.main, ["decode", "--versus", "torch"]) == 2
+    needs = "error: --versus=torch needs torch and transformers: pip install 'nanogpt-jax[compare]'\n"
+    assert capsys.readouterr().err == needs
 
 
 def test_the_kind_of_work_may_stand_behind_the_configuration(tmp_path, monkeypatch):

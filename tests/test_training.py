@@ -5,8 +5,11 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +35,7 @@ from nanogpt_jax.training import loop, metrics, program
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
 from nanogpt_jax.training.program import Program
 from nanogpt_jax.training.run_dir import checkpoint_steps
+from nanogpt_jax.training.signals import stop_on_signals
 from nanogpt_jax.training.step import init_state, make_train_step
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
@@ -238,9 +242,9 @@ def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monke
         now[0] += 0.01
         return now[0]
 
-    def slow(*args):
+    def slow(*args, **kwargs):
         now[0] += 1000
-        return Program(*args)
+        return Program(*args, **kwargs)
 
     for module in (loop, metrics):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=tick))
@@ -275,7 +279,7 @@ def test_the_second_program_takes_over_and_gives_the_same_bits(capfd):
         return state, metrics, step._program.memory_analysis().temp_size_in_bytes
 
     *expected, before = three_steps()
-    step.improve(wait=True)
+    step.improve(at_once=True)
     *state, after = three_steps()
     assert after > 1.2 * before
     assert_trees_equal(state, expected)
@@ -296,16 +300,34 @@ def test_no_second_program_where_memory_is_scarce_or_xla_refuses(monkeypatch, pl
     x = jnp.ones((64, 64))
     step = Program(jax.jit(lambda x: jnp.sin(x @ x) @ x), x)
     first, expected = step._program, step(x)
-    step.improve(wait=True)
+    step.improve(at_once=True)
     assert_trees_equal(step(x), expected)
     assert (step._program is first) == (name != "COST")
+
+
+def test_a_signal_is_heard_while_the_step_is_compiled():
+    """XLA takes half a minute for 124M parameters, and minutes for some shapes."""
+    signalled = threading.Event()
+
+    class Step:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signalled.wait(60), "the program was waited for"
+
+    with stop_on_signals() as stop:
+        Program(Step(), jnp.ones(()), stop=stop)
+        assert stop.received == signal.SIGTERM
+        signalled.set()
 
 
 def test_several_devices_have_no_second_program():
     mesh = make_mesh(change(TINY, mesh__data=2).mesh)
     x = jax.device_put(jnp.ones((64, 64)), NamedSharding(mesh, P("data")))
     step = Program(jax.jit(lambda x: x @ x), x)
-    step.improve(wait=True)
+    step.improve(at_once=True)
     assert step._next is None
 
 
@@ -339,6 +361,15 @@ def test_only_a_long_run_is_compiled_twice(train, monkeypatch):
     monkeypatch.setattr(loop, "LONG", 0)
     assert train("--train.steps", "20", "--run-dir", "long") == 0
     assert asked
+
+
+def test_a_run_takes_the_second_program_and_says_so(train, monkeypatch, capsys):
+    improve = Program.improve
+    monkeypatch.setattr(Program, "improve", lambda self: improve(self) or wait([self._next] if self._next else []))
+    monkeypatch.setattr(loop, "BEGUN", 0)
+    monkeypatch.setattr(loop, "LONG", 0)
+    assert train("--train.steps", "20", "--run-dir", "r") == 0
+    assert len(re.findall(r"step \d+: a second, quicker program", capsys.readouterr().err)) == 1
 
 
 RESIDENT = """
@@ -516,9 +547,6 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch
 
 def raise_signal_at(monkeypatch, call: int) -> None:
     """Send this process a SIGINT when the loop makes its `call`-th batch."""
-    import os
-    import signal
-
     make, calls = batches.batch, []
 
     def batch(*args, **kwargs):

@@ -249,7 +249,8 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
         if counts["tokens"] < 2:
             raise UserError(
                 f"data.val_fraction={cfg.val_fraction} of data.source={cfg.source}{what} leaves "
-                f"{counts['tokens']} tokens for {split}, which needs at least 2; give a longer text or another fraction"
+                f"{'one token' if counts['tokens'] else 'no token'} for {split}, which needs at least 2; "
+                "give a longer text or another fraction"
             )
         manifest[split] = {**counts, "fingerprint": fingerprint(path)}
     manifest["checksum"] = sha256_of_json(manifest)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
             raise UserError(f"--{name} is about generation, which is nanogpt-jax bench decode{other}")
     if options["versus"] not in ("", "torch"):
         raise UserError(f"--versus={options['versus']} is not one of torch")
+    needed = {"train": ("torch",), "decode": ("torch", "transformers"), "data": ()}[work]
+    if options["versus"] and (gone := [name for name in needed if not find_spec(name)]):
+        raise UserError(f"--versus=torch needs {' and '.join(gone)}: pip install 'nanogpt-jax[compare]'")
     if "json" in flags:
         cli.check_file("--json", flags["json"])
     cfg = config.load([*words, *(f"--{key}={value}" for key, value in flags.items() if key not in OWN)]).cfg
@@ -204,6 +208,8 @@ def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[s
     if work == "decode":
         share = results[0]["share_of_bandwidth"]
         lines.append(f"\njax reads its weights, and what its cache holds, at {share:.0%} of the measured bandwidth")
+    if len(results[0]["rounds"]) == 1:
+        lines.append("\nof one round, which may be off by a factor of two: --rounds 5 shows medians")
     return "\n".join(lines)
 
 
@@ -340,7 +346,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     def run() -> int:
         nonlocal state, runs
         if runs == 1:
-            program.improve(wait=True)  # as a long run would; it does not count in the time to the first step
+            program.improve(at_once=True)  # as a long run would; it does not count in the time to the first step
         state, metrics = program(state, tokens, np.int32(K))
         jax.block_until_ready(metrics["loss"])
         runs += 1

@@ -140,7 +140,8 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong in the end, 200 characters of it."""
     while error.__cause__:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def _abstract(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -157,7 +158,7 @@ def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: An
 def _damaged(run_dir: Path, step: int, error: Exception) -> UserError:
     before = [s for s in checkpoint_steps(run_dir) if s < step]
     remedy = (
-        f"delete that folder, and checkpoint {before[-1]} is used"
+        f"delete that folder, and checkpoint {before[-1]} is tried"
         if before
         else "there is none before it; --overwrite starts over"
     )

@@ -141,9 +141,13 @@ def fit(
             if stop.received:
                 break
             if program is None:
-                program = Program(train_step, state, tokens, np.int32(n))
+                program = Program(train_step, state, tokens, np.int32(n), stop=stop)
+                if stop.received:
+                    break
                 reader.begin()
                 began = time.monotonic()
+            if program.renew():
+                progress.note(f"step {step}: a second, quicker program of the step takes over")
             state, metrics = program(state, tokens, np.int32(n))
             reader.add(first, n, metrics)
             step = first + n

@@ -119,6 +119,10 @@ class Progress:
         """A line that stays, above the bar."""
         print(text, flush=True)
 
+    def note(self, text: str) -> None:
+        """A line that stays, of no interest to who keeps the results."""
+        print(text, file=sys.stderr)
+
     def close(self) -> None:
         if self._bar:
             self._bar.stop()

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 
 from nanogpt_jax import runtime
 from nanogpt_jax.distributed.mesh import give_back_memory
+from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import Metrics, TrainState
 
 MOST_TEMPORARY = 2**30  # bytes; the second program takes two to three times as many, and gives larger models 1 % only
@@ -29,9 +31,13 @@ class Program:
     made only where that is less than a quarter of what is free, and for no model with much temporary memory.
     """
 
-    def __init__(self, step: Any, *arguments: Any):
+    def __init__(self, step: Any, *arguments: Any, stop: StopRequest | None = None):
+        """Returns when the program is there; without one, and not to be called, where `stop` was received before."""
         self._lowered: Any = step.lower(*arguments)
-        self._program = self._lowered.compile()
+        compiling = _aside(self._lowered.compile)  # Python hears no signal while its main thread is inside XLA
+        while not (stop and stop.received) and not wait([compiling], timeout=0.1).done:
+            pass
+        self._program: Any = compiling.result() if compiling.done() else None
         self._next: Future[Any] | None = None
         device, *others = jax.tree.leaves(arguments[0])[0].devices()
         self._can_improve = device.platform == "cpu" and not others
@@ -41,20 +47,26 @@ class Program:
         give_back_memory()
 
     def __call__(self, *arguments: Any) -> tuple[TrainState, Metrics]:
-        if self._next and self._next.done():
-            if not self._next.exception():  # an XLA without that option has the first program only
-                self._program = self._next.result() or self._program
-            self._next = self._lowered = None
-            give_back_memory()
         return self._program(*arguments)
 
-    def improve(self, wait: bool = False) -> None:
-        """Begin to compile the second program, once; the first call after that takes it. `wait`: until it is there."""
+    def improve(self, at_once: bool = False) -> None:
+        """Begin to compile the second program, once. `at_once`: wait for it and take it."""
         if self._can_improve:
             self._can_improve = False
-            executor = ThreadPoolExecutor(1, runtime.SPARE)
-            self._next = executor.submit(self._compile_apart)
-            executor.shutdown(wait=wait)
+            self._next = _aside(self._compile_apart)
+            if at_once:
+                wait([self._next])
+                self.renew()
+
+    def renew(self) -> bool:
+        """Take the second program, if it is there by now -> whether it was taken."""
+        if not self._next or not self._next.done():
+            return False
+        second = None if self._next.exception() else self._next.result()  # an XLA without that option: the first only
+        self._program = second or self._program
+        self._next = self._lowered = None
+        give_back_memory()
+        return second is not None
 
     def _compile_apart(self) -> Any:
         temporary = self._program.memory_analysis().temp_size_in_bytes
@@ -63,6 +75,14 @@ class Program:
             return None
         warnings.filterwarnings("ignore", r"(?s)Error writing persistent compilation cache.*Multiple temp buffer")
         return self._lowered.compile(compiler_options={"xla_multiheap_size_constraint_per_heap": 1})  # bytes
+
+
+def _aside(work: Callable[[], Any]) -> Future[Any]:
+    """`work` in a thread that nobody waits for when the command has ended."""
+    executor = ThreadPoolExecutor(1, runtime.SPARE)
+    future = executor.submit(work)
+    executor.shutdown(wait=False)
+    return future
 
 
 def free_memory() -> int:
