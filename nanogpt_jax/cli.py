@@ -51,12 +51,28 @@ def _answer(main: Main, argv: list[str] | None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as e:
+        if not (words := out_of_memory(e)):
+            raise
+        print(f"error: {words}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `sample.py | head`; the reader has gone, and Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def out_of_memory(error: Exception) -> str:
+    """What to say where an error is a want of memory: XLA's, PyTorch's or Python's. Nothing of another one."""
+    what = str(error).strip().removeprefix("RESOURCE_EXHAUSTED: ") or "out of memory"
+    if not (isinstance(error, MemoryError) or what != str(error).strip() or "out of memory" in what):
+        return ""
+    return (
+        f"{what.splitlines()[0][:200]}\n       less is needed with a smaller train.micro_batch, or train.batch_size, "
+        "a shorter model.block_size, fewer samples at once"
+    )
 
 
 def door(name: str) -> ModuleType:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from nanogpt_jax import cli, config, runtime
@@ -71,6 +72,21 @@ def test_a_peer_that_is_not_installed_is_told_before_anything_is_measured(capsys
     assert cli.guarded(bench.main, ["decode", "--versus", "torch"]) == 2
     needs = "error: --versus=torch needs torch and transformers: pip install 'nanogpt-jax[compare]'\n"
     assert capsys.readouterr().err == needs
+
+
+def test_a_want_of_memory_is_an_error_and_no_other_one_is_hidden(capsys):
+    assert cli.guarded(lambda _: int(jnp.zeros(2**50).sum()), []) == 2  # four million gigabytes
+    error = capsys.readouterr().err
+    assert error.startswith("error: Out of memory allocating 4503599627370496 bytes")
+    assert "less is needed with a smaller train.micro_batch" in error
+    assert cli.guarded(lambda _: len(bytearray(2**50)), []) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory\n")
+
+    def other(_):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.guarded(other, [])
 
 
 def test_the_kind_of_work_may_stand_behind_the_configuration(tmp_path, monkeypatch):

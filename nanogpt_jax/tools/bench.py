@@ -236,15 +236,17 @@ def _work(order: dict[str, Any]) -> None:
         if question.strip() == "start":
             try:
                 run, facts = engines[order["work"], order["engine"]](cfg, order)
+                run()
+                answer = {"seconds": time.time() - order["began"], **facts}
+                run()  # warm
             except ImportError as e:
-                print(json.dumps({"error": f"{e}\n       pip install 'nanogpt-jax[compare]'"}), file=out, flush=True)
-                return
+                answer = {"error": f"{e}\n       pip install 'nanogpt-jax[compare]'"}
             except UserError as e:
-                print(json.dumps({"error": str(e)}), file=out, flush=True)
-                return
-            run()
-            answer = {"seconds": time.time() - order["began"], **facts}
-            run()  # warm
+                answer = {"error": str(e)}
+            except RuntimeError as e:
+                if not (words := cli.out_of_memory(e)):
+                    raise
+                answer = {"error": words}
         elif question.strip() == "measure":
             tokens, began = 0, time.perf_counter()
             while (seconds := time.perf_counter() - began) < float(order["seconds"]):

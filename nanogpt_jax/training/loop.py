@@ -25,7 +25,7 @@ from nanogpt_jax.model import gpt2
 from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import MetricsLog, Progress
-from nanogpt_jax.training.program import Program
+from nanogpt_jax.training.program import Program, free_memory
 from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import TrainState, step_flops
 
@@ -144,6 +144,13 @@ def fit(
                 program = Program(train_step, state, tokens, np.int32(n), stop=stop)
                 if stop.received:
                     break
+                needs, free = program.temporary_memory / 1e9, free_memory() / 1e9
+                if needs > free > 0:  # the system may end the process without a word
+                    size = t.micro_batch or t.batch_size
+                    progress.note(
+                        f"note: a step takes {needs:.1f} GB of memory, and {free:.1f} are free; "
+                        f"train.micro_batch, now {size}, takes less when it is smaller"
+                    )
                 reader.begin()
                 began = time.monotonic()
             if program.renew():
