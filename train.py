@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 def train(cfg, run, data, stop):
     """Settings to a trained model in the run directory -> how it ended, and a sample of its text."""
-    from nanogpt_jax.distributed.mesh import make_mesh, start_for_training
+    from nanogpt_jax.distributed.mesh import make_mesh, start
     from nanogpt_jax.inference.sampler import opening_and_continuation
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import Checkpointer, load_params
@@ -59,7 +59,7 @@ def train(cfg, run, data, stop):
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
 
-    platform = start_for_training()  # JAX's devices: it takes seconds, so only now
+    platform = start()  # JAX's devices: it takes seconds, so only now
     cfg = replace(cfg, model=gpt2.resolve(cfg.model, platform))  # what was left to choose, chosen for this device
     mesh = make_mesh(cfg.mesh)
     tx = make_optimizer(cfg.optim, cfg.train.steps)

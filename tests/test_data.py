@@ -461,7 +461,7 @@ def test_texts_too_short_to_split(tmp_path: Path):
     path = tmp_path / "short.txt"
     path.write_text("0123456789")
     with pytest.raises(
-        UserError, match=r"data\.val_fraction=0\.1 of data\.source=\S+ \(10 characters\) leaves 1 token"
+        UserError, match=r"data\.val_fraction=0\.1 of data\.source=\S+ \(10 characters\) leaves one token"
     ):
         prepare.open_data(DataConfig(source=str(path), dir=str(tmp_path / "data")))
     assert len(prepare.open_data(DataConfig(source=str(path), dir=str(tmp_path / "data"), val_fraction=0.2)).val) == 2

@@ -28,6 +28,7 @@ from nanogpt_jax import config
 from nanogpt_jax.cli import door
 from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UserError
 from nanogpt_jax.data import batches
+from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
 from nanogpt_jax.model import attention, gpt2
@@ -38,6 +39,7 @@ from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.signals import stop_on_signals
 from nanogpt_jax.training.step import init_state, make_train_step
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60
 TINY = Config(
@@ -289,7 +291,7 @@ def test_the_second_program_takes_over_and_gives_the_same_bits(capfd):
 @pytest.mark.parametrize(
     ("place", "name", "value"),
     [
-        (program, "free_memory", lambda: 2**10),
+        (memory, "free", lambda: 2**10),
         (program, "MOST_TEMPORARY", -1),
         (Program, "_compile_apart", lambda self: 1 / 0),  # an XLA without that option
         (program, "COST", program.COST),  # nothing changed: there is one
@@ -324,7 +326,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 
 
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "free_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "free", lambda: 1000)
     assert train("--train.steps", "2", "--run-dir", "r") == 0
     assert re.search(r"note: a step takes 0\.\d GB of memory, and 0\.0 are free; train", capsys.readouterr().err)
 
@@ -339,23 +341,23 @@ def test_several_devices_have_no_second_program():
 
 def test_free_memory_is_what_the_control_groups_leave(monkeypatch, tmp_path):
     for name in ("MEMORY", "OWN_GROUPS", "GROUPS"):
-        monkeypatch.setattr(program, name, tmp_path / name)
+        monkeypatch.setattr(memory, name, tmp_path / name)
     (tmp_path / "MEMORY").write_text("MemTotal: 16000 kB\nMemAvailable:   8000 kB\n")
     (tmp_path / "OWN_GROUPS").write_text("3:cpu:/\n2:memory:/old\n0::/job/step\n")
     job, old = tmp_path / "GROUPS" / "job", tmp_path / "GROUPS" / "memory"
     (job / "step").mkdir(parents=True)
     old.mkdir()
-    assert program.free_memory() == 8000 * 1024
+    assert memory.free() == 8000 * 1024
     (job / "memory.current").write_text("1000000\n")
     (job / "memory.max").write_text("max\n")
-    assert program.free_memory() == 8000 * 1024
+    assert memory.free() == 8000 * 1024
     (job / "memory.max").write_text("6000000\n")  # of the group above the process's own
-    assert program.free_memory() == 5_000_000
+    assert memory.free() == 5_000_000
     (old / "memory.usage_in_bytes").write_text("1000000\n")
     (old / "memory.limit_in_bytes").write_text("3000000\n")
-    assert program.free_memory() == 2_000_000
+    assert memory.free() == 2_000_000
     (tmp_path / "MEMORY").unlink()
-    assert program.free_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    assert memory.free() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def test_only_a_long_run_is_compiled_twice(train, monkeypatch):
@@ -380,8 +382,8 @@ def test_a_run_takes_the_second_program_and_says_so(train, monkeypatch, capsys):
 
 RESIDENT = """
 import resource
-from nanogpt_jax.distributed.mesh import start_for_training
-assert start_for_training() == "cpu"
+from nanogpt_jax.distributed.mesh import start
+assert start() == "cpu"
 import jax
 def resident():
     with open("/proc/self/statm") as f:
@@ -403,6 +405,29 @@ def test_a_step_takes_the_memory_of_the_last_one(kept, clean_env):
     env = clean_env if kept else {**clean_env, "MALLOC_TRIM_THRESHOLD_": "131072"}  # a user's own setting stands
     run = subprocess.run([sys.executable, "-c", RESIDENT], env=env, capture_output=True, text=True, check=True)
     assert (int(run.stdout) > 128 * 2**20) == kept, run.stdout  # of 256 MiB
+
+
+HUGE = """
+from nanogpt_jax.distributed import memory
+from nanogpt_jax.distributed.mesh import start
+assert start() == "cpu"
+import jax
+def huge():
+    with open("/proc/self/smaps_rollup") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("AnonHugePages")) * 1024
+memory.give_back()
+before = huge()
+x = jax.numpy.ones((8192, 4096)).block_until_ready()
+print(huge() - before)
+"""
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="no choice here")
+@pytest.mark.parametrize("kept", [True, False])
+def test_arrays_lie_in_huge_pages(kept, clean_env):
+    env = clean_env if kept else {**clean_env, "MALLOC_TRIM_THRESHOLD_": "131072"}
+    run = subprocess.run([sys.executable, "-c", HUGE], env=env, capture_output=True, text=True, check=True)
+    assert (int(run.stdout) > 64 * 2**20) == kept, run.stdout  # of 128 MiB
 
 
 def test_training_learns_and_the_step_is_donated():

@@ -1,20 +1,17 @@
 """Processes, devices, and the one mesh over them."""
 
-import ctypes
 import math
-import os
-import platform
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanogpt_jax.config import MeshConfig, UserError
+from nanogpt_jax.distributed import memory
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 AXES = ("data", "fsdp", "tensor")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def start() -> str:
@@ -26,36 +23,15 @@ def start() -> str:
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # not read from the environment
     try:
-        return jax.default_backend()
+        platform = jax.default_backend()
     except (AssertionError, RuntimeError) as e:  # JAX's, where a user has named a platform that is not there
         raise UserError(
             f"JAX cannot start on JAX_PLATFORMS={jax.config.jax_platforms}{f': {e}' if str(e) else ''}\n"  # pyright: ignore
             "       unset it, and JAX takes the best there is; for an NVIDIA GPU: pip install -e '.[cuda]'"
         ) from None
-
-
-def start_for_training() -> str:
-    """`start`, and a step on a CPU takes the memory that the last one gave back.
-
-    A step's temporary memory is one large block, which the C library would map afresh and hand back each time, and the
-    system clear page by page (124M: 1.6 GB a step, a tenth of the time). glibc keeps it when told to, but only for the
-    main thread, where `start` has programs run.
-    """
-    started = start()
-    if started == "cpu" and (libc := _glibc()) and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-    return started
-
-
-def give_back_memory() -> None:
-    """What is kept for the next step goes back to the system, before something else that needs much memory."""
-    if libc := _glibc():
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if platform == "cpu":
+        memory.keep()
+    return platform
 
 
 def make_mesh(cfg: MeshConfig) -> "Mesh":

@@ -105,7 +105,7 @@ SAY = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}"
 
 def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, stop: Any):
     """Settings to a trained classifier -> how it ended, the best checkpoint's step and its validation scores."""
-    from nanogpt_jax.distributed.mesh import batch_ways, make_mesh, start_for_training
+    from nanogpt_jax.distributed.mesh import batch_ways, make_mesh, start
     from nanogpt_jax.model import classifier, gpt2
     from nanogpt_jax.training.checkpoint import Checkpointer, load_params
     from nanogpt_jax.training.loop import Outcome, Task, choose_steps_per_dispatch, fit
@@ -113,7 +113,7 @@ def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, stop: Any):
     from nanogpt_jax.training.optim import head_alone, make_optimizer
     from nanogpt_jax.training.step import make_predict_step, make_train_step
 
-    platform, t, c = start_for_training(), cfg.train, cfg.classify
+    platform, t, c = start(), cfg.train, cfg.classify
     cfg = replace(cfg, model=gpt2.resolve(cfg.model, platform))
     mesh = make_mesh(cfg.mesh)
     tx = make_optimizer(cfg.optim, t.steps)

@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec as P
 from nanogpt_jax.config import Config, UserError
 from nanogpt_jax.data import batches
 from nanogpt_jax.data.prepare import Dataset
-from nanogpt_jax.distributed.mesh import give_back_memory
+from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.sharding import BATCH, shard
 from nanogpt_jax.evaluation.loss import evaluate, make_score
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import MetricsLog, Progress
-from nanogpt_jax.training.program import Program, free_memory
+from nanogpt_jax.training.program import Program
 from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import TrainState, step_flops
 
@@ -144,7 +144,7 @@ def fit(
                 program = Program(train_step, state, tokens, np.int32(n), stop=stop)
                 if stop.received:
                     break
-                needs, free = program.temporary_memory / 1e9, free_memory() / 1e9
+                needs, free = program.temporary_memory / 1e9, memory.free() / 1e9
                 if needs > free > 0:  # the system may end the process without a word
                     size = t.micro_batch or t.batch_size
                     progress.note(
@@ -166,7 +166,7 @@ def fit(
             val_loss = None
             if is_last or (t.eval_every and step % t.eval_every == 0):
                 reader.drain()
-                give_back_memory()
+                memory.give_back()
                 paused = time.monotonic()
                 scores = task.evaluate(state.params)
                 validation = {f"val/{name}": value for name, value in scores.items()}
@@ -183,7 +183,7 @@ def fit(
                 is_last = is_last or 0 < task.patience <= meta["stale"]
             if is_last or is_best or (t.save_every and step % t.save_every == 0):
                 reader.drain()  # a loss that is not finite stops the run here, before it is saved
-                give_back_memory()
+                memory.give_back()
                 checkpoints.save(state, step, meta, val_loss)
             if is_last:
                 break

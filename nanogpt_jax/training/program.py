@@ -1,22 +1,19 @@
 """The step as a compiled program, and beside it, where the run is long, a quicker one."""
 
-import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from nanogpt_jax import runtime
-from nanogpt_jax.distributed.mesh import give_back_memory
+from nanogpt_jax.distributed import memory
 from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import Metrics, TrainState
 
 MOST_TEMPORARY = 2**30  # bytes; the second program takes two to three times as many, and gives larger models 1 % only
 COST = 8  # bytes for each line of a program, squared: 6.2 to 8.5 were measured, from 6,000 to 31,000 lines
-MEMORY, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class Program:
@@ -44,7 +41,7 @@ class Program:
         if not self._is_one_cpu:
             self._lowered = None
         # What compiling took, before the step takes memory of its own: 136 MiB less at the peak of GPT-2's 124M.
-        give_back_memory()
+        memory.give_back()
 
     def __call__(self, *arguments: Any) -> tuple[TrainState, Metrics]:
         return self._program(*arguments)
@@ -70,12 +67,12 @@ class Program:
         second = None if self._next.exception() else self._next.result()  # an XLA without that option: the first only
         self._program = second or self._program
         self._next = self._lowered = None
-        give_back_memory()
+        memory.give_back()
         return second is not None
 
     def _compile_apart(self) -> Any:
         cost = COST * self._program.as_text().count("\n") ** 2
-        if self.temporary_memory > MOST_TEMPORARY or cost > free_memory() / 4:
+        if self.temporary_memory > MOST_TEMPORARY or cost > memory.free() / 4:
             return None
         warnings.filterwarnings("ignore", r"(?s)Error writing persistent compilation cache.*Multiple temp buffer")
         return self._lowered.compile(compiler_options={"xla_multiheap_size_constraint_per_heap": 1})  # bytes
@@ -87,28 +84,3 @@ def _aside(work: Callable[[], Any]) -> Future[Any]:
     future = executor.submit(work)
     executor.shutdown(wait=False)
     return future
-
-
-def free_memory() -> int:
-    """Bytes that could be had, by the account of the system and of the control groups that this process is in.
-
-    Half of all memory where there is no such account; 0 where nothing is known.
-    """
-    try:
-        lines = MEMORY.read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        groups = [line.split(":", 2) for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines()]
-    except (OSError, StopIteration):  # not Linux
-        pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0
-        return pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages else 0
-    for _, kinds, path in groups:
-        top, most, held = GROUPS, "memory.max", "memory.current"
-        if kinds:  # version 1
-            top, most, held = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        own = top / path.lstrip("/")
-        for folder in (own, *own.parents) if kinds in ("", "memory") else ():
-            try:
-                free = min(free, int((folder / most).read_text()) - int((folder / held).read_text()))
-            except (OSError, ValueError):  # no such group, or "max"
-                continue
-    return free

@@ -138,10 +138,10 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
 
 def _check_devices(cfg: Config) -> None:
     """UserError where training could not start: what is to be overwritten is still there then."""
-    from nanogpt_jax.distributed.mesh import make_mesh, start_for_training
+    from nanogpt_jax.distributed.mesh import make_mesh, start
     from nanogpt_jax.model import gpt2
 
-    gpt2.resolve(cfg.model, start_for_training())
+    gpt2.resolve(cfg.model, start())
     make_mesh(cfg.mesh)
 
 
