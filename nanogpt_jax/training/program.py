@@ -25,7 +25,7 @@ class Program:
     bits, 1.0 to 1.4 times as fast. JAX cannot keep it in its cache, since XLA stores no program with several blocks of
     temporary memory; so the first one works while it is compiled. XLA also takes much memory for it, 0.7 gigabytes
     for the defaults, 3.6 for six layers of 384 channels, as it notes the life of every array with each array: so it is
-    made only where that is less than a quarter of what is free, and for no model with much temporary memory.
+    made only where that is less than a third of what is free, and for no model with much temporary memory.
     """
 
     def __init__(self, step: Any, *arguments: Any, stop: StopRequest | None = None):
@@ -72,7 +72,7 @@ class Program:
 
     def _compile_apart(self) -> Any:
         cost = COST * self._program.as_text().count("\n") ** 2
-        if self.temporary_memory > MOST_TEMPORARY or cost > memory.free() / 4:
+        if self.temporary_memory > MOST_TEMPORARY or cost > memory.free() / 3:
             return None
         warnings.filterwarnings("ignore", r"(?s)Error writing persistent compilation cache.*Multiple temp buffer")
         return self._lowered.compile(compiler_options={"xla_multiheap_size_constraint_per_heap": 1})  # bytes
