@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -66,12 +67,13 @@ def _answer(main: Main, argv: list[str] | None) -> int:
 
 def out_of_memory(error: Exception) -> str:
     """What to say where an error is a want of memory: XLA's, PyTorch's or Python's. Nothing of another one."""
-    what = str(error).strip().removeprefix("RESOURCE_EXHAUSTED: ") or "out of memory"
-    if not (isinstance(error, MemoryError) or what != str(error).strip() or "out of memory" in what):
+    what = str(error).strip() or "out of memory"
+    wants = isinstance(error, MemoryError) or re.search("(?i)out of memory|can't allocate memory", what)
+    if not wants or re.search("(?i)shared memory|vmem", what):  # a kernel's, on a card
         return ""
     return (
-        f"{what.splitlines()[0][:200]}\n       less is needed with a smaller train.micro_batch, or train.batch_size, "
-        "a shorter model.block_size, fewer samples at once"
+        f"{what.removeprefix('RESOURCE_EXHAUSTED: ').splitlines()[0][:200]}\n"
+        "       less is needed for fewer and shorter texts at once; in training, with a smaller train.micro_batch"
     )
 
 

@@ -383,13 +383,13 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(
 
 
 # a limit on the size of files stands in for a full disk: writes fail in the same place
-CANNOT_SAVE = [
-    ("disk is full", "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))"),
-    ("folder cannot be made", "os.mkdir = refuse"),
-]
-
-
-@pytest.mark.parametrize("spoil", [w[1] for w in CANNOT_SAVE], ids=[w[0] for w in CANNOT_SAVE])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param("resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))", id="disk is full"),
+        pytest.param("os.mkdir = refuse", id="folder cannot be made", marks=pytest.mark.slow),
+    ],
+)
 def test_a_save_that_fails_is_an_error_and_keeps_what_was_saved(place, tmp_path, clean_env, spoil):
     shutil.copytree(place / "runs/done", tmp_path / "runs/full")
     shutil.copy(place / "text.txt", tmp_path)

@@ -18,7 +18,7 @@ TINY = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 
 
 @pytest.mark.parametrize(
     ("work", "rounds", "flags"),
-    [("train", 3, []), ("decode", 1, ["--batch", "2", "--prompt", "3", "--new", "9"]), ("data", 1, [])],
+    [("train", 1, []), ("decode", 1, ["--batch", "2", "--prompt", "3", "--new", "9"]), ("data", 3, [])],
 )
 def test_the_bench_measures_and_writes_what_it_shows(work, rounds, flags, tmp_path, clean_env):
     flags = [*TINY, *flags, "--rounds", str(rounds), "--seconds", "1"]
@@ -78,14 +78,17 @@ def test_a_want_of_memory_is_an_error_and_no_other_one_is_hidden(capsys):
     assert cli.guarded(lambda _: int(jnp.zeros(2**50).sum()), []) == 2  # four million gigabytes
     error = capsys.readouterr().err
     assert error.startswith("error: Out of memory allocating 4503599627370496 bytes")
-    assert "less is needed with a smaller train.micro_batch" in error
+    assert "less is needed for fewer and shorter texts" in error
     assert cli.guarded(lambda _: len(bytearray(2**50)), []) == 2
     assert capsys.readouterr().err.startswith("error: out of memory\n")
 
-    def other(_):
-        raise RuntimeError("something else")
+    for said in ("INTERNAL: RESOURCE_EXHAUSTED: Out of memory", "DefaultCPUAllocator: can't allocate memory"):
+        assert cli.out_of_memory(RuntimeError(said))
 
-    with pytest.raises(RuntimeError, match="something else"):
+    def other(_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded")
+
+    with pytest.raises(RuntimeError, match="Shared memory"):
         cli.guarded(other, [])
 
 

@@ -1,13 +1,16 @@
 """The memory of a process on a CPU: how it is held, which only glibc lets us say, and how much is free."""
 
+import contextlib
 import ctypes
 import os
 import platform
 from pathlib import Path
 
 MEMORY, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 MADV_HUGEPAGE, HUGE = 14, 2**21  # of Linux' mman.h, and the bytes of a huge page
+_keeps = False
 
 
 def keep() -> None:
@@ -17,25 +20,36 @@ def keep() -> None:
     the system clear page by page (124M: 1.6 GB a step, a tenth of the time). glibc keeps it when told to, but only for
     the main thread: `mesh.start` has programs run there. A user's own MALLOC_TRIM_THRESHOLD_ leaves all that as it is.
     """
-    if libc := _ours():
+    global _keeps
+    if (libc := _glibc()) and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
         _ask_for_huge_pages(libc)
+        _keeps = True
 
 
 def give_back() -> None:
     """What is kept goes back to the system, before something else that needs much memory."""
     if libc := _glibc():
         libc.malloc_trim(0)
-    if libc := _ours():
-        _ask_for_huge_pages(libc)
+        if _keeps:
+            _ask_for_huge_pages(libc)
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """For the next gigabytes of the heap, where Linux grants them: pages of 4 KB take time to be found."""
-    size = free() // 2
+    """For the next gigabytes of the heap, where Linux grants them: pages of 4 KB take time to be found.
+
+    They stay reserved, which costs nothing before they are written to; but not where what is reserved is counted.
+    """
+    import resource
+
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    strict = OVERCOMMIT.exists() and OVERCOMMIT.read_text(encoding="utf-8").strip() == "2"
+    size = max(free(), 0) // 2
+    if strict or any(limit != resource.RLIM_INFINITY for limit in limits):
+        return
     libc.malloc.restype = ctypes.c_void_p
-    if block := libc.malloc(ctypes.c_size_t(size)):  # no memory is taken before it is written to
+    if block := libc.malloc(ctypes.c_size_t(size)):
         first = -(-block // HUGE) * HUGE
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(block + size - first, 0)), MADV_HUGEPAGE)
         libc.free(ctypes.c_void_p(block))
@@ -44,11 +58,12 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 def free() -> int:
     """Bytes that could be had, by the account of the system and of the control groups that this process is in.
 
-    Half of all memory where there is no such account; 0 where nothing is known.
+    What is held of files that nobody reads any more counts as free. Half of all memory where there is no such account; 0
+    where nothing is known.
     """
     try:
         lines = MEMORY.read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        least = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
         groups = [line.split(":", 2) for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines()]
     except (OSError, StopIteration):  # not Linux
         pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}) else 0
@@ -60,15 +75,22 @@ def free() -> int:
         own = top / path.lstrip("/")
         for folder in (own, *own.parents) if kinds in ("", "memory") else ():
             try:
-                free = min(free, int((folder / most).read_text()) - int((folder / held).read_text()))
+                left = int((folder / most).read_text()) - int((folder / held).read_text())
+                least = min(least, left + _of_files(folder / "memory.stat"))
             except (OSError, ValueError):  # no such group, or "max"
                 continue
-    return free
+    return least
+
+
+def _of_files(account: Path) -> int:
+    """Bytes that a control group holds of files, and gives up when they are needed."""
+    found = 0
+    with contextlib.suppress(OSError):
+        for name, _, number in (line.partition(" ") for line in account.read_text(encoding="utf-8").splitlines()):
+            if name in ("inactive_file", "total_inactive_file"):  # the latter of version 1, with the groups below
+                found = int(number)
+    return found
 
 
 def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def _ours() -> ctypes.CDLL | None:
-    return None if "MALLOC_TRIM_THRESHOLD_" in os.environ else _glibc()

@@ -233,30 +233,30 @@ def _work(order: dict[str, Any]) -> None:
     facts: dict[str, Any] = {}
     peak_memory = 0
     for question in sys.stdin:
-        if question.strip() == "start":
-            try:
+        try:
+            if question.strip() == "start":
                 run, facts = engines[order["work"], order["engine"]](cfg, order)
                 run()
                 answer = {"seconds": time.time() - order["began"], **facts}
                 run()  # warm
-            except ImportError as e:
-                answer = {"error": f"{e}\n       pip install 'nanogpt-jax[compare]'"}
-            except UserError as e:
-                answer = {"error": str(e)}
-            except RuntimeError as e:
-                if not (words := cli.out_of_memory(e)):
-                    raise
-                answer = {"error": words}
-        elif question.strip() == "measure":
-            tokens, began = 0, time.perf_counter()
-            while (seconds := time.perf_counter() - began) < float(order["seconds"]):
-                tokens += run()
-            peak_memory = peak_memory or _peak_memory(order["engine"])  # without the arrays of the limits
-            answer = {"tokens_per_second": tokens / seconds}
-            if order["engine"] == "jax":
-                answer |= _limits()
-        else:
-            answer = {"peak_memory_bytes": peak_memory}
+            elif question.strip() == "measure":
+                tokens, began = 0, time.perf_counter()
+                while (seconds := time.perf_counter() - began) < float(order["seconds"]):
+                    tokens += run()
+                peak_memory = peak_memory or _peak_memory(order["engine"])  # without the arrays of the limits
+                answer = {"tokens_per_second": tokens / seconds}
+                if order["engine"] == "jax":
+                    answer |= _limits()
+            else:
+                answer = {"peak_memory_bytes": peak_memory}
+        except ImportError as e:
+            answer = {"error": f"{e}\n       pip install 'nanogpt-jax[compare]'"}
+        except UserError as e:
+            answer = {"error": str(e)}
+        except (RuntimeError, MemoryError) as e:
+            if not (words := cli.out_of_memory(e)):
+                raise
+            answer = {"error": words}
         print(json.dumps(answer), file=out, flush=True)
 
 
@@ -292,7 +292,7 @@ def _limits() -> dict[str, float]:
     import jax.numpy as jnp
 
     is_cpu = jax.default_backend() == "cpu"
-    # 512 MB, as 124M's weights: of 256 caches of 64 hold enough to show. 4 GB: a call costs a card some microseconds
+    # 512 MB, as 124M's weights: a quarter of 256 may lie in caches. 4 GB: a call costs a card some microseconds
     n, rows = (2048, 2**14) if is_cpu else (8192, 2**17)
 
     def numbers(shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> jax.Array:

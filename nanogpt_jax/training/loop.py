@@ -148,7 +148,7 @@ def fit(
                 if needs > free > 0:  # the system may end the process without a word
                     size = t.micro_batch or t.batch_size
                     progress.note(
-                        f"note: a step takes {needs:.1f} GB of memory, and {free:.1f} are free; "
+                        f"note: a step takes {needs:.1f} GB of memory, and about {free:.1f} are free; "
                         f"train.micro_batch, now {size}, takes less when it is smaller"
                     )
                 reader.begin()
