@@ -58,8 +58,8 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 def free() -> int:
     """Bytes that could be had, by the account of the system and of the control groups that this process is in.
 
-    What is held of files that nobody reads any more counts as free. Half of all memory where there is no such account; 0
-    where nothing is known.
+    What is held of files that nobody reads any more counts as free. Half of all memory where there is no such account;
+    0 where nothing is known.
     """
     try:
         lines = MEMORY.read_text(encoding="utf-8").splitlines()
