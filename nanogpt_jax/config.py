@@ -218,8 +218,9 @@ def program(name: str) -> str:
 
 
 def suggestion(word: str, known: Any) -> str:
-    """A second line for an error: the nearest known word, if one is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """A second line for an error: the known word that begins like it, or else the nearest, if one is near."""
+    begun = [k for k in known if k.startswith(word)] if len(word) > 4 else []
+    near = begun or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"\n       did you mean {near[0]}?" if near else ""
 
 

@@ -417,6 +417,7 @@ WRONG = {
     "{run}/config.json": "{run}/config.json is a file",
     "{run}/tokenizer": "{run}/tokenizer is not a run directory: it has no config.json",
     "{run} --temprature 1": "unknown flag --temprature\n       did you mean --temperature?",
+    "{run} --temp 1": "unknown flag --temp\n       did you mean --temperature?",
     "{run} --prompt Q": "character 'Q' at position 0 is not among the 28 characters",
     "{run} --top-p 0": "--top-p=0.0 must lie in (0, 1]",
     "{run} --top_p 1.5": "--top-p=1.5 must lie in (0, 1]",

@@ -330,7 +330,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):
     monkeypatch.setattr(memory, "free", lambda: 1000)
     assert train("--train.steps", "2", "--run-dir", "r") == 0
-    assert re.search(r"note: a step takes 0\.\d GB of memory, and about 0\.0 are free; train", capsys.readouterr().err)
+    assert re.search(r"note: a step takes 0\.\d GB of memory, and about 0\.0 are free; with", capsys.readouterr().err)
 
 
 def test_several_devices_have_no_second_program():

@@ -209,7 +209,7 @@ def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[s
         share = results[0]["share_of_bandwidth"]
         lines.append(f"\njax reads its weights, and what its cache holds, at {share:.0%} of the measured bandwidth")
     if len(results[0]["rounds"]) == 1:
-        lines.append("\nof one round, which may be off by a factor of two: --rounds 5 shows medians")
+        lines.append("\none round alone may be off by a factor of two; --rounds 5 shows medians")
     return "\n".join(lines)
 
 

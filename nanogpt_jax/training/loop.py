@@ -149,7 +149,7 @@ def fit(
                     size = t.micro_batch or t.batch_size
                     progress.note(
                         f"note: a step takes {needs:.1f} GB of memory, and about {free:.1f} are free; "
-                        f"train.micro_batch, now {size}, takes less when it is smaller"
+                        f"with train.micro_batch below {size} it takes less"
                     )
                 reader.begin()
                 began = time.monotonic()
