@@ -16,6 +16,7 @@ over h where it is a list of layers, as `unstack` makes it; `prefill` and `decod
 # B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
 
 import dataclasses
+import functools
 import math
 import operator
 from typing import Any, NamedTuple
@@ -148,6 +149,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     }
 
 
+@functools.cache
 def n_params(cfg: ModelConfig) -> int:
     """Number of parameters, without the padding of the vocabulary."""
     params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
@@ -216,6 +218,7 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
     if cfg.remat != "none":
         layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=apart or cfg.scan_unroll > 1)
     if apart:
+        layer = jax.jit(layer, inline=True)  # traced once, not L times
         for i, block in enumerate(params["h"]):
             x, _ = layer(x, (block, None if keys is None else keys[i]))
         return x
@@ -277,8 +280,9 @@ def _extend(cfg: ModelConfig, params: Params, tokens: jax.Array, cache: Cache) -
     T = tokens.shape[1]
     x = embed(cfg, params, tokens, cache.length[:, None] + jnp.arange(T))
     keys, values = [], []
+    layer = jax.jit(lambda x, block, *kv: Block(cfg).apply({"params": block}, x, kv, cache.length), inline=True)
     for block, k, v in zip(params["h"], cache.k, cache.v, strict=True):
-        x, (k, v) = Block(cfg).apply({"params": block}, x, (k, v), cache.length)  # pyright: ignore
+        x, (k, v) = layer(x, block, k, v)  # pyright: ignore
         keys.append(k)
         values.append(v)
     return x, Cache(keys, values, cache.length + T)

@@ -123,6 +123,7 @@ def make_train_step(
 def _gradients(cfg: Config, loss: Loss, mesh: Mesh, params: gpt2.Params, tokens: jax.Array, key: jax.Array | None):
     """Mean loss of tokens [B, T+1] and its gradients, `micro_batch` sequences at a time: the mean over all is exact."""
     grad = jax.value_and_grad(lambda params, tokens, key: loss(cfg.model, params, tokens, key))
+    grad = jax.jit(grad, inline=True)  # the second half takes the trace of the first
     B, micro = cfg.train.batch_size, cfg.train.micro_batch or cfg.train.batch_size
     if micro == B and key is None and _is_better_halved(cfg, mesh):
         layers = gpt2.unstack(params)  # one after the other, and not first all of one half's gradients in one piece
