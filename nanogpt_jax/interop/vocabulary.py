@@ -19,14 +19,21 @@ Pair = tuple[bytes, bytes]
 
 # ---- theirs to ours -------------------------------------------------------------------------------------------------
 
+ONE_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
 
 
-def read_tokenizer(folder: Path) -> GPT2Tokenizer | None:
-    """The tokenizer in transformers' files; None where there are none; UserError where it is not of GPT-2's kind."""
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in transformers' files; None where there are none.
+
+    UserError where it is neither of GPT-2's kind nor a tokenizer of characters, as `tokenizer_files` writes them.
+    """
     path = folder / "tokenizer.json"
     if path.is_file():
-        vocab, merges, added = _from_tokenizer_json(path)
+        about = _json(path)
+        if about.get("pre_tokenizer") == ONE_CHARACTER:
+            return _characters(path, about)
+        vocab, merges, added = _from_tokenizer_json(path, about)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         path = folder / "vocab.json"
         vocab, merges, added = _from_vocab_and_merges(path, folder / "merges.txt")
@@ -40,8 +47,8 @@ def read_tokenizer(folder: Path) -> GPT2Tokenizer | None:
 
 def _refuse(path: Path, why: str) -> NoReturn:
     raise UserError(
-        f"{path}: {why}\n       only byte-level BPE with GPT-2's pattern can be imported; "
-        "--tokenizer DIR takes the tokenizer from another directory"
+        f"{path}: {why}\n       only byte-level BPE with GPT-2's pattern can be imported, and the characters that "
+        "export-hf writes; --tokenizer DIR takes the tokenizer from another directory"
     )
 
 
@@ -57,8 +64,20 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _from_tokenizer_json(path: Path) -> tuple[dict[str, int], list[Sequence[str]], dict[int, str]]:
-    about = _json(path)
+def _characters(path: Path, about: dict[str, Any]) -> CharTokenizer:
+    model = about.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict) and (characters := [token for token in vocab if len(token) == 1]):
+        tokenizer = CharTokenizer.make(characters, END_OF_TEXT in vocab)
+        ours = json.loads(tokenizer_files(tokenizer, 0)["tokenizer.json"])
+        if all(about.get(name) == ours[name] for name in ("normalizer", "post_processor", "model")):
+            return tokenizer
+    _refuse(path, "its tokens are not characters in the order of their code points")
+
+
+def _from_tokenizer_json(
+    path: Path, about: dict[str, Any]
+) -> tuple[dict[str, int], list[Sequence[str]], dict[int, str]]:
     model, before = about.get("model"), about.get("pre_tokenizer")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         _refuse(path, f"its model is {model.get('type') if isinstance(model, dict) else model!r}, not BPE")
@@ -165,10 +184,9 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     about: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
     if isinstance(tokenizer, CharTokenizer):
         vocab, end = {tokenizer.decode([i]): i for i in range(tokenizer.n_vocab)}, tokenizer.end_of_text
-        one_character = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         about |= {
             "added_tokens": [] if end is None else [{"id": end, "content": END_OF_TEXT, **SPECIAL}],
-            "pre_tokenizer": one_character,
+            "pre_tokenizer": ONE_CHARACTER,
             "post_processor": None,
             "decoder": {"type": "Fuse"},
             # no token says "unknown": a character that the vocabulary lacks is an error, there as here
