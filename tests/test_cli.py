@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_jax import config
+from nanogpt_jax.training.run_dir import IMPORTED, newest
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -519,6 +520,20 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, clean
     print(f"{kills} kills, {during_save} of them during a save")
     assert kills >= 15
     assert during_save >= 3
+
+
+def test_the_newest_run_is_one_that_has_learned(tmp_path):
+    for name, step, saved in [("old", 5, 1), ("new", 5, 2), ("stopped", 0, 3)]:
+        (tmp_path / name / "checkpoints" / str(step)).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(config.to_json(config.Config()))
+        os.utime(tmp_path / name / "checkpoints", (saved, saved))
+    assert newest(tmp_path).name == "new"
+    (tmp_path / "stopped" / IMPORTED).touch()  # all of an imported model's steps were made elsewhere
+    assert newest(tmp_path).name == "stopped"
+    shutil.rmtree(tmp_path / "old")
+    shutil.rmtree(tmp_path / "new")
+    (tmp_path / "stopped" / IMPORTED).unlink()
+    assert newest(tmp_path).name == "stopped"
 
 
 def test_sample_without_an_argument_takes_the_newest_run(place, clean_env):

@@ -183,9 +183,14 @@ def command_again(argv: list[str], steps: int | None = None, name: str = "train"
 
 
 def newest(folder: Path) -> Path:
-    """The language model that was trained last among the directories in `folder`."""
+    """The language model that was trained last among the directories in `folder`; one that never was, at the worst."""
+
+    def rank(run: Path) -> tuple[bool, float]:
+        learned = checkpoint_steps(run)[-1] > 0 or (run / IMPORTED).exists()
+        return learned, (run / "checkpoints").stat().st_mtime
+
     runs = [p.parent for p in folder.glob("*/config.json") if checkpoint_steps(p.parent)]
-    for run in sorted(runs, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True):
+    for run in sorted(runs, key=rank, reverse=True):
         if not config.is_classifier(run):
             return run
     raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")
