@@ -219,16 +219,20 @@ def program(name: str) -> str:
 
 def suggestion(word: str, known: Any) -> str:
     """A second line for an error: the known word that begins like it, or else the nearest, if one is near."""
+    known = list(known)
     begun = [k for k in known if k.startswith(word)] if len(word) > 4 else []
-    near = begun or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"\n       did you mean {near[0]}?" if near else ""
 
 
 def unknown_flag(key: str, known: Any, command: str) -> UserError:
     """What to say of --KEY, which COMMAND does not have; `known` are the names of those it has."""
-    near = suggestion(f"--{key}".replace("_", "-"), [f"--{k}".replace("_", "-") for k in known])
-    near = near or f"\n       see {program(command)} --help"
-    return UserError(f"unknown flag --{key.replace('_', '-')}{near}")
+    near = suggestion(_flag(key), map(_flag, known)) or f"\n       see {program(command)} --help"
+    return UserError(f"unknown flag {_flag(key)}{near}")
+
+
+def _flag(key: str) -> str:
+    return f"--{key}".replace("_", "-")
 
 
 def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
@@ -626,9 +630,9 @@ def _check_flag(kind: Kind, key: str) -> None:
             raise unknown_setting(key, "command line", kind)
     elif key not in OPTIONS:
         full = [k for k in types_of(kind) if k.endswith("." + key)]
-        near = f"\n       did you mean --{full[0]}?" if full else suggestion(key, OPTIONS)
+        near = f"\n       did you mean --{full[0]}?" if full else suggestion(_flag(key), map(_flag, OPTIONS))
         near = near or f"\n       settings are --SECTION.NAME; see {program(COMMANDS[kind])} --help"
-        raise UserError(f"unknown flag --{key.replace('_', '-')} (command line){near}")
+        raise UserError(f"unknown flag {_flag(key)} (command line){near}")
 
 
 def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:

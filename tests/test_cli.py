@@ -52,6 +52,7 @@ WRONG_SETTINGS = [
     ("unknown setting", "--model.n-layers 8", ["unknown setting model.n_layers (command line)", "did you mean model.n_layer?"]),
     ("unknown section", "--modle.n-layer 8", ["unknown setting modle.n_layer", "model.n_layer"]),
     ("right name, wrong section", "--train.learning-rate 1", ["unknown setting train.learning_rate", "learning_rate"]),
+    ("a misspelt flag", "--run-dirs x", ["unknown flag --run-dirs (command line)", "did you mean --run-dir?"]),
     ("no section", "--n-layer 8", ["unknown flag --n-layer", "did you mean --model.n_layer?"]),
     ("unknown flag", "--quiet", ["unknown flag --quiet"]),
     ("flag with one dash", "-q", ["unknown flag -q"]),

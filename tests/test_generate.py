@@ -88,6 +88,15 @@ def test_cached_decode_equals_the_full_forward_at_every_position(params, B):
     assert (np.asarray(cache.length) > CFG.block_size).all()
 
 
+def test_python_looks_through_a_layer_once(params, monkeypatch):
+    seen = []
+    plain = gpt2.attention.cached
+    monkeypatch.setattr(gpt2.attention, "cached", lambda q, *rest: seen.append(q.shape) or plain(q, *rest))
+    cache = gpt2.init_cache(CFG, 2, CFG.block_size)
+    jax.jit(gpt2.decode_step, static_argnums=0).lower(CFG, gpt2.for_texts(params, 2), np.zeros(2, np.int32), cache)
+    assert seen == [(4, 1, 8)]
+
+
 def oracle(params: gpt2.Params, prompt: str, row: int, n: int, rules: Rules, seed: int) -> str:
     """What the row must say: the full forward on its own window for every token, the window sliding as documented."""
     key = jax.random.fold_in(jax.random.key(seed), row)

@@ -92,6 +92,19 @@ def test_golden_losses():
     np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), rtol=2e-5)
 
 
+def test_python_looks_through_a_layer_once(monkeypatch):
+    """Two layers of two halves are four of them: half a second at the start of a run, more for a deep model."""
+    seen = []
+    plain = attention.reference
+    backend = lambda q, *rest, **more: seen.append(q.shape) or plain(q, *rest, **more)  # noqa: E731
+    monkeypatch.setitem(attention.BACKENDS, "reference", backend)
+    cfg, mesh = replace(TINY, model=gpt2.resolve(TINY.model, "cpu")), make_mesh(config.MeshConfig(data=1))
+    tx = make_optimizer(cfg.optim, cfg.train.steps)
+    state, step = init_state(cfg, tx, mesh), make_train_step(cfg, tx, mesh)
+    step.lower(state, np.zeros((1, 8, 17), np.int32), np.int32(1))  # pyright: ignore[reportFunctionMemberAccess]
+    assert [shape for shape in seen if shape[1] > 1] == [(4, 16, 4, 8)]  # of length 1: where weights are made
+
+
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]
 
 
