@@ -341,10 +341,13 @@ def tokenizer_json(change: Callable[[dict], Any]) -> Callable[[Path], None]:
     return spoil
 
 
-def characters_out_of_order(folder: Path) -> None:
-    about = json.loads(vocabulary.tokenizer_files(tokenizers.make("char", TEXT), 19)["tokenizer.json"])
-    about["model"]["vocab"] |= {" ": 1, ".": 0}
-    (folder / "tokenizer.json").write_text(json.dumps(about))
+def characters(changed: dict[str, int]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        about = json.loads(vocabulary.tokenizer_files(tokenizers.make("char", TEXT), 19)["tokenizer.json"])
+        about["model"]["vocab"] |= changed
+        (folder / "tokenizer.json").write_text(json.dumps(about))
+
+    return spoil
 
 
 NO_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
@@ -381,7 +384,8 @@ WRONG_MODELS = [
     ("a byte is missing", tokenizer_json(lambda t: t["model"]["vocab"].pop("!")), ["1 of the 256 bytes have no token"]),
     ("merges in another order", tokenizer_json(lambda t: t["model"]["merges"].reverse()), ["in the order of their ids"]),
     ("no end of text", tokenizer_json(lambda t: t.update(added_tokens=[])), ["it has no <|endoftext|>"]),
-    ("characters out of order", characters_out_of_order, ["its tokens are not characters in the order"]),
+    ("half a character", characters({"\ud800": 99}), ["its tokens are not characters"]),
+    ("characters out of order", characters({" ": 1, ".": 0}), ["its tokens are not characters in the order"]),
     ("damaged tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json is damaged"]),
 ]  # fmt: skip
 

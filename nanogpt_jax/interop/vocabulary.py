@@ -67,7 +67,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _characters(path: Path, about: dict[str, Any]) -> CharTokenizer:
     model = about.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocab, dict) and (characters := [token for token in vocab if len(token) == 1]):
+    if isinstance(vocab, dict) and (characters := [c for c in vocab if len(c) == 1 and not "\ud800" <= c <= "\udfff"]):
         tokenizer = CharTokenizer.make(characters, END_OF_TEXT in vocab)
         ours = json.loads(tokenizer_files(tokenizer, 0)["tokenizer.json"])
         if all(about.get(name) == ours[name] for name in ("normalizer", "post_processor", "model")):

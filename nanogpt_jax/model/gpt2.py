@@ -280,12 +280,16 @@ def _extend(cfg: ModelConfig, params: Params, tokens: jax.Array, cache: Cache) -
     T = tokens.shape[1]
     x = embed(cfg, params, tokens, cache.length[:, None] + jnp.arange(T))
     keys, values = [], []
-    layer = jax.jit(lambda x, block, *kv: Block(cfg).apply({"params": block}, x, kv, cache.length), inline=True)
     for block, k, v in zip(params["h"], cache.k, cache.v, strict=True):
-        x, (k, v) = layer(x, block, k, v)  # pyright: ignore
+        x, (k, v) = _extend_layer(cfg, block, x, (k, v), cache.length)
         keys.append(k)
         values.append(v)
     return x, Cache(keys, values, cache.length + T)
+
+
+@functools.partial(jax.jit, static_argnames="cfg", inline=True)  # traced once, not L times
+def _extend_layer(cfg: ModelConfig, block: Params, x: jax.Array, kv: tuple[jax.Array, jax.Array], length: jax.Array):
+    return Block(cfg).apply({"params": block}, x, kv, length)
 
 
 def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache):
