@@ -227,7 +227,8 @@ def suggestion(word: str, known: Any) -> str:
 
 def unknown_flag(key: str, known: Any, command: str) -> UserError:
     """What to say of --KEY, which COMMAND does not have; `known` are the names of those it has."""
-    near = suggestion(_flag(key), map(_flag, known)) or f"\n       see {program(command)} --help"
+    near = suggestion(_flag(key), [_flag(k) for k in known if len(k) > 1])  # not -h
+    near = near or f"\n       see {program(command)} --help"
     return UserError(f"unknown flag {_flag(key)}{near}")
 
 
@@ -236,11 +237,10 @@ def _flag(key: str) -> str:
 
 
 def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
-    known = types_of(kind)
-    hint = suggestion(key, known)
-    if not hint:  # the right name in the wrong section
-        hint = suggestion(key.split(".")[-1], [k.split(".")[1] for k in known])
-        hint = hint or f"\n       sections are {', '.join(get_type_hints(kind))}; see {program(COMMANDS[kind])} --help"
+    names = {k: k.split(".")[1] for k in types_of(kind)}
+    near = difflib.get_close_matches(key.split(".")[-1], sorted(names.values()))  # the section may be a wrong one
+    hint = suggestion(key, [k for k, name in names.items() if name in near])
+    hint = hint or f"\n       sections are {', '.join(get_type_hints(kind))}; see {program(COMMANDS[kind])} --help"
     return UserError(f"unknown setting {key} ({where}){hint}")
 
 

@@ -53,6 +53,8 @@ WRONG_SETTINGS = [
     ("unknown section", "--modle.n-layer 8", ["unknown setting modle.n_layer", "model.n_layer"]),
     ("right name, wrong section", "--train.learning-rate 1", ["unknown setting train.learning_rate", "learning_rate"]),
     ("a misspelt flag", "--run-dirs x", ["unknown flag --run-dirs (command line)", "did you mean --run-dir?"]),
+    ("right name, a section near by", "--train.n-layer 5", ["did you mean model.n_layer?"]),
+    ("nothing near", "--optim.lr 1", ["unknown setting optim.lr (command line)\n       sections are model, data, optim"]),
     ("no section", "--n-layer 8", ["unknown flag --n-layer", "did you mean --model.n_layer?"]),
     ("unknown flag", "--quiet", ["unknown flag --quiet"]),
     ("flag with one dash", "-q", ["unknown flag -q"]),

@@ -384,8 +384,9 @@ WRONG_MODELS = [
     ("a byte is missing", tokenizer_json(lambda t: t["model"]["vocab"].pop("!")), ["1 of the 256 bytes have no token"]),
     ("merges in another order", tokenizer_json(lambda t: t["model"]["merges"].reverse()), ["in the order of their ids"]),
     ("no end of text", tokenizer_json(lambda t: t.update(added_tokens=[])), ["it has no <|endoftext|>"]),
-    ("half a character", characters({"\ud800": 99}), ["its tokens are not characters"]),
-    ("characters out of order", characters({" ": 1, ".": 0}), ["its tokens are not characters in the order"]),
+    ("half a character", characters({"\ud800": 99}), ["it is no tokenizer of characters"]),
+    ("characters out of order", characters({" ": 1, ".": 0}), ["in the order of their code points"]),
+    ("too deep", lambda f: (f / "tokenizer.json").write_text("[" * 200_000), ["tokenizer.json is damaged"]),
     ("damaged tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json is damaged"]),
 ]  # fmt: skip
 

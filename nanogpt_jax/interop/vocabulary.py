@@ -57,7 +57,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged: {e}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it holds no object")
@@ -72,7 +72,7 @@ def _characters(path: Path, about: dict[str, Any]) -> CharTokenizer:
         ours = json.loads(tokenizer_files(tokenizer, 0)["tokenizer.json"])
         if all(about.get(name) == ours[name] for name in ("normalizer", "post_processor", "model")):
             return tokenizer
-    _refuse(path, "its tokens are not characters in the order of their code points")
+    _refuse(path, "it is no tokenizer of characters as export-hf writes it, in the order of their code points")
 
 
 def _from_tokenizer_json(
