@@ -239,7 +239,7 @@ def _flag(key: str) -> str:
 def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
     names = {k: k.split(".")[1] for k in types_of(kind)}
     near = difflib.get_close_matches(key.split(".")[-1], sorted(names.values()))  # the section may be a wrong one
-    hint = suggestion(key, [k for k, name in names.items() if name in near])
+    hint = suggestion(key, [k for k, name in names.items() if name in near or k.startswith(key)])
     hint = hint or f"\n       sections are {', '.join(get_type_hints(kind))}; see {program(COMMANDS[kind])} --help"
     return UserError(f"unknown setting {key} ({where}){hint}")
 

@@ -54,6 +54,7 @@ WRONG_SETTINGS = [
     ("right name, wrong section", "--train.learning-rate 1", ["unknown setting train.learning_rate", "learning_rate"]),
     ("a misspelt flag", "--run-dirs x", ["unknown flag --run-dirs (command line)", "did you mean --run-dir?"]),
     ("right name, a section near by", "--train.n-layer 5", ["did you mean model.n_layer?"]),
+    ("a setting begun", "--data.tok gpt2", ["did you mean data.tokenizer?"]),
     ("nothing near", "--optim.lr 1", ["unknown setting optim.lr (command line)\n       sections are model, data, optim"]),
     ("no section", "--n-layer 8", ["unknown flag --n-layer", "did you mean --model.n_layer?"]),
     ("unknown flag", "--quiet", ["unknown flag --quiet"]),

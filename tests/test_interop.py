@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -452,6 +454,27 @@ def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys, end_of
     assert command("export-hf", tmp_path / "run", tmp_path / "model.gguf") == 2
     assert "llama.cpp has no tokenizer of characters" in capsys.readouterr().err
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_full_disk_is_told_and_leaves_the_files_of_before(place, tmp_path, clean_env):
+    """A limit on the size of files stands in for it: the tokenizer can be written, the weights cannot."""
+    shutil.copytree(place / "out", tmp_path / "out")
+    limited = f"""
+import resource, signal, sys
+from nanogpt_jax import cli
+from nanogpt_jax.tools import hub
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
+sys.exit(cli.guarded(hub.main_export, [{str(place / "run")!r}, "out", "--overwrite", "--no-compare"]))
+"""
+    command = [sys.executable, "-c", limited]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "error: cannot write out: " in done.stderr
+    assert "File too large" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in (place / "out").iterdir())
+    for path in (place / "out").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):

@@ -222,6 +222,7 @@ def _download(name: str) -> Path:
 
 def _write(out: Path, texts: dict[str, str], tensors: dict[str, Any]) -> None:
     """All files under temporary names, then each to its own: a file is the old one or the new one, whole."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     out.mkdir(exist_ok=True)
@@ -232,7 +233,10 @@ def _write(out: Path, texts: dict[str, str], tensors: dict[str, Any]) -> None:
             (partial / name).write_text(text, encoding="utf-8")
         # transformers asks for the format; the prefix is GPT2LMHeadModel's
         named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-        save_file(named, partial / "model.safetensors", {"format": "pt"})
+        try:
+            save_file(named, partial / "model.safetensors", {"format": "pt"})
+        except SafetensorError as e:  # its word for a full disk
+            raise OSError(str(e)) from None
         shutil.copymode(partial / "config.json", partial / "model.safetensors")  # it was for the owner alone
         for path in sorted(partial.iterdir(), key=lambda p: p.name != "model.safetensors"):
             os.replace(path, out / path.name)
