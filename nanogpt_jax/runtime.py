@@ -40,10 +40,15 @@ def describe() -> str:
 
 def _cache_folder() -> Path:
     """~/.cache/nanogpt_jax/PROCESSOR: a home directory may be shared by machines with unlike instruction sets."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "nanogpt_jax" / processor()
+
+
+def processor() -> str:
+    """Eight letters for this processor and its instruction set; the same for all where Linux does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux: a home directory that is not shared either
         lines = []
-    processor = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "nanogpt_jax" / sha256(processor.encode()).hexdigest()[:8]
+    told = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return sha256(told.encode()).hexdigest()[:8]

@@ -88,7 +88,7 @@ def check_model(platform: str) -> None:
             ours = jax.jit(jax.grad(functools.partial(mean_loss, cfg)))(params, tokens)
             report(f"{name}: gradients", error(ours, gradient), 3 * most)
             for B in 1, 2:  # kernels lie another way for one text
-                laid, cache = generate.for_decoding(cfg, params, B), gpt2.init_cache(cfg, B, MODEL.block_size)
+                laid, cache = generate.for_decoding(cfg, params), gpt2.init_cache(cfg, B, MODEL.block_size)
                 rows, lengths = np.arange(B), np.array([100, 120][:B], np.int32)
                 _, cache = jax.jit(functools.partial(gpt2.prefill, cfg))(laid, tokens[:B, :120], lengths, cache)
                 after, _ = jax.jit(functools.partial(gpt2.decode_step, cfg))(laid, tokens[rows, lengths], cache)

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": {"config"},
     "distributed": {"config"},
     "training": {"config", "runtime", "model", "data", "distributed", "evaluation"},
-    "inference": {"config", "model", "data"},
+    "inference": {"config", "runtime", "model", "data"},
     "evaluation": {"config", "model", "data", "inference", "distributed"},
     "interop": {"config", "model", "data"},
     "tools": {

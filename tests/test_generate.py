@@ -1,5 +1,7 @@
 """The laws of the inference room: the cache changes nothing, a seed is a text, and no half of anything is shown."""
 
+import concurrent.futures
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, ModelConfig
 from nanogpt_jax.data import tokenizer as tokenizers
 from nanogpt_jax.data.tokenizer import CharTokenizer, Tokenizer
-from nanogpt_jax.inference import generate, sampler
+from nanogpt_jax.inference import generate, native, sampler
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.inference.sampler import generate_text
 from nanogpt_jax.model import gpt2
@@ -74,7 +76,7 @@ def test_cached_decode_equals_the_full_forward_at_every_position(params, B):
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (B, CFG.block_size), np.int32)
     expected = full_forward(CFG, params, tokens)[..., : CFG.vocab_size]
     lengths = np.array([1, 5, 11][:B], np.int32)
-    apart = gpt2.for_texts(params, B)
+    apart = gpt2.for_texts(params)
     prompts = np.where(np.arange(12) < lengths[:, None], tokens[:, :12], 3)  # whatever stands in the padding
     prefill = jax.jit(gpt2.prefill, static_argnums=0)
     logits, cache = prefill(CFG, apart, prompts, lengths, gpt2.init_cache(CFG, B, CFG.block_size))
@@ -93,7 +95,7 @@ def test_python_looks_through_a_layer_once(params, monkeypatch):
     plain = gpt2.attention.cached
     monkeypatch.setattr(gpt2.attention, "cached", lambda q, *rest: seen.append(q.shape) or plain(q, *rest))
     cache = gpt2.init_cache(CFG, 7, CFG.block_size)  # 7 texts in no other test: traces are kept
-    jax.jit(gpt2.decode_step, static_argnums=0).lower(CFG, gpt2.for_texts(params, 7), np.zeros(7, np.int32), cache)
+    jax.jit(gpt2.decode_step, static_argnums=0).lower(CFG, gpt2.for_texts(params), np.zeros(7, np.int32), cache)
     assert seen == [(14, 1, 8)]
 
 
@@ -359,10 +361,104 @@ def test_end_of_text_ends_a_row_and_the_last_row_ends_the_work(gpt2_tokenizer, m
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.sampled_from([-np.inf, -2.0, 0.0, 1.5, 7.0]), min_size=1, max_size=9))
 def test_the_first_of_the_greatest_is_taken(values):
-    """As jnp.argmax does, ties and all; where a model has diverged, a place that exists."""
-    x = jnp.asarray([values, values[::-1]], jnp.float32)
-    np.testing.assert_array_equal(generate._argmax(x), jnp.argmax(x, axis=-1))
-    assert generate._argmax(x.at[0, -1].set(jnp.nan))[0] == 0
+    """As jnp.argmax does, ties and all, in one block and in many; where a model has diverged, a place that exists."""
+    for x in (jnp.asarray([values, values[::-1]], jnp.float32), jnp.asarray([values * 128, values[::-1] * 128])):
+        np.testing.assert_array_equal(generate._argmax(x), jnp.argmax(x, axis=-1))
+        assert generate._argmax(x.at[0, -1].set(jnp.nan))[0] == x.shape[1] - 1
+
+
+# ---- the step in C --------------------------------------------------------------------------------------------------
+
+in_c = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: every step is XLA's here")
+
+
+def cache_of(cfg: ModelConfig, lengths: np.ndarray, S: int) -> gpt2.Cache:
+    rng = np.random.default_rng(1)
+    shape = (len(lengths) * cfg.n_head, S, cfg.head_dim)
+    k, v = ([jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(cfg.n_layer)] for _ in "kv")
+    return gpt2.Cache(k, v, jnp.asarray(lengths))
+
+
+@in_c
+@given(
+    data=st.data(),
+    heads=st.sampled_from([(1, 1), (2, 3), (3, 8), (4, 16), (5, 21)]),
+    S=st.integers(1, 40),
+    vocab_size=st.integers(1, 300),
+    bias=st.booleans(),
+)
+@quick
+def test_the_step_in_c_is_the_models(data, heads, S, vocab_size, bias):
+    H, D = heads
+    cfg = ModelConfig(block_size=40, vocab_size=vocab_size, n_layer=2, n_head=H, n_embd=H * D, bias=bias)
+    lengths = np.array(data.draw(st.lists(st.integers(0, S - 1), min_size=1, max_size=native.FEW)), np.int32)
+    assert native.takes(cfg, len(lengths))
+    params, cache = generate.for_decoding(cfg, random_params(cfg)), cache_of(cfg, lengths, S)
+    token = np.arange(len(lengths), dtype=np.int32) % vocab_size
+    expected = jax.jit(gpt2.decode_step, static_argnums=0)(cfg, params, token, cache)
+    ours = jax.jit(native.decode_step, static_argnums=0)(cfg, params, token, cache)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1, H * D / 16), rtol=1e-5)
+
+
+@in_c
+def test_a_row_that_runs_over_writes_nowhere_else():
+    cfg = replace(CFG, n_layer=1)
+    cache, params = cache_of(cfg, np.array([12, 3], np.int32), 8), generate.for_decoding(cfg, random_params(cfg))
+    _, after = jax.jit(native.decode_step, static_argnums=0)(cfg, params, np.zeros(2, np.int32), cache)
+    changed = np.argwhere(np.asarray(after.k[0] != cache.k[0]).any(-1)).tolist()
+    assert changed == [[0, 7], [1, 7], [2, 3], [3, 3]]
+
+
+@in_c
+def test_two_programs_may_step_at_once():
+    wide = replace(CFG, n_embd=96, n_head=6)  # a share for each of several threads
+    params = generate.for_decoding(wide, random_params(wide))
+
+    def text(prompt: str) -> list[str]:
+        return [generate_text(wide, random_params(wide), LETTERS, [prompt], **DEFAULTS)[0] for _ in range(3)]
+
+    assert native.takes(wide, 1)
+    assert len(params["h"]) == 2
+    alone = [text(prompt) for prompt in PROMPTS]
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(text, PROMPTS)) == alone
+
+
+@in_c
+def test_the_function_is_built_once_and_again_where_it_was_damaged(tmp_path):
+    """In a process of its own: what is loaded is not seen to change."""
+    code = "import jax; from nanogpt_jax.inference import native; print(native._library() is not None)"
+
+    def run() -> tuple[str, list[tuple[str, int]]]:
+        env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": ""}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+        return result.stdout.strip(), [(p.name, p.stat().st_mtime_ns) for p in tmp_path.glob("decode-*")]
+
+    first = run()
+    assert first[0] == "True"
+    assert len(first[1]) == 1
+    assert run() == first
+    (tmp_path / first[1][0][0]).write_bytes(b"no program")
+    again = run()
+    assert again[0] == "True"
+    assert (tmp_path / first[1][0][0]).stat().st_size > 1000
+    assert len(again[1]) == 1
+
+
+@pytest.mark.parametrize("compiler", ["", "no-such-compiler", "false"])
+def test_without_a_compiler_a_step_is_xlas(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", compiler)
+    assert native._library() is None
+
+
+def test_what_the_c_function_is_not_for(monkeypatch):
+    monkeypatch.setattr(native, "_registered", lambda: True)
+    assert native.takes(CFG, 1)
+    assert not native.takes(CFG, native.FEW + 1)
+    assert not native.takes(replace(CFG, dtype="bfloat16"), 1)
+    monkeypatch.setenv("NANOGPT_JAX_NATIVE", "0")
+    assert not native.takes(CFG, 1)
 
 
 # ---- sample.py ------------------------------------------------------------------------------------------------------

@@ -432,16 +432,6 @@ def test_project_and_its_gradients_equal_einsum(lead, inputs, outputs, seed):
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 3, 64])
-@pytest.mark.parametrize(("lead", "outputs"), [((1,), (12,)), ((1, 1), (3, 2, 4)), ((1,), (999,))])
-def test_one_row_is_projected_alike_in_pieces_or_whole(pieces, lead, outputs, monkeypatch):
-    monkeypatch.setattr(layers, "PIECES", pieces)
-    rng = np.random.default_rng(0)
-    x, kernel = (rng.normal(size=s).astype("float32") for s in ((*lead, 2, 5), (2, 5, *outputs)))
-    ours = jax.jit(functools.partial(layers.project_row, n_in=2))(x, kernel)
-    assert_close(ours, project(x, kernel, 2), 1e-5)
-
-
 @pytest.mark.parametrize(("lead", "outputs"), [((2,), (16,)), ((2, 3), (3, 2, 4)), ((1, 1), (3, 2, 4)), ((1,), (7,))])
 def test_few_rows_are_projected_alike(lead, outputs):
     rng = np.random.default_rng(0)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.inference import native
 from nanogpt_jax.model import gpt2
 
 
@@ -66,13 +67,15 @@ def choose(rules: Rules, logits: jax.Array, seen: jax.Array | None, keys: jax.Ar
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """The first place of the greatest in each row of x [B, V] -> [B] int32; 0 in a row with NaN.
+    """The first place of the greatest in each row of x [B, V] -> [B] int32.
 
-    On a CPU, jnp.argmax looks at one number after the other, and computes each there.
+    On a CPU, jnp.argmax looks at one number after the other. So it looks at the greatest of each block, and inside one.
     """
-    x = lax.optimization_barrier(x)
-    places = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    return jnp.where(x < x.max(axis=-1, keepdims=True), x.shape[-1], places).min(axis=-1)
+    width = math.gcd(x.shape[-1], 128)  # V is a multiple of that
+    blocks = lax.optimization_barrier(x).reshape(len(x), -1, width)
+    best = blocks.max(axis=-1).argmax(axis=-1)
+    place = jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0].argmax(axis=-1)
+    return (best * width + place).astype(jnp.int32)
 
 
 def row_keys(seed: jax.typing.ArrayLike, batch_size: int) -> jax.Array:
@@ -88,13 +91,13 @@ class State(NamedTuple):
     seen: jax.Array | None  # [B, V] bool, with a repetition penalty
 
 
-def for_decoding(cfg: ModelConfig, params: gpt2.Params, B: int) -> gpt2.Params:
-    """`params` as `prefill` and `decode` take them for B texts: layers apart, matrices in the compute dtype.
+def for_decoding(cfg: ModelConfig, params: gpt2.Params) -> gpt2.Params:
+    """`params` as `prefill` and `decode` take them: layers apart, matrices turned and in the compute dtype.
 
     The embedding is cut to cfg's vocabulary, so that ids for which a tokenizer has no text cannot be drawn. Not jitted:
     one slice program a shape compiles sooner than L slices of each array.
     """
-    params = gpt2.for_texts({**params, "wte": params["wte"][: cfg.padded_vocab_size]}, B)
+    params = gpt2.for_texts({**params, "wte": params["wte"][: cfg.padded_vocab_size]})
     return jax.tree.map(lambda p: p.astype(cfg.dtype) if p.ndim > 1 else p, params)  # vectors cost nothing
 
 
@@ -119,10 +122,11 @@ def decode(cfg: ModelConfig, rules: Rules, params, state: State, seed, count, st
 
     def step(i, carry):
         state, tokens = carry
-        logits, cache = gpt2.decode_step(cfg, params, state.token, state.cache)
+        logits, cache = decode_step(cfg, params, state.token, state.cache)
         state = _next(rules, logits, cache, state.seen, keys, count + i)
         return state, tokens.at[:, i].set(state.token)
 
+    decode_step = native.decode_step if native.takes(cfg, len(state.token)) else gpt2.decode_step
     keys = row_keys(seed, len(state.token))
     tokens = jnp.zeros((len(keys), chunk), jnp.int32)
     state, tokens = lax.fori_loop(0, steps, step, (state, tokens))

@@ -46,7 +46,7 @@ def generate_text(
             f"the tokenizer has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}: they are not of one run"
         )
     cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
-    params = generate.for_decoding(cfg, params, len(prompts))
+    params = generate.for_decoding(cfg, params)
     rows = [_Row(prompt_ids(tokenizer, p)[-cfg.block_size :], max_new_tokens, tokenizer, stop) for p in prompts]
     longest = max(len(row.ids) for row in rows) + max_new_tokens
     S = cache_length(longest, cfg.block_size)

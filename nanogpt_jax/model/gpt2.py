@@ -10,14 +10,13 @@ The parameters are one nested dict, named as OpenAI named them, with the layers 
     h.mlp.c_proj    {kernel [L, 4C, C],      bias [L, C]}
 
 V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `forward` scans over L, or loops
-over h where it is a list of layers, as `unstack` makes it; `prefill` and `decode_step` take `for_texts(params, B)`.
+over h where it is a list of layers, as `unstack` makes it; `prefill` and `decode_step` take `for_texts(params)`.
 """
 
 # B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
 
 import dataclasses
 import functools
-import math
 import operator
 from typing import Any, NamedTuple
 
@@ -49,16 +48,13 @@ class Linear(nn.Module):
     outputs: tuple[int, ...]
     bias: bool
     std: float = INIT_STD
-    few: bool = False  # in generation: few rows, and an order of the kernel that depends on B
+    few: bool = False  # in generation: few rows, and the kernel turned
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        turned = self.few and outputs_first(len(x), math.prod(self.inputs), math.prod(self.outputs))
-        shape = (*self.outputs, *self.inputs) if turned else (*self.inputs, *self.outputs)
+        shape = (*self.outputs, *self.inputs) if self.few else (*self.inputs, *self.outputs)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
-        one_row = self.few and x.size == math.prod(self.inputs)
-        project = layers.project_few if turned else layers.project_row if one_row else layers.project
-        y = project(x, kernel, len(self.inputs))
+        y = (layers.project_few if self.few else layers.project)(x, kernel, len(self.inputs))
         if self.bias:
             y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)  # gradient: a float32 sum
         return y
@@ -190,10 +186,7 @@ def last_norm(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 def head(cfg: ModelConfig, params: Params, x: jax.Array, few: bool = False) -> jax.Array:
     """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary."""
     x = last_norm(cfg, params, x)
-    if few:
-        logits = layers.project_few(x, params["wte"]) if len(x) > 1 else layers.project_row(x, params["head"])
-    else:
-        logits = layers.linear(x, params["wte"].T)
+    logits = layers.project_few(x, params["wte"]) if few else layers.linear(x, params["wte"].T)
     return without_padding(logits.astype(jnp.float32), cfg.vocab_size)
 
 
@@ -244,11 +237,10 @@ class Cache(NamedTuple):
     length: jax.Array  # [B] int32, filled positions in each row
 
 
-def for_texts(params: Params, B: int) -> Params:
-    """`params` as generation reads them for B texts: unstacked, and every weight once, in the order of memory.
+def for_texts(params: Params) -> Params:
+    """`params` as generation reads them: unstacked, and kernels with their outputs first, [*O, *I], as wte has them.
 
-    For one text no kernel has its shorter axis last, and `head` [C, V'] is wte turned: of long rows more is read at
-    once. For more, kernels have their outputs first, [*O, *I]. See layers.project_row and project_few.
+    So every weight is read once, in the order of memory: see layers.project_few.
     """
     params = unstack(params)
     n_in = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}  # axes of the inputs
@@ -256,16 +248,9 @@ def for_texts(params: Params, B: int) -> Params:
     def turn(path, p: jax.Array) -> jax.Array:
         name = "/".join(key.key for key in path)
         inputs = next((n for kernel, n in n_in.items() if name.endswith(kernel + "/kernel")), 0)
-        turned = outputs_first(B, math.prod(p.shape[:inputs]), math.prod(p.shape[inputs:]))
-        return jnp.moveaxis(p, range(inputs), range(-inputs, 0)) if turned else p
+        return jnp.moveaxis(p, range(inputs), range(-inputs, 0))
 
-    head = {"head": params["wte"].T} if B == 1 else {}
-    return {**params, **head, "h": [jax.tree.map_with_path(turn, layer) for layer in params["h"]]}
-
-
-def outputs_first(B: int, n_in: int, n_out: int) -> bool:
-    """Whether a kernel of `n_in` inputs and `n_out` outputs is turned for generating B texts."""
-    return B > 1 or n_in > n_out
+    return {**params, "h": [jax.tree.map_with_path(turn, layer) for layer in params["h"]]}
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:

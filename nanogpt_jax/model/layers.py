@@ -85,31 +85,11 @@ def project(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
     return y.reshape(*lead, *kernel.shape[n_in:])
 
 
-def project_row(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
-    """`project` for one row, as in generating one text, where reading W is the work. Forward only, in the dtype of x.
-
-    On a CPU x and W are cut into pieces along their inputs, a batch of products: of one product XLA:CPU's own split
-    leaves one core to wait for another. The head is left whole: pieces of its long output cost more than that.
-    """
-    outputs, W = kernel.shape[n_in:], kernel.reshape(x.size, -1).astype(x.dtype)
-    n = PIECES if len(W) % PIECES == 0 and W.shape[1] <= 8 * len(W) else 1
-
-    def in_pieces(x: jax.Array, W: jax.Array) -> jax.Array:
-        batch = (((2,), (1,)), ((0,), (0,)))
-        y = lax.dot_general(
-            x.reshape(n, 1, -1), W.reshape(n, len(W) // n, -1), batch, preferred_element_type=jnp.float32
-        )
-        return functools.reduce(jnp.add, y).astype(x.dtype)  # [1, O]; y.sum(0) would be a slow pass of its own
-
-    y = lax.platform_dependent(x.reshape(1, -1), W, cpu=in_pieces, default=jnp.matmul)
-    return y.reshape(*x.shape[: x.ndim - n_in], *outputs)
-
-
 def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
-    """`project` for few rows, as in generating several texts: x [..., *I], kernel [*O, *I] -> [..., *O].
+    """`project` for few rows, as in generation: x [..., *I], kernel [*O, *I] -> [..., *O]. Forward only, in x's dtype.
 
     W is the left factor, read row by row: as the right one, XLA:CPU copies all of it into another order every time.
-    For one row it is cut into pieces along its outputs, see `project_row`. Forward only, in the dtype of x.
+    For one row it is cut into pieces, a batch of products: of one product XLA's own split leaves a core to wait.
     """
     lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
     x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)

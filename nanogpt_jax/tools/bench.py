@@ -394,7 +394,7 @@ def _jax_decode(cfg: Config, order: dict[str, Any]):
     B, P, new = (int(order[name]) for name in ("batch", "prompt", "new"))
     rules = generate.Rules(temperature=0)
     params = jax.jit(lambda: gpt2.init_params(cfg.model, jax.random.key(0)))()
-    params = generate.for_decoding(cfg.model, params, B)
+    params = generate.for_decoding(cfg.model, params)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (B, P), dtype=np.int32)
     lengths, seed = np.full(B, P, np.int32), np.uint32(0)
     S = sampler.cache_length(P + new, cfg.model.block_size)

@@ -1,0 +1,110 @@
+"""A step of generation as one C function, on a CPU and where there is a C compiler: decode.c, built once and kept.
+
+For a few texts such a step is little more than reading every weight once. XLA:CPU makes 49 products and some 400 small
+programs of it, one after the other; here each core reads its own share of all weights, and they meet 61 times. JAX's
+foreign function interface calls it inside of jitted programs. It equals gpt2.decode_step, which runs everywhere else.
+"""
+
+# B batch, C channels, V padded vocabulary
+
+import contextlib
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanogpt_jax import runtime
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.model import gpt2
+from nanogpt_jax.model.losses import without_padding
+
+SOURCE, NAME = Path(__file__).with_name("decode.c"), "nanogpt_jax_decode"
+FEW = 15  # texts; for more it is all arithmetic, and XLA's products are as fast
+# Sums may be taken in another order, as XLA takes them; and no -ffast-math, which would change how all of the process
+# rounds tiny numbers. The one for this processor comes first, by the name that the compiler knows it by.
+COMMON = "-O3 -std=gnu11 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC -pthread"
+FOR_THIS_PROCESSOR = ("-march=native", "-mcpu=native")
+
+
+def takes(cfg: ModelConfig, B: int) -> bool:
+    """Whether a step for B texts is the C function's: asked where weights are laid out and where a step is traced."""
+    wanted = os.environ.get("NANOGPT_JAX_NATIVE", "1") != "0"
+    return wanted and B <= FEW and cfg.dtype == "float32" and jax.default_backend() == "cpu" and _registered()
+
+
+def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: gpt2.Cache):
+    """gpt2.decode_step of B <= FEW texts: token [B] int32 -> logits [B, V] float32 and the grown cache."""
+    x = gpt2.embed(cfg, params, token[:, None], cache.length[:, None])[:, 0]
+    C = x.shape[1]
+
+    def norm(p: gpt2.Params) -> list[jax.Array]:
+        return [p["scale"], p.get("bias", jnp.zeros(C))]
+
+    def linear(p: gpt2.Params, n_out: int) -> list[jax.Array]:
+        return [p["kernel"].reshape(n_out, -1), p.get("bias", jnp.zeros(n_out)).reshape(-1)]
+
+    arrays: list[jax.Array] = [x, cache.length, *norm(params["ln_f"]), params["wte"]]
+    results: list[Any] = [jax.ShapeDtypeStruct((len(x), len(params["wte"])), x.dtype)]
+    written: dict[int, int] = {}  # the caches grow in place
+    for block, *kv in zip(params["h"], cache.k, cache.v, strict=True):
+        for old in kv:
+            written[len(arrays)] = len(results)
+            arrays.append(old)
+            results.append(jax.ShapeDtypeStruct(old.shape, old.dtype))
+        attn, mlp = block["attn"], block["mlp"]
+        arrays += [*norm(block["ln_1"]), *linear(attn["c_attn"], 3 * C), *linear(attn["c_proj"], C)]
+        arrays += [*norm(block["ln_2"]), *linear(mlp["c_fc"], 4 * C), *linear(mlp["c_proj"], C)]
+    logits, *kv = jax.ffi.ffi_call(NAME, results, input_output_aliases=written)(*arrays)
+    return without_padding(logits, cfg.vocab_size), gpt2.Cache(kv[::2], kv[1::2], cache.length + 1)
+
+
+@functools.cache
+def _registered() -> bool:
+    """Build the function, or find it built, and tell JAX of it; False where that cannot be done."""
+    library = _library()
+    if library is not None:
+        jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(library.decode), platform="cpu")
+    return library is not None
+
+
+def _library() -> ctypes.CDLL | None:
+    """The compiled function, which lies beside JAX's compiled programs: of this source, compiler, JAX and processor."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if os.name != "posix" or not compiler or not shutil.which(compiler[0]):
+        return None
+    made_of = [SOURCE.read_bytes(), compiler, COMMON, jax.__version__, runtime.processor()]
+    name = f"decode-{sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    folder = jax.config.jax_compilation_cache_dir or ""  # pyright: ignore
+    kept = Path(folder).absolute() / name if folder and "://" not in folder else None
+    if kept:
+        with contextlib.suppress(OSError):  # not there, or damaged
+            return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / name
+        if not any(_compiles([*compiler, *flag.split()], built) for flag in (*FOR_THIS_PROCESSOR, "")):
+            return None
+        if kept:
+            with contextlib.suppress(OSError):  # a full disk, or none to write on: it is built again next time
+                partial = kept.with_suffix(f".{os.getpid()}.tmp")
+                shutil.copy(built, partial)
+                partial.replace(kept)
+        with contextlib.suppress(OSError):  # a folder that nothing may be run from
+            return ctypes.CDLL(str(built))
+    return None
+
+
+def _compiles(compiler: list[str], built: Path) -> bool:
+    command = [*compiler, *COMMON.split(), "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(built), "-lm"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
