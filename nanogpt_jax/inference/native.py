@@ -1,7 +1,7 @@
 """A step of generation as one C function, on a CPU and where there is a C compiler: decode.c, built once and kept.
 
 For a few texts such a step is little more than reading every weight once. XLA:CPU makes 49 products and some 400 small
-programs of it, one after the other; here each core reads its own share of all weights, and they meet 61 times. JAX's
+programs of it, one after the other; here each core reads its own share of all weights, and they meet 60 times. JAX's
 foreign function interface calls it inside of jitted programs. It equals gpt2.decode_step, which runs everywhere else.
 """
 
@@ -29,14 +29,13 @@ from nanogpt_jax.model.losses import without_padding
 
 SOURCE, NAME = Path(__file__).with_name("decode.c"), "nanogpt_jax_decode"
 FEW = 15  # texts; for more it is all arithmetic, and XLA's products are as fast
-# Sums may be taken in another order, as XLA takes them; and no -ffast-math, which would change how all of the process
-# rounds tiny numbers. The one for this processor comes first, by the name that the compiler knows it by.
+# Sums may be taken in any order. Not -ffast-math, which would change how the whole process rounds tiny numbers.
 COMMON = "-O3 -std=gnu11 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC -pthread"
-FOR_THIS_PROCESSOR = ("-march=native", "-mcpu=native")
+FOR_THIS_PROCESSOR = ("-march=native", "-mcpu=native", "")  # the first that the compiler knows
 
 
 def takes(cfg: ModelConfig, B: int) -> bool:
-    """Whether a step for B texts is the C function's: asked where weights are laid out and where a step is traced."""
+    """Whether a step for B texts is the C function's."""
     wanted = os.environ.get("NANOGPT_JAX_NATIVE", "1") != "0"
     return wanted and B <= FEW and cfg.dtype == "float32" and jax.default_backend() == "cpu" and _registered()
 
@@ -90,7 +89,7 @@ def _library() -> ctypes.CDLL | None:
             return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / name
-        if not any(_compiles([*compiler, *flag.split()], built) for flag in (*FOR_THIS_PROCESSOR, "")):
+        if not any(_compiles([*compiler, *flag.split()], built) for flag in FOR_THIS_PROCESSOR):
             return None
         if kept:
             with contextlib.suppress(OSError):  # a full disk, or none to write on: it is built again next time
