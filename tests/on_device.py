@@ -87,7 +87,7 @@ def check_model(platform: str) -> None:
             report(f"{name}: logits", error(logits, expected), most)
             ours = jax.jit(jax.grad(functools.partial(mean_loss, cfg)))(params, tokens)
             report(f"{name}: gradients", error(ours, gradient), 3 * most)
-            for B in 1, 2:  # kernels lie another way for one text
+            for B in 1, 2:
                 laid, cache = generate.for_decoding(cfg, params), gpt2.init_cache(cfg, B, MODEL.block_size)
                 rows, lengths = np.arange(B), np.array([100, 120][:B], np.int32)
                 _, cache = jax.jit(functools.partial(gpt2.prefill, cfg))(laid, tokens[:B, :120], lengths, cache)

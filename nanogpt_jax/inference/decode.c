@@ -1,5 +1,6 @@
 /* One more position of B texts through a whole GPT-2, in float32: what gpt2.decode_step computes, as one function that
-   XLA calls on a CPU. native.py builds it, says why, and hands it the arrays in the order of the two lists below.
+   XLA calls on a CPU. native.py builds it, says why, and hands it arrays in the order of the two lists below; it gives
+   back logits [B, V], and K and V of each layer as they came, with one position more.
 
    B texts, C channels, H heads, D head dim, S cache length, I inputs and O outputs of a product. */
 
@@ -10,7 +11,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "xla/ffi/api/c_api.h"
 
@@ -25,7 +25,7 @@ typedef struct {
   float **in, *qkv, *heads, *wide, *residual, *own, *logits;
   const int32_t *length; /* [B], positions in the cache before this one */
   unsigned threads;
-  atomic_uint arrived; /* of them, at the ends of all the parts of the step so far */
+  atomic_uint arrived; /* how often one of them has come to the end of a part of the step */
 } Step;
 
 static void take_part(Step *step, unsigned thread);
@@ -33,15 +33,18 @@ static void take_part(Step *step, unsigned thread);
 /* ---- threads. XLA has some too, but they sleep when a step begins, and wake within a third of a millisecond. ---- */
 
 enum { MOST_THREADS = 64 };
+int cores = 1; /* that this process may use; native.py sets it */
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* whose step it is: one at a time */
 static pthread_mutex_t sleeping = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static atomic_uint called, asleep, returned; /* steps so far; helpers that sleep; those that are through with this step */
+static _Atomic uint64_t called; /* steps so far, times 256, plus the threads of the last one */
+static atomic_uint asleep, returned; /* helpers that sleep; those that are through with their share of this step */
 static Step *current;
 static struct Helper {
-  unsigned thread, seen; /* its number; how much of `called` it has seen */
+  unsigned thread;
+  uint64_t seen; /* of `called` */
 } helpers[MOST_THREADS];
-static int n_helpers;
+static unsigned n_helpers;
 
 static void pause_a_moment(unsigned moment) {
 #if defined(__x86_64__)
@@ -58,7 +61,7 @@ static double milliseconds(void) {
 
 static void *help(void *self) {
   struct Helper *helper = self;
-  for (;; helper->seen++) {
+  for (;;) {
     double since = milliseconds();
     for (unsigned i = 1; atomic_load(&called) == helper->seen; i++) {
       pause_a_moment(i);
@@ -69,13 +72,15 @@ static void *help(void *self) {
       atomic_fetch_sub(&asleep, 1);
       pthread_mutex_unlock(&sleeping);
     }
-    if (helper->thread < current->threads) take_part(current, helper->thread);
+    helper->seen = atomic_load(&called);
+    if (helper->thread >= helper->seen % 256) continue; /* no share for it: nobody waits, and the step may be over */
+    take_part(current, helper->thread);
     atomic_fetch_add(&returned, 1);
   }
   return NULL;
 }
 
-static void find_helpers(int n) {
+static void find_helpers(unsigned n) {
   for (pthread_t thread; n_helpers < n; n_helpers++) {
     helpers[n_helpers] = (struct Helper){n_helpers + 1, atomic_load(&called)};
     if (pthread_create(&thread, NULL, help, &helpers[n_helpers])) return; /* fewer, then */
@@ -86,14 +91,14 @@ static void find_helpers(int n) {
 static void work_together(Step *step) {
   current = step;
   atomic_store(&returned, 0);
-  atomic_fetch_add(&called, 1);
+  atomic_store(&called, (atomic_load(&called) / 256 + 1) * 256 + step->threads);
   if (atomic_load(&asleep)) {
     pthread_mutex_lock(&sleeping);
     pthread_cond_broadcast(&wake);
     pthread_mutex_unlock(&sleeping);
   }
   take_part(step, 0);
-  for (unsigned i = 1; atomic_load(&returned) < (unsigned)n_helpers; i++) pause_a_moment(i);
+  for (unsigned i = 1; atomic_load(&returned) + 1 < step->threads; i++) pause_a_moment(i);
 }
 
 /* The step is cut into parts; all have done theirs of one before anybody begins the next. */
@@ -158,7 +163,7 @@ static void layer_norm(const float *x, const float *scale, const float *bias, fl
 
 static float gelu(float x) { return x / (1 + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x))); }
 
-/* softmax(qKᵀ/√D)V of head n of all B·H, after its new key and value are in the cache; `scores` has room for S + D. */
+/* softmax(qKᵀ/√D)V of head n of all B·H, after its new key and value are in the cache; `scores` has room for S of them and for q behind. */
 static void attend(Step *s, float **layer, int64_t n, float *scores) {
   int64_t C = s->C, D = s->D, b = n / s->H, at = n % s->H * D, t = s->length[b];
   if (t >= s->S) t = s->S - 1; /* a row that has ended may run over */
@@ -237,29 +242,22 @@ XLA_FFI_Error *decode(XLA_FFI_CallFrame *frame) {
     version->minor_version = XLA_FFI_API_MINOR;
     return NULL;
   }
-  int64_t n_arrays = frame->args.size, n_layer = (n_arrays - LAYERS) / PER_LAYER, threads = 1;
   XLA_FFI_Buffer **in = (XLA_FFI_Buffer **)frame->args.args, **out = (XLA_FFI_Buffer **)frame->rets.rets;
-  int64_t B = in[X]->dims[0], C = in[X]->dims[1], *k = in[LAYERS + K]->dims;
-  XLA_FFI_ThreadPool_NumThreads_Args cores = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL, frame->ctx,
-                                              &threads};
-  XLA_FFI_Error *refused = frame->api->XLA_FFI_ThreadPool_NumThreads(&cores);
-  if (refused) return refused;
-  int64_t processors = sysconf(_SC_NPROCESSORS_ONLN); /* fewer than threads where devices are simulated */
-  int64_t enough = (12 * n_layer * C + in[WTE]->dims[0]) * C / 1000000 + 1; /* a share of a million weights: 0.1 ms */
-  if (threads > processors) threads = processors;
+  int64_t n_arrays = frame->args.size, n_layer = (n_arrays - LAYERS) / PER_LAYER, n_vocab = in[WTE]->dims[0];
+  int64_t B = in[X]->dims[0], C = in[X]->dims[1], S = in[LAYERS + K]->dims[1], D = in[LAYERS + K]->dims[2];
+  int64_t enough = (12 * n_layer * C + n_vocab) * C / 1000000 + 1; /* a share of a million weights: 0.1 ms */
+  unsigned threads = cores;
   if (threads > enough) threads = enough;
-  if (threads > C / 16) threads = C / 16;
   if (threads > MOST_THREADS) threads = MOST_THREADS;
-  if (threads < 1) threads = 1;
 
   pthread_mutex_lock(&turn);
   find_helpers(threads - 1);
   if (threads > n_helpers + 1) threads = n_helpers + 1;
-  int64_t BC = B * C, S = k[1], D = k[2], own = BC + S + D;
+  int64_t BC = B * C, own = BC + S + D;
   float *scratch = malloc((BC * (8 + 2 * n_layer) + own * threads) * sizeof *scratch), *arrays[n_arrays];
   if (scratch) {
     for (int64_t i = 0; i < n_arrays; i++) arrays[i] = in[i]->data;
-    Step step = {.B = B, .C = C, .H = k[0] / B, .D = D, .S = S, .n_layer = n_layer, .n_vocab = in[WTE]->dims[0],
+    Step step = {.B = B, .C = C, .H = C / D, .D = D, .S = S, .n_layer = n_layer, .n_vocab = n_vocab,
                  .in = arrays, .length = in[LENGTH]->data, .logits = out[0]->data, .threads = threads,
                  .qkv = scratch, .heads = scratch + 3 * BC, .wide = scratch + 4 * BC, .own = scratch + 8 * BC,
                  .residual = scratch + 8 * BC + own * threads};

@@ -1,8 +1,9 @@
 """A step of generation as one C function, on a CPU and where there is a C compiler: decode.c, built once and kept.
 
 For a few texts such a step is little more than reading every weight once. XLA:CPU makes 49 products and some 400 small
-programs of it, one after the other; here each core reads its own share of all weights, and they meet 60 times. JAX's
-foreign function interface calls it inside of jitted programs. It equals gpt2.decode_step, which runs everywhere else.
+programs of it (12 layers), one after the other; here each core reads its own share of all weights, and they meet 60
+times. JAX's foreign function interface calls it inside of jitted programs. Up to rounding it is gpt2.decode_step, which
+runs everywhere else; only a row that has run over its cache writes nonsense to another place.
 """
 
 # B batch, C channels, V padded vocabulary
@@ -11,10 +12,12 @@ import contextlib
 import ctypes
 import functools
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ SOURCE, NAME = Path(__file__).with_name("decode.c"), "nanogpt_jax_decode"
 FEW = 15  # texts; for more it is all arithmetic, and XLA's products are as fast
 # Sums may be taken in any order. Not -ffast-math, which would change how the whole process rounds tiny numbers.
 COMMON = "-O3 -std=gnu11 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC -pthread"
+_LOCK = threading.Lock()
 FOR_THIS_PROCESSOR = ("-march=native", "-mcpu=native", "")  # the first that the compiler knows
 
 
@@ -62,43 +66,76 @@ def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: 
         attn, mlp = block["attn"], block["mlp"]
         arrays += [*norm(block["ln_1"]), *linear(attn["c_attn"], 3 * C), *linear(attn["c_proj"], C)]
         arrays += [*norm(block["ln_2"]), *linear(mlp["c_fc"], 4 * C), *linear(mlp["c_proj"], C)]
+    assert all(array.dtype == jnp.float32 for array in arrays if array is not cache.length), "it reads float32 alone"
     logits, *kv = jax.ffi.ffi_call(NAME, results, input_output_aliases=written)(*arrays)
     return without_padding(logits, cfg.vocab_size), gpt2.Cache(kv[::2], kv[1::2], cache.length + 1)
 
 
-@functools.cache
 def _registered() -> bool:
-    """Build the function, or find it built, and tell JAX of it; False where that cannot be done."""
-    library = _library()
-    if library is not None:
-        jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(library.decode), platform="cpu")
-    return library is not None
+    """Whether JAX knows the function: built, or found built, at the first call; False where that cannot be done."""
+    with _LOCK:  # two threads that begin at once would build and register it twice
+        return _register()
+
+
+@functools.cache
+def _register() -> bool:
+    try:
+        library = _library()
+    except (OSError, ValueError):  # no place to build it in, or a CC that is no command
+        library = None
+    if library is None:
+        return False
+    ctypes.c_int.in_dll(library, "cores").value = _cores()
+    jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(library.decode), platform="cpu")
+    return True
+
+
+def _cores() -> int:
+    """Cores that this process may use: by its affinity and, in a container, by its quota of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def _library() -> ctypes.CDLL | None:
-    """The compiled function, which lies beside JAX's compiled programs: of this source, compiler, JAX and processor."""
+    """The compiled function, which lies beside JAX's compiled programs: of this source, command, JAX and processor.
+
+    Its name ends with a hash of what is in it, as loading a file that was cut off would end the process.
+    """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if os.name != "posix" or not compiler or not shutil.which(compiler[0]):
         return None
     made_of = [SOURCE.read_bytes(), compiler, COMMON, jax.__version__, runtime.processor()]
-    name = f"decode-{sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    folder = jax.config.jax_compilation_cache_dir or ""  # pyright: ignore
-    kept = Path(folder).absolute() / name if folder and "://" not in folder else None
-    if kept:
-        with contextlib.suppress(OSError):  # not there, or damaged
-            return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / name
+    name = f"decode-{_hash(repr(made_of).encode())}"
+    place = jax.config.jax_compilation_cache_dir or ""  # pyright: ignore
+    kept = Path(place).absolute() if place and "://" not in place else None
+    for path in sorted(kept.glob(f"{name}-*.so")) if kept else []:
+        if path.stat().st_uid == os.getuid() and path.stem == f"{name}-{_hash(path.read_bytes())}":
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        built = Path(folder) / "decode.so"
         if not any(_compiles([*compiler, *flag.split()], built) for flag in FOR_THIS_PROCESSOR):
             return None
         if kept:
-            with contextlib.suppress(OSError):  # a full disk, or none to write on: it is built again next time
-                partial = kept.with_suffix(f".{os.getpid()}.tmp")
-                shutil.copy(built, partial)
-                partial.replace(kept)
-        with contextlib.suppress(OSError):  # a folder that nothing may be run from
-            return ctypes.CDLL(str(built))
-    return None
+            with contextlib.suppress(OSError):  # it is built again next time
+                _keep(built, kept / f"{name}-{_hash(built.read_bytes())}.so")
+        return ctypes.CDLL(str(built))
+
+
+def _hash(content: bytes) -> str:
+    return sha256(content).hexdigest()[:16]
+
+
+def _keep(built: Path, path: Path) -> None:
+    """A copy, there at once and whole: another process may look for it."""
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    try:
+        shutil.copy(built, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _compiles(compiler: list[str], built: Path) -> bool:
