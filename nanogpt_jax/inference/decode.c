@@ -163,7 +163,8 @@ static void layer_norm(const float *x, const float *scale, const float *bias, fl
 
 static float gelu(float x) { return x / (1 + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x))); }
 
-/* softmax(qKᵀ/√D)V of head n of all B·H, after its new key and value are in the cache; `scores` has room for S of them and for q behind. */
+/* softmax(qKᵀ/√D)V of head n of all B·H, once its new key and value are in the cache. `scores` has room for S of them,
+   and for q behind. */
 static void attend(Step *s, float **layer, int64_t n, float *scores) {
   int64_t C = s->C, D = s->D, b = n / s->H, at = n % s->H * D, t = s->length[b];
   if (t >= s->S) t = s->S - 1; /* a row that has ended may run over */
@@ -189,7 +190,7 @@ static void attend(Step *s, float **layer, int64_t n, float *scores) {
   for (int64_t d = 0; d < D; d++) y[d] /= sum;
 }
 
-/* y = x + bias + the product of W [C, I] and what the layer has worked out, back into the residual: channels first .. */
+/* y = x + bias + W in: what a layer has worked out, in [B, I], back into the residual; of it channels first .. last - 1. */
 static void add_product(Step *s, const float *W, const float *bias, const float *in, int64_t I, const float *x, float *y,
                         int64_t first, int64_t last) {
   multiply(W, in, y, s->B, I, s->C, first, last);
