@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.interop import weights
-from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, layers, losses
+from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, initial, layers, losses
 from nanogpt_jax.model.layers import linear, project
 from nanogpt_jax.model.losses import cross_entropy
 
@@ -524,6 +524,30 @@ def test_weights_are_made_without_the_attention_that_will_use_them():
     cfg = dataclasses.replace(SMALL, attention="cudnn", dtype="bfloat16")
     shapes = jax.eval_shape(lambda: gpt2.init_params(cfg, jax.random.key(0)))
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(shapes))
+
+
+@settings(max_examples=5)
+@given(
+    shape=st.lists(st.integers(1, 9), max_size=3).map(tuple),
+    std=st.sampled_from([1.0, 0.02, 0.02 / 24**0.5]),
+    seeds=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
+)
+def test_initial_numbers_are_those_of_jax_bit_for_bit(shape, std, seeds):
+    keys = jax.vmap(jax.random.key)(np.uint32(seeds))  # as the layers' keys
+    ours = jax.jit(jax.vmap(lambda key: initial.normal(key, shape, std)))(keys)
+    assert np.array_equal(ours, jax.jit(jax.vmap(lambda key: jax.random.normal(key, shape) * std))(keys))
+
+
+def test_the_generator_gives_the_published_numbers():
+    """Random123's own, for threefry2x32 with 20 rounds and the counter (0, 0)."""
+    bits = initial.threefry(jnp.zeros(2, jnp.uint32), jnp.zeros(1, jnp.uint32))
+    assert bits.tolist() == [0x6B200159 ^ 0x99BA4EFE]
+
+
+def test_another_generator_of_the_users_is_heeded():
+    key = jax.random.key(3, impl="rbg")
+    assert np.array_equal(initial.normal(key, (5, 7), 0.5), jax.random.normal(key, (5, 7)) * 0.5)
+    assert not np.array_equal(initial.normal(jax.random.key(3), (5, 7), 0.5), initial.normal(key, (5, 7), 0.5))
 
 
 def test_initial_weights_are_gpt2s():

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.model import attention, layers
+from nanogpt_jax.model import attention, initial, layers
 from nanogpt_jax.model.dropout import dropout
 from nanogpt_jax.model.losses import without_padding
 
@@ -53,7 +53,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.outputs, *self.inputs) if self.few else (*self.inputs, *self.outputs)
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
+        kernel = self.param("kernel", initial.normal, shape, self.std)
         y = (layers.project_few if self.few else layers.project)(x, kernel, len(self.inputs))
         if self.bias:
             y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)  # gradient: a float32 sum
@@ -135,11 +135,10 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """GPT-2's initial weights: N(0, 0.02²), the two projections back into the residual stream scaled by 1/√(2L)."""
     cfg = dataclasses.replace(cfg, attention="reference")  # weights do not depend on it; others refuse the x below
     wte_key, wpe_key, h_key = jax.random.split(key, 3)
-    normal = nn.initializers.normal(INIT_STD)
     x = jnp.zeros((1, 1, cfg.n_embd))
     return {
-        "wte": normal(wte_key, (cfg.padded_vocab_size, cfg.n_embd)),
-        "wpe": normal(wpe_key, (cfg.block_size, cfg.n_embd)),
+        "wte": initial.normal(wte_key, (cfg.padded_vocab_size, cfg.n_embd), INIT_STD),
+        "wpe": initial.normal(wpe_key, (cfg.block_size, cfg.n_embd), INIT_STD),
         "h": jax.vmap(lambda k: Block(cfg).init(k, x)["params"])(jax.random.split(h_key, cfg.n_layer)),
         "ln_f": LayerNorm(cfg.bias).init(h_key, x)["params"],
     }
