@@ -1,6 +1,6 @@
 """What the default suite cannot know, since it runs on a CPU: is the model right on this device? No test: by hand.
 
-    python tests/on_device.py        on a machine with a GPU or TPU; a minute
+    python tests/on_device.py        on a machine with a GPU or TPU; five minutes at the first time
 
 Each line is a relative error, ‖ours - reference‖ / ‖reference‖, and the most that it may be; or whether two runs of
 the same steps give the same bits. Exit code 1 where one is not as it should be. The references are the reference

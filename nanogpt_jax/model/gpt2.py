@@ -53,7 +53,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.outputs, *self.inputs) if self.few else (*self.inputs, *self.outputs)
-        kernel = self.param("kernel", initial.normal, shape, self.std)
+        # applied, Flax asks for the shape alone, and 160 operations are traced for it
+        first = functools.partial(initial.normal, std=self.std) if self.is_initializing() else nn.initializers.zeros
+        kernel = self.param("kernel", first, shape)
         y = (layers.project_few if self.few else layers.project)(x, kernel, len(self.inputs))
         if self.bias:
             y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)  # gradient: a float32 sum

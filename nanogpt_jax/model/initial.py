@@ -18,7 +18,7 @@ ROTATIONS = np.array([(13, 15, 26, 6), (17, 29, 16, 24)] * 2 + [(13, 15, 26, 6)]
 KEYS = np.array([(1, 2), (2, 0), (0, 1), (1, 2), (2, 0)])  # which are added behind each four rounds
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)  # traced once, however often a state's shapes are asked
+@functools.partial(jax.jit, static_argnames=("shape", "std"), inline=True)  # shapes are asked for often: traced once
 def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
     """Numbers ~ N(0, std²), float32 of `shape`; each depends on the key and its own place alone."""
     if str(jax.random.key_impl(key)) != "threefry2x32" or math.prod(shape) >= 2**32:
