@@ -39,7 +39,6 @@ from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.signals import stop_on_signals
 from nanogpt_jax.training.step import init_state, make_train_step
 
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60
 TINY = Config(
@@ -423,33 +422,6 @@ def test_a_step_takes_the_memory_of_the_last_one(kept, clean_env):
     env = clean_env if kept else {**clean_env, "MALLOC_TRIM_THRESHOLD_": "131072"}  # a user's own setting stands
     run = subprocess.run([sys.executable, "-c", RESIDENT], env=env, capture_output=True, text=True, check=True)
     assert (int(run.stdout) > 128 * 2**20) == kept, run.stdout  # of 256 MiB
-
-
-HUGE = """
-from nanogpt_jax.distributed import memory
-from nanogpt_jax.distributed.mesh import start
-assert start() == "cpu"
-import jax
-def huge():
-    with open("/proc/self/smaps_rollup") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("AnonHugePages")) * 1024
-memory.give_back()
-before = huge()
-x = jax.numpy.ones((8192, 4096)).block_until_ready()
-print(huge() - before)
-"""
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text() or memory.free() < 2**31,
-    reason="the system leaves no choice, or has no memory for it",
-)
-@pytest.mark.parametrize("limit", ["", "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))\n"])
-def test_arrays_lie_in_huge_pages_but_where_reserving_them_counts(limit, clean_env):
-    run = subprocess.run(
-        [sys.executable, "-c", limit + HUGE], env=clean_env, capture_output=True, text=True, check=True
-    )
-    assert (int(run.stdout) > 64 * 2**20) == (not limit), run.stdout  # of 128 MiB
 
 
 def test_training_learns_and_the_step_is_donated():

@@ -7,52 +7,25 @@ import platform
 from pathlib import Path
 
 MEMORY, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-MADV_HUGEPAGE, HUGE = 14, 2**21  # of Linux' mman.h, and the bytes of a huge page
-_keeps = False
 
 
 def keep() -> None:
-    """What a program gives back is kept for the next one, and new memory is taken in huge pages.
+    """What a program gives back is kept for the next one.
 
     The temporary memory of a step is one large block, which the C library would map afresh and hand back each time, and
     the system clear page by page (124M: 1.6 GB a step, a tenth of the time). glibc keeps it when told to, but only for
     the main thread: `mesh.start` has programs run there. A user's own MALLOC_TRIM_THRESHOLD_ leaves all that as it is.
     """
-    global _keeps
     if (libc := _glibc()) and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-        _ask_for_huge_pages(libc)
-        _keeps = True
 
 
 def give_back() -> None:
     """What is kept goes back to the system, before something else that needs much memory."""
     if libc := _glibc():
         libc.malloc_trim(0)
-        if _keeps:
-            _ask_for_huge_pages(libc)
-
-
-def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """For the next gigabytes of the heap, where Linux grants them: pages of 4 KB take time to be found.
-
-    They stay reserved, which costs nothing before they are written to; but not where what is reserved is counted.
-    """
-    import resource
-
-    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    strict = OVERCOMMIT.exists() and OVERCOMMIT.read_text(encoding="utf-8").strip() == "2"
-    size = max(free(), 0) // 2
-    if strict or any(limit != resource.RLIM_INFINITY for limit in limits):
-        return
-    libc.malloc.restype = ctypes.c_void_p
-    if block := libc.malloc(ctypes.c_size_t(size)):
-        first = -(-block // HUGE) * HUGE
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(block + size - first, 0)), MADV_HUGEPAGE)
-        libc.free(ctypes.c_void_p(block))
 
 
 def free() -> int:
