@@ -53,7 +53,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.outputs, *self.inputs) if self.few else (*self.inputs, *self.outputs)
-        # applied, Flax asks for the shape alone, and 160 operations are traced for it
+        # where a layer is applied, Flax asks for the shape alone, and 160 operations would be traced for it
         first = functools.partial(initial.normal, std=self.std) if self.is_initializing() else nn.initializers.zeros
         kernel = self.param("kernel", first, shape)
         y = (layers.project_few if self.few else layers.project)(x, kernel, len(self.inputs))
