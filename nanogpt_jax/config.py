@@ -11,8 +11,10 @@ typo is reported before XLA starts.
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import math
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -97,8 +99,8 @@ class TrainConfig:
     log_every: int = 10  # steps between lines in metrics.jsonl
     keep: int = 2  # newest checkpoints kept, besides the best one
     seed: int = 1337  # of the initial weights, the order of the data and the dropout
-    tensorboard: bool = False  # also write TensorBoard files (pip install 'nanogpt-jax[tensorboard]')
-    wandb: bool = False  # also log to Weights & Biases (pip install 'nanogpt-jax[wandb]')
+    tensorboard: bool = False  # also write TensorBoard files (the extra [tensorboard])
+    wandb: bool = False  # also log to Weights & Biases (the extra [wandb])
 
 
 @dataclass(frozen=True)
@@ -740,16 +742,40 @@ def _toml(value: Any) -> str:
 
 
 def help_text(kind: Kind = Config) -> str:
-    """The `--help` page of what trains this kind. tyro draws the table of settings from the comments behind them."""
-    import contextlib
-    import io
+    """The `--help` page of what trains this kind: the comments behind the settings, drawn by argparse."""
+    import argparse
 
-    import tyro
-
-    page = io.StringIO()
-    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], config=(tyro.conf.FlagConversionOff,))
     shipped = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml")))
-    settings = page.getvalue().partition("model options")[2]  # before it, tyro's usage lines and our docstring
     usage = TRAIN_USAGE.format(shipped=shipped) if kind is Config else CLASSIFY_USAGE
-    return usage + "\n model options" + settings
+    page = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=usage,
+        add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
+    )
+    comments, defaults = _comments(), dict(items(kind()))
+    kinds = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", dict[str, float]: "A=3,B=1"}
+    for section, settings in get_type_hints(kind).items():
+        group = page.add_argument_group(section)
+        for name, hint in get_type_hints(settings).items():
+            key = f"{section}.{name}"
+            comment = next(text for c in settings.__mro__ if (text := comments.get((c.__name__, name))))
+            default = defaults[key] if isinstance(defaults[key], str) else _toml(defaults[key])
+            group.add_argument(
+                _flag(key),
+                metavar=kinds.get(hint) or f"{{{','.join(get_args(hint))}}}",
+                help=f"{comment} (default: {default})".replace("%", "%%"),  # a lone % would be argparse's own
+            )
+    return page.format_help().rstrip()
+
+
+def _comments() -> dict[tuple[str, str], str]:
+    """What stands behind each setting in the classes above: ("ModelConfig", "n_layer") -> "L, transformer blocks"."""
+    found: dict[tuple[str, str], str] = {}
+    owner = ""
+    for line in inspect.getsource(sys.modules[__name__]).splitlines():
+        if begins := re.match(r"class (\w+)", line):
+            owner = begins[1]
+        elif setting := re.match(r"    (\w+): .*  # (.*)", line):
+            found[owner, setting[1]] = setting[2]
+    return found

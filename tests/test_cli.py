@@ -152,7 +152,10 @@ def test_wrong_data_and_run_directories(place, clean_env, arguments, words):
 
 
 def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, clean_env):
-    page = run(tmp_path, clean_env, "train.py", "--help").stdout.replace("-", "_")
+    page = run(tmp_path, clean_env, "train.py", "--help").stdout
+    assert re.search(r"--model.n-layer INT +L, transformer blocks \(default: 4\)", page)
+    assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+down from .* in the last 20\s+%", page)
+    page = page.replace("-", "_")
     shown = run(tmp_path, clean_env, "train.py", "gpt2", "--model.n-layer=3", "--model.n_head", "4", "--print-config")
     for key in config.TYPES:
         assert key in page
@@ -214,6 +217,10 @@ def test_the_package_is_a_command_too(place, clean_env):
     for name in ("import-hf", "export-hf"):
         assert f"usage: nanogpt-jax {name}" in command(name, "--help").stdout
         refused(command(name, "x"), f"{name} takes")
+    page = " ".join(command("classify", "train", "--help").stdout.split())
+    assert "where the label stands: a string or a whole number (default: label)" in page  # its own
+    assert "texts a step, over all devices and micro-batches (default: 16)" in page  # another than a language model's
+    assert "the dropout (default: 1337)" in page  # the same
 
 
 def test_a_finished_run_is_left_alone(place, clean_env):
