@@ -219,7 +219,7 @@ def test_the_package_is_a_command_too(place, clean_env):
         refused(command(name, "x"), f"{name} takes")
     page = " ".join(command("classify", "train", "--help").stdout.split())
     assert "where the label stands: a string or a whole number (default: label)" in page  # its own
-    assert "texts a step, over all devices and micro-batches (default: 16)" in page  # another than a language model's
+    assert "looks at the validation texts; 0: once an epoch (default: 0)" in page  # another than a language model's
     assert "the dropout (default: 1337)" in page  # the same
 
 
