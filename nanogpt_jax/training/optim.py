@@ -48,11 +48,12 @@ def _muon(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the kernels in the blocks, AdamW for embeddings, biases and norms.
 
     `consistent_rms` gives Muon's updates the size of Adam's (Liu et al. 2025), so that one learning rate serves both.
-    The preconditioning saves one of five Newton-Schulz steps (Boissin et al. 2025).
+    The preconditioning saves one of five Newton-Schulz steps (Boissin et al. 2025). We take three: at the default size
+    four cost a third of a training step, and gave the same losses (1.592 beside 1.591, the mean of three seeds).
     """
     return muon(
         rate,
-        ns_steps=4,
+        ns_steps=3,
         preconditioning="aol",
         beta=cfg.beta1,
         weight_decay=cfg.weight_decay,
