@@ -49,7 +49,8 @@ def _muon(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
 
     `consistent_rms` gives Muon's updates the size of Adam's (Liu et al. 2025), so that one learning rate serves both.
     The preconditioning saves one of five Newton-Schulz steps (Boissin et al. 2025). We take three: at the default size
-    four cost a third of a training step, and gave the same losses (1.592 beside 1.591, the mean of three seeds).
+    each is a tenth of a training step, and with four the mean loss of three seeds was between 0.008 lower and 0.001
+    higher.
     """
     return muon(
         rate,
