@@ -40,9 +40,9 @@ class ModelConfig:
     n_embd: int = 128  # C, channels; a multiple of n_head
     dropout: float = 0.0  # dropped share of embeddings, attention weights and residual branches
     bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of the computation; parameters stay float32
     attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash"] = "auto"  # back-end; auto: by device
-    remat: Literal["none", "dots", "block"] = "none"  # recompute in the backward pass: nothing, all but matmuls, blocks
+    remat: Literal["none", "dots", "block"] = "none"  # recomputed in the backward pass; dots: all but products
     separate_documents: bool = False  # attention stays within a document, and positions begin anew in each
     end_of_text: int = -1  # id of the token between documents; -1: the tokenizer's
     scan_unroll: int = 0  # layers unrolled in the layer scan; 0: all, but 1 on TPU
@@ -59,13 +59,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "python-docs"  # or shakespeare, a file, a folder, a "GLOB", hf:NAME[:CONFIG][:FIELD], - (stdin)
+    source: str = "python-docs"  # python-docs, shakespeare, a file, a folder, a "GLOB", hf:NAME[:CONFIG][:FIELD], -
     mixture: dict[str, float] = field(default_factory=dict)  # instead of source: sources and weights, A=3,B=1
     tokenizer: str = "char"  # char, gpt2, bpe:8192 (learned from the text), or a folder that holds a tokenizer
     val_fraction: float = 0.1  # share kept for validation: the end of a single text, else every so many documents
     field: str = "text"  # where rows of .jsonl, .parquet and the hub keep their text
     dir: str = "data"  # where prepared tokens are kept
-    threads: int = 0  # that turn text into tokens; 0: one a core
+    threads: int = 0  # threads that turn text into tokens; 0: one a core
 
     @property
     def title(self) -> str:
@@ -81,7 +81,7 @@ class OptimConfig:
     beta1: float = 0.9  # first moment; momentum of sgd and muon
     beta2: float = 0.99  # second moment
     grad_clip: float = 1.0  # longest global gradient norm; 0: no clipping
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # down from the peak; wsd: in the last 20 %
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # from the peak down; wsd: in the last 20 %
     warmup_steps: int = 20  # steps of linear warm-up
     freeze_layers: int = 0  # the first so many blocks stay as they are (finetuning)
     freeze_embeddings: bool = False  # the embeddings stay as they are, and with them the output head
@@ -98,7 +98,7 @@ class TrainConfig:
     save_every: int = 200  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between lines in metrics.jsonl
     keep: int = 2  # newest checkpoints kept, besides the best one
-    seed: int = 1337  # of the initial weights, the order of the data and the dropout
+    seed: int = 1337  # seed of the initial weights, the order of the data and the dropout
     tensorboard: bool = False  # also write TensorBoard files (the extra [tensorboard])
     wandb: bool = False  # also log to Weights & Biases (the extra [wandb])
 
@@ -568,23 +568,27 @@ class Command(Generic[Settings]):
     print_config: bool = False
 
 
-TRAIN_USAGE = """usage: python train.py [CONFIG.toml] [--run-dir DIR] [--init-from RUN] [--resume auto|never|must]
-                       [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
+TRAIN_USAGE = """usage: {program} [CONFIG.toml] [--run-dir DIR] [--init-from RUN]
+           [--resume auto|never|must] [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
 
-Trains a GPT-2 and keeps everything about it in a run directory. The same command again goes on where it stopped.
+Trains a GPT-2 and keeps everything about it in a run directory. The same command again goes on where
+it stopped.
 
-  CONFIG.toml     a config file, or the name of a shipped one: {shipped}
+  CONFIG.toml     a config file, or the name of a shipped one:
+{shipped}
   --run-dir DIR   where the run is kept (default: runs/NAME, after the config file)
-  --init-from RUN start from the best weights of another run, or of an imported model: the same as --train.init-from
-  --resume HOW    auto: go on if there is a run; never: only a new directory; must: only an old one (default: auto)
+  --init-from RUN start from the best weights of another run, or of an imported model: the same as
+                  --train.init-from
+  --resume HOW    auto: go on if there is a run; never: only a new directory; must: only an old one
+                  (default: auto)
   --overwrite     delete the run in the directory and start over
   --print-config  show each value and where it came from, as TOML; do not train
 """
-CLASSIFY_USAGE = """usage: nanogpt-jax classify train [CONFIG.toml] [--run-dir DIR] [--resume auto|never|must]
-                                   [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
+CLASSIFY_USAGE = """usage: {program} [CONFIG.toml] [--run-dir DIR] [--init-from RUN]
+           [--resume auto|never|must] [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
 
-Trains GPT-2 with a head over the last token's hidden state to name the label of a text. The arguments are train.py's;
-runs go to runs/classifier, or to runs/NAME after a CONFIG.toml of yours.
+Trains GPT-2 with a head over the last token's hidden state to name the label of a text. The arguments
+mean what they mean to train.py; runs go to runs/classifier, or to runs/NAME after a CONFIG.toml of yours.
 """
 
 
@@ -640,6 +644,9 @@ def _check_flag(kind: Kind, key: str) -> None:
 def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
     """Read a training command line: defaults, then the TOML file, then the command line."""
     words, flags = split_arguments(argv, SWITCHES, functools.partial(_check_flag, kind))
+    for word in words:
+        if word.partition("=")[0].replace("-", "_") in types_of(kind):
+            raise UserError(f"no config file {word}\n       did you mean --{word}?")
     if len(words) > 1:
         raise UserError(f"one config file at a time, but got {' and '.join(words)}")
     settings = {key: value for key, value in flags.items() if "." in key}
@@ -744,12 +751,14 @@ def _toml(value: Any) -> str:
 def help_text(kind: Kind = Config) -> str:
     """The `--help` page of what trains this kind: the comments behind the settings, drawn by argparse."""
     import argparse
+    import textwrap
 
-    shipped = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml")))
-    usage = TRAIN_USAGE.format(shipped=shipped) if kind is Config else CLASSIFY_USAGE
+    names, indent = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml"))), " " * 18
+    shipped = textwrap.fill(names, 98, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    usage = TRAIN_USAGE if kind is Config else CLASSIFY_USAGE
     page = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
-        description=usage,
+        description=usage.format(program=program(COMMANDS[kind]), shipped=shipped),
         add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
     )
@@ -759,7 +768,7 @@ def help_text(kind: Kind = Config) -> str:
         group = page.add_argument_group(section)
         for name, hint in get_type_hints(settings).items():
             key = f"{section}.{name}"
-            comment = next(text for c in settings.__mro__ if (text := comments.get((c.__name__, name))))
+            comment = next((text for c in settings.__mro__ if (text := comments.get((c.__name__, name)))), "")
             default = defaults[key] if isinstance(defaults[key], str) else _toml(defaults[key])
             group.add_argument(
                 _flag(key),

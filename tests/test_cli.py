@@ -154,7 +154,9 @@ def test_wrong_data_and_run_directories(place, clean_env, arguments, words):
 def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, clean_env):
     page = run(tmp_path, clean_env, "train.py", "--help").stdout
     assert re.search(r"--model.n-layer INT +L, transformer blocks \(default: 4\)", page)
-    assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+down from .* in the last 20\s+%", page)
+    assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+from the peak .* in the last 20\s+%", page)
+    assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", page), "a setting without a comment"
+    assert max(map(len, page.splitlines())) < 110
     page = page.replace("-", "_")
     shown = run(tmp_path, clean_env, "train.py", "gpt2", "--model.n-layer=3", "--model.n_head", "4", "--print-config")
     for key in config.TYPES:
@@ -217,6 +219,8 @@ def test_the_package_is_a_command_too(place, clean_env):
     for name in ("import-hf", "export-hf"):
         assert f"usage: nanogpt-jax {name}" in command(name, "--help").stdout
         refused(command(name, "x"), f"{name} takes")
+    assert command("train", "--help").stdout.startswith("usage: nanogpt-jax train [CONFIG.toml]")
+    refused(command("train", "train.steps=20"), "no config file train.steps=20", "did you mean --train.steps=20?")
     page = " ".join(command("classify", "train", "--help").stdout.split())
     assert "where the label stands: a string or a whole number (default: label)" in page  # its own
     assert "looks at the validation texts; 0: once an epoch (default: 0)" in page  # another than a language model's

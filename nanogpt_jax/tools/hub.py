@@ -19,7 +19,7 @@ IMPORT_USAGE = """usage: nanogpt-jax import-hf MODEL RUN [--tokenizer DIR] [--no
 Makes the run directory RUN from a GPT-2 in Hugging Face's files, for sample.py, train.py --init-from and eval.
 
   MODEL            a directory with config.json and model.safetensors, one .safetensors file,
-                   or a name on the Hugging Face Hub such as gpt2-medium (pip install 'nanogpt-jax[hub]')
+                   or a name on the Hugging Face Hub such as gpt2-medium
   --tokenizer DIR  where tokenizer.json, or vocab.json and merges.txt, are (default: beside the weights; a model of
                    50257 tokens without any has GPT-2's)
   --no-compare     no comparison with transformers where that is installed; it takes the memory of a second model"""
@@ -201,13 +201,9 @@ def _download(name: str) -> Path:
     """The files of a model on the Hugging Face Hub, in its cache; nothing is asked of the network in offline mode."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
         raise UserError(f"no file or directory {name}")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-    except ImportError:
-        raise UserError(
-            f"no file or directory {name}; to take it from the Hugging Face Hub: pip install 'nanogpt-jax[hub]'"
-        ) from None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
     try:
         return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except (HFValidationError, RepositoryNotFoundError):
