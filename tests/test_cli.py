@@ -152,7 +152,7 @@ def test_wrong_data_and_run_directories(place, clean_env, arguments, words):
 
 
 def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, clean_env):
-    page = run(tmp_path, clean_env, "train.py", "--help").stdout
+    page = run(tmp_path, {**clean_env, "COLUMNS": "80"}, "train.py", "--help").stdout
     assert re.search(r"--model.n-layer INT +L, transformer blocks \(default: 4\)", page)
     assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+from the peak .* in the last 20\s+%", page)
     assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", page), "a setting without a comment"
