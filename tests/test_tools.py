@@ -37,7 +37,6 @@ def test_the_bench_measures_and_writes_what_it_shows(work, rounds, flags, tmp_pa
     assert result["peak_memory_bytes"] > 10e6
     assert (result["share_of_peak"] > 0) == (work != "data")
     assert (result["share_of_bandwidth"] > 0) == (work == "decode")
-    assert result["share_of_best_read"] <= result["share_of_bandwidth"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@
 These are the gradients of softmax(QKᵀ/√d_k)V, as in FlashAttention (Dao et al. 2022, algorithm 4). What is ours is the
 order: one head of one sequence after another on each device, and a block of queries at a time against the keys that
 they may see and no others. So the scores of one block are all that is ever in memory, its products are plain ones of
-two matrices, and nearly half of them are never formed. With dropout, P is multiplied by the mask where it meets V and
-dO·Vᵀ; the row sums stay what they are.
+two matrices, and more than a third of them are never formed. With dropout, P is multiplied by the mask where it meets V
+and dO·Vᵀ; the row sums stay what they are.
 """
 
 # B batch, T time, H heads, D head dim; N heads at a time, M times; queries start .. end see the keys before `end`
@@ -27,9 +27,9 @@ from nanogpt_jax.model import dropout
 
 
 def block_length(T: int) -> int:
-    """Queries at a time: a quarter of the context. Fewer would waste less of the diagonal, in a longer program.
+    """Queries at a time: fewer waste less of the diagonal, but make a longer program, which takes longer to load.
 
-    At 1024 positions 128 take 0.975 of the time of 256 in a step of 124M, which then starts 1 to 2.5 s later.
+    At 1024 positions a step of 124M takes 0.975 of the time with 128, and begins 1 to 2.5 s later than with 256.
     """
     return 64 if T < 512 else 128 if T < 1024 else 256
 

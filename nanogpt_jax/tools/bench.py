@@ -42,7 +42,6 @@ Settings are those of train.py; see nanogpt-jax train --help."""
 
 OWN = {"rounds": "5", "seconds": "2", "versus": "", "json": "", "batch": "1", "prompt": "", "new": ""}
 PEER = "nanogpt_jax.tools.torch_peer"  # imported where it is asked for
-READS = 16  # of the weights of 124M, by which a round measures the bandwidth
 PEERS = {"train": ("torch", "torch.compile"), "decode": ("transformers",), "data": ()}
 
 
@@ -189,7 +188,6 @@ def _result(name: str, started: dict[str, dict], rounds: dict[str, list[dict[str
         "gflops": statistics.median(speeds) * flops / 1e9,
         "share_of_peak": median(lambda speed, our: speed * flops / our["peak_flops"]),
         "share_of_bandwidth": median(lambda speed, our: speed * read / our["bandwidth"]),
-        "share_of_best_read": median(lambda speed, our: speed * read / our["best_read"]),
     }
 
 
@@ -208,9 +206,8 @@ def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[s
             f"{r['first_step_seconds']:>10.1f} s{r['peak_memory_bytes'] / 2**20:>6.0f} MiB{ratio:>9}"
         )
     if work == "decode":
-        mean, best = results[0]["share_of_bandwidth"], results[0]["share_of_best_read"]
-        lines.append(f"\njax reads its weights, and what its cache holds, at {mean:.0%} of the measured bandwidth,")
-        lines.append(f"the mean of {READS} reads in the same round; at {best:.0%} of that of the quickest of them")
+        share = results[0]["share_of_bandwidth"]
+        lines.append(f"\njax reads its weights, and what its cache holds, at {share:.0%} of the measured bandwidth")
     if len(results[0]["rounds"]) == 1:
         lines.append("\none round alone may be off by a factor of two; --rounds 5 shows medians")
     return "\n".join(lines)
@@ -306,20 +303,19 @@ def _limits() -> dict[str, float]:
     a = numbers((n, n), jnp.float32 if is_cpu else jnp.bfloat16)
     big, vector = numbers((rows, 8192), jnp.float32), jnp.ones(8192)
     product = jax.jit(jnp.matmul)
-    peak = 2 * n**3 / min(_seconds(lambda: product(a, a).block_until_ready(), 8))
-    reads = _seconds(lambda: product(big, vector).block_until_ready(), READS)  # nothing but reading
-    # Their mean, as tokens/s are one: what else uses a machine's memory spares a single read now and then
-    return {"peak_flops": peak, "bandwidth": big.nbytes / statistics.mean(reads), "best_read": big.nbytes / min(reads)}
+    peak = 2 * n**3 / _quickest(lambda: product(a, a).block_until_ready())
+    bandwidth = big.nbytes / _quickest(lambda: product(big, vector).block_until_ready())  # nothing but reading
+    return {"peak_flops": peak, "bandwidth": bandwidth}
 
 
-def _seconds(call: Callable[[], Any], times: int) -> list[float]:
+def _quickest(call: Callable[[], Any], times: int = 8) -> float:
     call()
-    took = []
+    best = float("inf")
     for _ in range(times):
         began = time.perf_counter()
         call()
-        took.append(time.perf_counter() - began)
-    return took
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 def train_flops(cfg: Config) -> float:
