@@ -618,7 +618,7 @@ def split_arguments(
             value = "true"
         elif not equals:
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{name} needs a value")
+                raise UserError(f"--{name} needs a value; see --help")
             value = rest.pop(0)
         if flags.setdefault(key, value) != value:
             raise UserError(f"--{name} was given twice: {flags[key]} and {value}")

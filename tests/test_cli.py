@@ -312,6 +312,7 @@ def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(place, clean_env):
     os.close(leader)
     assert process.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"step +0/20 .*compiling the step +left", text), text
     assert re.search(r"step +\d+/20 .*loss \d\.\d{4} +[\d,]+ tokens/s +left \d+:\d\d:\d\d", text), text
 
 

@@ -92,21 +92,23 @@ class Progress:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
+                TextColumn("{task.fields[now]}  left"),
                 TimeRemainingColumn(),
             )
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True, redirect_stdout=True)
-            self._task = self._bar.add_task("", total=steps, completed=step, loss="...", speed="...")
+            self._task = self._bar.add_task("", total=steps, completed=step, now="compiling the step")
             self._bar.start()
 
     def begin(self) -> None:
-        """Count the time left from now."""
+        """The step is compiled: count the time left from now."""
         self._started = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, now="loss ...")
 
     def update(self, step: int, loss: float, tokens_per_second: float, done: int) -> None:
         """Show a step. Several are read at once: `done` of them had been taken by now."""
         if self._bar:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
+            self._bar.update(self._task, completed=step, now=f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
         elif step >= self._next_line or time.monotonic() >= self._line_due:
             left = (time.monotonic() - self._started) / (done - self._began_at) * (self._steps - done)
             print(
