@@ -501,7 +501,7 @@ WRONG_COMMANDS = [
     ("data changed", "changed", ["the data of changed has changed", "bring the old text back; to measure it on another text: --data FILE"]),
     ("data unknown", "imported", ["imported does not say what it was trained on: data.json is missing", "--data FILE"]),
     ("data.json damaged", "damaged", ["data.json is damaged", "--data FILE"]),
-    ("other texts", "runs/a elsewhere", ["runs/a and elsewhere have other texts", "give one for both with --data"]),
+    ("other texts", "runs/a elsewhere", ["the texts of runs/a (text.txt (val)) and elsewhere (", ") differ; give one for both with --data"]),
     ("no items", "runs/a --choices gone.jsonl", ["cannot read gone.jsonl: No such file"]),
     ("hub", "runs/a --choices hf:nobody/nothing", ["hf:nobody/nothing cannot be opened", "or give a local .jsonl file"]),
     ("hub form", "runs/a --choices hf:a:b:c:d", ["must have the form hf:NAME[:CONFIG[:SPLIT]]"]),

@@ -339,10 +339,40 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
         signalled.set()
 
 
+def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second():
+    deep = (
+        "import hashlib, sys; from nanogpt_jax.training.signals import stop_on_signals\n"
+        "with stop_on_signals():\n"
+        "    print('inside', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # minutes, in which Python calls no handler
+    )
+    command = [sys.executable, "-c", deep]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "inside\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline().startswith("SIGINT: saves and ends when the step under way is done; once more")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == "ended at once; what was saved before is kept\n"
+
+
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):
     monkeypatch.setattr(memory, "free", lambda: 1000)
     assert train("--train.steps", "2", "--run-dir", "r") == 0
     assert re.search(r"note: a step takes 0\.\d GB of memory, and about 0\.0 are free; with", capsys.readouterr().err)
+
+
+def test_a_step_that_takes_minutes_is_announced(train, monkeypatch, capsys):
+    assert train("--train.steps", "1", "--run-dir", "quick") == 0
+    assert "minutes" not in capsys.readouterr().err
+    monkeypatch.setattr(loop, "PER_CORE", 100.0)
+    assert train("--train.steps", "1", "--run-dir", "slow") == 0
+    said = capsys.readouterr().err
+    assert re.search(
+        r"note: at 0 GFLOP/s a core, a step takes \d+ minutes on this machine; with train\.batch_size", said
+    )
 
 
 def test_several_devices_have_no_second_program():

@@ -251,7 +251,7 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
                 digest.update(block)
                 out.write(block)
         if not partial.stat().st_size:
-            raise UserError(f"data.source={source} gave no text")
+            raise UserError(f"data.source={source} gave no text\n       standard input has to bring it each time")
         kept = folder / f"stdin-{digest.hexdigest()[:12]}.txt"
         os.replace(partial, kept)
     except OSError as e:

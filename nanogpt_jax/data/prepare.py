@@ -534,6 +534,8 @@ def _open(folder: Path) -> Dataset:
             raise damaged(path, "is missing") from None
         except OSError as e:
             raise UserError(f"cannot read {path}: {e.strerror}") from None
+    if splits["val"].size > splits["train"].size:
+        print(f"note: of {folder} more validates than trains, as whole documents are kept together", file=sys.stderr)
     identity = sha256_of_json([tok.fingerprint, manifest["train"]["fingerprint"], manifest["val"]["fingerprint"]])
     return Dataset(folder, splits["train"], splits["val"], tok, manifest, identity)
 

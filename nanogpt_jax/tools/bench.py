@@ -198,16 +198,20 @@ def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[s
     if work == "decode":
         load = " ".join(f"{name}={options[name]}" for name in ("batch", "prompt", "new"))
     lines = [f"{work}: {shape} {load} on {results[0]['device']}", ""]
-    lines.append(f"{'':<14}{'tokens/s':>12}{'GFLOP/s':>10}{'of peak':>9}{'first step':>12}{'memory':>10}{'ours is':>9}")
+    computes, beside = work != "data", len(results) > 1
+    head = f"{'GFLOP/s':>10}{'of peak':>9}" if computes else ""
+    lines.append(f"{'':<14}{'tokens/s':>12}{head}{'first step':>12}{'memory':>10}" + f"{'ours is':>9}" * beside)
     for r in results:
-        ratio = "" if r["engine"] == "jax" else f"{r['times_as_fast']:.2f}x"
+        ours = r["engine"] == "jax"
+        effort = f"{r['gflops']:>10.1f}{r['share_of_peak']:>9.0%}" if computes else ""
+        ratio = "" if ours else f"{r['times_as_fast']:>8.2f}x"
         lines.append(
-            f"{r['engine']:<14}{r['tokens_per_second']:>12,.1f}{r['gflops']:>10.1f}{r['share_of_peak']:>9.0%}"
-            f"{r['first_step_seconds']:>10.1f} s{r['peak_memory_bytes'] / 2**20:>6.0f} MiB{ratio:>9}"
+            f"{'ours' if ours else r['engine']:<14}{r['tokens_per_second']:>12,.1f}{effort}"
+            f"{r['first_step_seconds']:>10.1f} s{r['peak_memory_bytes'] / 2**20:>6.0f} MiB{ratio}"
         )
     if work == "decode":
         share = results[0]["share_of_bandwidth"]
-        lines.append(f"\njax reads its weights, and what its cache holds, at {share:.0%} of the measured bandwidth")
+        lines.append(f"\nours reads its weights, and what its cache holds, at {share:.0%} of the measured bandwidth")
     if len(results[0]["rounds"]) == 1:
         lines.append("\none round alone may be off by a factor of two; --rounds 5 shows medians")
     return "\n".join(lines)
@@ -280,7 +284,7 @@ def _device() -> str:
     import jax
 
     device = jax.devices()[0]
-    return f"{device.platform} ({device.device_kind})"
+    return device.device_kind if device.platform == "cpu" else f"{device.platform} ({device.device_kind})"
 
 
 def _limits() -> dict[str, float]:

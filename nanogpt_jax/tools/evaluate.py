@@ -226,8 +226,8 @@ def _texts(wish: Wish, runs: list[Run]) -> list[Text]:
     texts = [_own_text(run, wish.split or "val") for run in runs]
     if len(runs) == 2 and _bytes(runs[0], texts[0]) != _bytes(runs[1], texts[1]):
         raise UserError(
-            f"{runs[0].path} and {runs[1].path} have other texts as {texts[0].name} and {texts[1].name}; "
-            "give one for both with --data"
+            f"the texts of {runs[0].path} ({texts[0].name}) and {runs[1].path} ({texts[1].name}) differ; "
+            "give one for both with --data, from which neither has learned"
         )
     return texts
 

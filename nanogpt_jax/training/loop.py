@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 import signal
 import time
 from collections import deque
@@ -32,6 +33,8 @@ from nanogpt_jax.training.step import TrainState, step_flops
 # Seconds that a run has taken, and that are left, before the step is compiled a second time, which keeps one core for 3
 # to 25: one that is only tried out is left alone, and a short one would not get them back.
 BEGUN, LONG = 10, 60
+
+PER_CORE = 50e9  # operations a second that a core of a processor with AVX2 does in large products, if not slow
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ def fit(
     plan = list(dispatches(start, t.steps, K, (t.eval_every, t.save_every)))
     ahead = batches.prefetch(((first, n, tokens_of(first, n)) for first, n in plan), depth=2)
     progress = Progress(start, t.steps)
+    if jax.default_backend() == "cpu" and (minutes := step_flops(cfg) / PER_CORE / (os.cpu_count() or 1) / 60) >= 1:
+        progress.note(
+            f"note: at {PER_CORE / 1e9:.0f} GFLOP/s a core, a step takes {minutes:.0f} minutes on this machine; "
+            f"with train.batch_size below {t.batch_size} it takes less"
+        )
     reader = _Reader(cfg, start, task.tokens_per_step, log, progress)
     validation: dict[str, float] = {}
     step, program, began = start, None, 0.0
