@@ -353,7 +353,7 @@ def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second():
         assert process.stdout.readline() == "inside\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline().startswith("SIGINT: saves and ends when the step under way is done; once more")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         assert process.stderr.read() == "ended at once; what was saved before is kept\n"
 
