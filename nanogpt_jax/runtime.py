@@ -4,6 +4,7 @@ What a user has set is left as it is. XLA's flags would stand here too, but none
 a CPU faster (README, "Speed"), and an XLA that does not know a flag ends the process.
 """
 
+import contextlib
 import gc
 import os
 from hashlib import sha256
@@ -44,6 +45,15 @@ def _cache_folder() -> Path:
     """~/.cache/nanogpt_jax/PROCESSOR: a home directory may be shared by machines with unlike instruction sets."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "nanogpt_jax" / processor()
+
+
+def cores() -> int:
+    """Cores that this process may use: by its affinity and, in a container, by its quota of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def processor() -> str:

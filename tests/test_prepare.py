@@ -146,6 +146,15 @@ def test_a_folder_with_one_plain_text_is_that_text():
     assert "documents" not in data.manifest["train"]
 
 
+def test_more_to_validate_than_to_train_on_is_announced(capsys: pytest.CaptureFixture[str]):
+    write_folder("even", ["to be or not to be " * 20, "to be or not"])
+    prepare.open_data(DataConfig(source="even"))
+    assert "validates than trains" not in capsys.readouterr().err
+    write_folder("odd", ["to be or not", "to be or not to be " * 20])
+    data = prepare.open_data(DataConfig(source="odd"))
+    assert f"note: of {data.folder} more validates than trains" in capsys.readouterr().err
+
+
 def test_empty_documents_are_passed_over():
     write_rows("rows.jsonl", ["", "one", None, "two", "", "three"])
     with open("rows.jsonl", "a") as file:

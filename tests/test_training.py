@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
 from nanogpt_jax.model import attention, gpt2
-from nanogpt_jax.training import loop, metrics, program
+from nanogpt_jax.training import loop, metrics, program, signals
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
 from nanogpt_jax.training.program import Program
 from nanogpt_jax.training.run_dir import checkpoint_steps
@@ -339,9 +340,10 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
         signalled.set()
 
 
-def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second():
+@pytest.mark.parametrize("reader", ["there", "gone"])  # as `2>&1 | tee log`, where Ctrl-C ends tee too
+def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader):
     deep = (
-        "import hashlib, sys; from nanogpt_jax.training.signals import stop_on_signals\n"
+        "import hashlib; from nanogpt_jax.training.signals import stop_on_signals\n"
         "with stop_on_signals():\n"
         "    print('inside', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # minutes, in which Python calls no handler
@@ -351,11 +353,18 @@ def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second():
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "inside\n"
+        if reader == "gone":
+            process.stderr.close()
         process.send_signal(signal.SIGINT)
-        assert process.stderr.readline().startswith("SIGINT: saves and ends when the step under way is done; once more")
+        if reader == "there":
+            said = process.stderr.readline()
+            assert said.startswith("SIGINT: saves and ends when the step under way is done; once more ends at once")
+        else:
+            time.sleep(signals.PATIENCE + 1)  # until it would have spoken
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-        assert process.stderr.read() == "ended at once; what was saved before is kept\n"
+        if reader == "there":
+            assert process.stderr.read() == "ended at once; what was saved before is kept\n"
 
 
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):

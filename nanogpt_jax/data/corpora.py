@@ -251,7 +251,9 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
                 digest.update(block)
                 out.write(block)
         if not partial.stat().st_size:
-            raise UserError(f"data.source={source} gave no text\n       standard input has to bring it each time")
+            raise UserError(
+                f"data.source={source} gave no text\n       what comes through a pipe has to come each time"
+            )
         kept = folder / f"stdin-{digest.hexdigest()[:12]}.txt"
         os.replace(partial, kept)
     except OSError as e:

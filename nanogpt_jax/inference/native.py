@@ -85,18 +85,9 @@ def _register() -> bool:
         library = None
     if library is None:
         return False
-    ctypes.c_int.in_dll(library, "cores").value = _cores()
+    ctypes.c_int.in_dll(library, "cores").value = runtime.cores()
     jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(library.decode), platform="cpu")
     return True
-
-
-def _cores() -> int:
-    """Cores that this process may use: by its affinity and, in a container, by its quota of their time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split())
-        cores = min(cores, max(1, quota // period))
-    return cores
 
 
 def _library() -> ctypes.CDLL | None:

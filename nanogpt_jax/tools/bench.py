@@ -198,9 +198,10 @@ def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[s
     if work == "decode":
         load = " ".join(f"{name}={options[name]}" for name in ("batch", "prompt", "new"))
     lines = [f"{work}: {shape} {load} on {results[0]['device']}", ""]
-    computes, beside = work != "data", len(results) > 1
-    head = f"{'GFLOP/s':>10}{'of peak':>9}" if computes else ""
-    lines.append(f"{'':<14}{'tokens/s':>12}{head}{'first step':>12}{'memory':>10}" + f"{'ours is':>9}" * beside)
+    computes = work != "data"
+    effort = f"{'GFLOP/s':>10}{'of peak':>9}" if computes else ""
+    ratio = f"{'ours is':>9}" if len(results) > 1 else ""
+    lines.append(f"{'':<14}{'tokens/s':>12}{effort}{'first step':>12}{'memory':>10}{ratio}")
     for r in results:
         ours = r["engine"] == "jax"
         effort = f"{r['gflops']:>10.1f}{r['share_of_peak']:>9.0%}" if computes else ""

@@ -2,7 +2,6 @@
 
 import math
 import operator
-import os
 import signal
 import time
 from collections import deque
@@ -16,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from nanogpt_jax import runtime
 from nanogpt_jax.config import Config, UserError
 from nanogpt_jax.data import batches
 from nanogpt_jax.data.prepare import Dataset
@@ -136,7 +136,7 @@ def fit(
     plan = list(dispatches(start, t.steps, K, (t.eval_every, t.save_every)))
     ahead = batches.prefetch(((first, n, tokens_of(first, n)) for first, n in plan), depth=2)
     progress = Progress(start, t.steps)
-    if jax.default_backend() == "cpu" and (minutes := step_flops(cfg) / PER_CORE / (os.cpu_count() or 1) / 60) >= 1:
+    if jax.default_backend() == "cpu" and (minutes := step_flops(cfg) / PER_CORE / runtime.cores() / 60) >= 1:
         progress.note(
             f"note: at {PER_CORE / 1e9:.0f} GFLOP/s a core, a step takes {minutes:.0f} minutes on this machine; "
             f"with train.batch_size below {t.batch_size} it takes less"

@@ -2,8 +2,8 @@
 
 import contextlib
 import os
-import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for s, handler in previous.items():
             signal.signal(s, handler)
 
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    woken = signal.set_wakeup_fd(writing)
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    woken = signal.set_wakeup_fd(writing.fileno())
     threading.Thread(target=_answer, args=[reading], daemon=True).start()
     for s in previous:
         signal.signal(s, listen)
@@ -41,35 +41,39 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for s, handler in previous.items():
             signal.signal(s, handler)
         signal.set_wakeup_fd(woken)
-        os.close(writing)
+        writing.close()
 
 
-def _answer(reading: int) -> None:
+def _answer(reading: socket.socket) -> None:
     """Speak, and in the end act, for a main thread that hears nothing.
 
     Python calls a handler between two of its instructions, and a step is one of them: on a CPU it may take an hour.
-    The pipe gets a signal's number when it comes, whatever the main thread does, and is closed when the run has ended.
+    `reading` gets a signal's number when it comes, whatever the main thread does, and is closed when the run has ended.
     """
-    with contextlib.suppress(EOFError), open(reading, "rb", buffering=0) as pipe:
 
-        def heard(seconds: float | None) -> int:
-            while select.select([pipe], [], [], seconds)[0]:
-                if not (number := pipe.read(1)):
-                    raise EOFError
+    def heard(seconds: float | None) -> int:
+        """The next of our signals, or 0 if none comes within `seconds`."""
+        reading.settimeout(seconds)
+        with contextlib.suppress(TimeoutError):
+            while number := reading.recv(1):
                 if number[0] in LISTENED:
                     return number[0]
-            return 0
+            raise EOFError
+        return 0
 
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):  # `train.py 2>&1 | tee log`: Ctrl-C ends tee first
+            print(text, file=sys.stderr, flush=True)
+
+    with reading, contextlib.suppress(EOFError):
         number = heard(None)
         if not heard(PATIENCE):
-            name = signal.Signals(number).name
-            print(
-                f"{name}: saves and ends when the step under way is done; once more ends at once, as last saved",
-                file=sys.stderr,
+            say(
+                f"{signal.Signals(number).name}: saves and ends when the step under way is done; "
+                "once more ends at once, as last saved"
             )
             heard(None)
         heard(PATIENCE)
-        if os.isatty(2):
-            os.write(2, b"\x1b[?25h")  # the cursor, which the progress bar hides
-        os.write(2, b"ended at once; what was saved before is kept\n")
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which the progress bar hides
+        say(f"{cursor}ended at once; what was saved before is kept")
         os._exit(128 + number)
