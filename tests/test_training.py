@@ -364,7 +364,10 @@ def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reade
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         if reader == "there":
-            assert process.stderr.read() == "ended at once; what was saved before is kept\n"
+            assert (
+                process.stderr.read()
+                == "ended at once; the same command goes on from the last checkpoint, or starts over if there is none\n"
+            )
 
 
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):

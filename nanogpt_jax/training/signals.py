@@ -69,11 +69,12 @@ def _answer(reading: socket.socket) -> None:
         number = heard(None)
         if not heard(PATIENCE):
             say(
-                f"{signal.Signals(number).name}: saves and ends when the step under way is done; "
-                "once more ends at once, as last saved"
+                f"{signal.Signals(number).name}: saves and ends when the step under way is done; once more ends at once"
             )
             heard(None)
         heard(PATIENCE)
         cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which the progress bar hides
-        say(f"{cursor}ended at once; what was saved before is kept")
+        say(
+            f"{cursor}ended at once; the same command goes on from the last checkpoint, or starts over if there is none"
+        )
         os._exit(128 + number)
