@@ -10,19 +10,32 @@ PACKAGE = ROOT / "nanogpt_jax"
 
 # room -> the other rooms it may import. cli is the front door's hinge: the doors at the top may import anything.
 MAY_IMPORT = {
-    "config": set(),
-    "runtime": set(),
+    "host": set(),
+    "config": {"host"},
+    "runtime": {"host"},
     "model": {"config"},
-    "data": {"config"},
+    "data": {"config", "host"},
     "distributed": {"config"},
-    "training": {"config", "runtime", "model", "data", "distributed", "evaluation"},
-    "inference": {"config", "runtime", "model", "data"},
-    "evaluation": {"config", "model", "data", "inference", "distributed"},
-    "interop": {"config", "model", "data"},
+    "training": {"config", "host", "runtime", "model", "data", "distributed", "evaluation"},
+    "inference": {"config", "host", "runtime", "model", "data"},
+    "evaluation": {"config", "host", "model", "data", "inference", "distributed"},
+    "interop": {"config", "host", "model", "data"},
     "tools": {
-        *("config", "runtime", "cli", "model", "data", "distributed", "training", "inference", "evaluation", "interop")
+        *(
+            "config",
+            "host",
+            "runtime",
+            "cli",
+            "model",
+            "data",
+            "distributed",
+            "training",
+            "inference",
+            "evaluation",
+            "interop",
+        )
     },
-    "cli": {"config", "runtime", "tools"},
+    "cli": {"config", "host", "runtime", "tools"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -80,7 +93,7 @@ def test_only_checkpoint_imports_orbax_and_only_the_model_and_the_state_import_f
 
 
 def test_settings_are_read_without_jax():
-    for room in ("config", "cli", "runtime"):
+    for room in ("config", "cli", "host", "runtime"):
         for path in [p for p in modules_of(PACKAGE) if room_of(p) == room]:
             assert not {n.split(".")[0] for n in imported(path)} & {"jax", "flax", "optax", "orbax"}, path
 
