@@ -13,6 +13,7 @@ from types import ModuleType
 
 from nanogpt_jax import runtime
 from nanogpt_jax.config import UserError, suggestion
+from nanogpt_jax.host import files
 
 Main = Callable[[list[str]], int]
 
@@ -30,8 +31,10 @@ def check_file(flag: str, place: str) -> None:
         raise UserError(f"{flag}={place} is a directory; give a file")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{flag}={place}: there is no directory {path.parent}")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UserError(f"{flag}={place} cannot be written")
+    try:
+        files.check_writable(path)
+    except OSError as e:
+        raise UserError(f"{flag}={place} cannot be written: {e.strerror}") from None
 
 
 def guarded(main: Main, argv: list[str] | None = None) -> int:

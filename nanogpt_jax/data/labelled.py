@@ -290,18 +290,16 @@ class Rows:
         for message, lines in self._wrong.values():
             said.append(f"{self.what}, line {lines[0]}: {message}")
             if len(lines) > 1:
-                said.append(f"the same in {len(lines):,} rows: {places(lines)}")
+                said.append(f"in all {len(lines):,} rows: {places(lines)}")
         if said:
             if any(kind in self._wrong for kind in ("null", "empty")):
                 said.append(
                     "give each text a label, or remove the rows; a test split is often published without labels"
                 )
             raise UserError("\n       ".join(said))
-        if empty := len(self._blank) + len(self._null):
-            if empty == self.seen:
-                raise UserError(f"{self.what} holds no texts: each of the {empty:,} is {self._emptiness()}")
-        elif not self.seen:
-            raise UserError(f"{self.what} holds no texts")
+        if len(self._blank) + len(self._null) == self.seen:
+            each = f": each of the {self.seen:,} is {self._emptiness()}" if self.seen else ""
+            raise UserError(f"{self.what} holds no texts{each}")
 
     def _emptiness(self) -> str:
         return " or ".join(["blank"] * bool(self._blank) + ["missing (null, NA)"] * bool(self._null))
@@ -311,14 +309,15 @@ class Rows:
         if lines := sorted(self._blank + self._null):
             which = "a row is" if len(lines) == 1 else f"{len(lines):,} rows are"
             notes.append(f"{which} skipped, as the text is {self._emptiness()}: {places(lines)}")
-        for name, types in self._types.items():
-            if len(types) > 1:
-                notes.append(f"the label {shown(name)} stands as {' and as '.join(sorted(types))}, and is taken as one")
+        if len(types := sorted({kind for kinds in self._types.values() for kind in kinds})) > 1:
+            both = [shown(name) for name, kinds in self._types.items() if len(kinds) > 1]
+            one = f"; one label is made of both for {listed(both)}" if both else ""
+            notes.append(f"some labels are {' and some '.join(types)}: all are taken as text{one}")
         return notes
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-TYPES = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+TYPES = {bool: "true or false", int: "numbers", float: "numbers", str: "text"}
 
 
 def _is_null(value: Any) -> bool:
@@ -412,7 +411,7 @@ def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None, run: dict[s
 
 
 def labels_of(examples: list[Example], what: str) -> list[Label]:
-    """The labels that occur: numbers in order, even if they are written as text, or names by the alphabet."""
+    """The labels that occur: numbers in order, even if they are written as text, then names by the alphabet."""
     found = {e.label for e in examples}
     names = {str(label) for label in found}
     if len(names) < 2:
@@ -420,9 +419,8 @@ def labels_of(examples: list[Example], what: str) -> list[Label]:
     if all(isinstance(label, int) for label in found):
         return sorted(found)  # pyright: ignore
     numbers = {name: Fraction(name) for name in names if NUMBER.fullmatch(name)}
-    if len(set(numbers.values())) == len(names):
-        return sorted(names, key=numbers.__getitem__)  # pyright: ignore
-    return sorted(names)
+    ordered = sorted(names, key=lambda name: (name not in numbers, numbers.get(name, 0), name))
+    return [*ordered]
 
 
 NUMBER = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{1,100})?")
@@ -546,7 +544,7 @@ class Encoder:
         is."""
         found = [self._encode(text) for text in texts]
         if empty := [name(i) for i, ids in enumerate(found) if not len(ids)]:
-            rest = f"\n       the same with {len(empty):,} texts: {listed(empty)}" if len(empty) > 1 else ""
+            rest = f"\n       in all {len(empty):,} texts: {listed(empty)}" if len(empty) > 1 else ""
             known = "has no character that the run's tokenizer knows; leave it out"
             raise UserError(f"{what}{', ' if what else ''}{empty[0]} {known}{rest}")
         starts = np.zeros(len(found) + 1, np.int64)
@@ -574,7 +572,7 @@ class Encoder:
             )
             raise UserError(
                 f"{what}, line {line}: the run has no label {each}; it has {listed(map(shown, labels))}\n"
-                f"       remove the {unknown.total():,} texts, or give them labels of the run"
+                f"       give them labels of the run, or remove the rows: {unknown.total():,} of {len(examples):,}"
             )
         texts = [e.text for e in examples]
         tokens, starts = self.tokens(texts, lambda i: f"line {examples[i].line}", what)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -444,7 +445,7 @@ def _draw(plt: Any, confusion: np.ndarray, labels: list[labelled.Label], path: P
     if K <= 30:
         for i, j in np.ndindex(K, K):
             axis.text(j, i, confusion[i, j], ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
-    picture = io.BytesIO()
+    picture = BytesIO()
     figure.savefig(picture, format=_format(path))
     try:
         files.write_result(path, picture.getvalue())
