@@ -359,6 +359,14 @@ def data_config(run: str) -> ClassifierConfig:
     return config.read_json(Path(run) / "config.json", ClassifierConfig)
 
 
+SHOWN = [("sí no", "sí no"), (7, "7"), ("a ", "'a '"), ("\x1b[2J", "'\\x1b[2J'"), ("ab" * 99, "ab" * 30 + "...")]
+
+
+@pytest.mark.parametrize(("label", "seen"), SHOWN)
+def test_a_label_is_shown_so_that_a_person_sees_what_it_is(label, seen):
+    assert labelled.shown(label) == seen
+
+
 NEAR_LABELS = [
     (["spam", "spam ", "ham"], "the labels spam (3) and 'spam ' (3) differ only in spaces, case or what cannot be seen, and are 2 labels; if they are one, write them alike in the source"),
     (["spam", "spam\xa0"], "spam (3) and 'spam\\xa0' (3)"),
