@@ -91,8 +91,8 @@ def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.
         return SOURCES[cfg.source]()
     rows, examples = Rows(f"{flag}={cfg.source}"), []
     texts, labels = ("data.text_column", "data.label_column") if "." in flag else ("--text-column", "--label-column")
-    records, name_of = _open(rows.what, cfg.source, cfg.split, cfg.label_column)
-    for line, record in records:
+    table, name_of = _open(rows.what, cfg.source, cfg.split, cfg.label_column)
+    for line, record in table:
         if not rows.seen:  # of later rows, one without the column has no text or no label
             _column(rows.what, line, record, texts, cfg.text_column)
             _column(rows.what, line, record, labels, cfg.label_column)
