@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanogpt_jax import config
@@ -249,6 +250,164 @@ def test_the_split_keeps_the_shares_of_labels_and_copies_together(pairs):
     }
 
 
+def split_of_before(examples, cfg):
+    """The split of versions that knew nothing of texts with several labels: existing runs have it."""
+    parts = {"test": [], "val": [], "train": []}
+    for label in {e.label for e in examples}:
+        key = functools.cache(lambda text: hashlib.sha256(text.encode()).hexdigest())
+        texts = sorted({e.text for e in examples if e.label == label}, key=key)
+        test, val = (max(1, round(len(texts) * f)) if f else 0 for f in (cfg.test_fraction, cfg.val_fraction))
+        for name, some in (("test", texts[:test]), ("val", texts[test : test + val]), ("train", texts[test + val :])):
+            parts[name] += [e for e in examples if e.label == label and e.text in some]
+    return {name: sorted(part, key=lambda e: e.line) for name, part in parts.items()}
+
+
+LABELLED = st.lists(st.tuples(st.integers(0, 60), st.sampled_from("abc")), min_size=90, max_size=250)
+
+
+@given(LABELLED, st.sampled_from([0.0, 0.1, 0.25]))
+def test_the_split_of_existing_runs_stays(pairs, test_fraction):
+    """Of texts with one label each in any way, of others in the runs that began with it."""
+    cfg = LabelledConfig(val_fraction=0.2, test_fraction=test_fraction)
+    one = [Example(f"{label} {n}", label, i) for i, (n, label) in enumerate(pairs)]
+    assume(all(len({e.text for e in one if e.label == label}) > 5 for label in "abc"))
+    assert labelled.split(one, cfg) == labelled.split(one, cfg, by_text=False) == split_of_before(one, cfg)
+    several = [Example(str(n), label, i) for i, (n, label) in enumerate(pairs)]
+    assert labelled.split(several, cfg, by_text=False) == split_of_before(several, cfg)
+
+
+@given(LABELLED)
+def test_copies_of_a_text_stay_together_whatever_their_labels(pairs):
+    cfg = LabelledConfig(val_fraction=0.2, test_fraction=0.1)
+    examples = [Example(str(n), label, i) for i, (n, label) in enumerate(pairs)]
+    texts = {label: {e.text for e in examples if e.label == label} for label in "abc"}
+    assume(all(len(own) > 5 for own in texts.values()))
+    parts = labelled.split(examples, cfg)
+    assert sorted(e.line for p in parts.values() for e in p) == list(range(len(pairs)))
+    own = {name: {e.text for e in p} for name, p in parts.items()}
+    assert sum(map(len, own.values())) == len(set.union(*own.values()))
+    rarest = min("abc", key=lambda label: (len(texts[label]), label))
+    assert len(own["val"] & texts[rarest]) == max(1, round(len(texts[rarest]) * 0.2))  # exact: it decides first
+    for label in "abc":
+        assert all(own[name] & texts[label] for name in own)
+
+
+def test_texts_with_several_labels_are_said_and_old_runs_keep_their_split(here):
+    """As in a report: 40 of 80 texts labelled a stand again as b, among 90 that are b alone."""
+    numbers = [(i, "a") for i in range(80)] + [(i, "b") for i in (*range(40), *range(200, 290))]
+    write("two.csv", [(f"letter {i}", label) for i, label in numbers])
+    cfg = ClassifierConfig(data=LabelledConfig(source="two.csv"))
+    data = labelled.open_data(cfg)
+    assert data.notes == [
+        "40 texts stand with several labels, of which one can be right at most: 'letter 0' is a in line 2 and "
+        "b in line 82"
+    ]
+    assert sum(len(set(texts.texts)) for texts in data.splits.values()) == 170
+    assert data.manifest["splits"]["val"]["a"] == 8
+    old = {k: v for k, v in data.manifest.items() if k != "split_by"}
+    again = labelled.open_data(cfg, run=old)
+    assert sum(len(set(texts.texts)) for texts in again.splits.values()) == 178
+    before = split_of_before(labelled.read(cfg.data), cfg.data)
+    assert {name: texts.texts for name, texts in again.splits.items()} == {
+        name: [e.text for e in part] for name, part in before.items()
+    }
+    assert "in this run, which an earlier version began, they may stand in several splits" in again.notes[0]
+    assert "split_by" not in again.manifest
+    assert labelled.open_data(cfg, run=data.manifest).fingerprint == data.fingerprint != again.fingerprint
+
+
+ORDERS = [
+    ([str(i) for i in (10, 2, 0, 11, 1, 3)], ["0", "1", "2", "3", "10", "11"]),
+    ([10, 9, -1], [-1, 9, 10]),
+    (["10", "9", "-1"], ["-1", "9", "10"]),
+    (["10.5", "9.0", "1e3"], ["9.0", "10.5", "1e3"]),
+    (["b", "10", "a", "9"], ["9", "10", "a", "b"]),
+    (["1", "01", "2"], ["01", "1", "2"]),
+    ([1, "1", "b"], ["1", "b"]),
+    (["9" * 5000, "8" * 5000], ["8" * 5000, "9" * 5000]),
+]
+
+
+@pytest.mark.parametrize(("given", "ordered"), ORDERS)
+def test_the_order_of_labels(given, ordered):
+    assert labelled.labels_of([Example("text", label, 1) for label in given], "") == ordered
+
+
+def test_the_order_of_labels_of_an_existing_run_stays(at, capsys):
+    """Earlier versions ordered numbers as text: a run goes on, and is measured, with the labels that it has."""
+    shutil.copytree("runs/c", "runs/reversed")
+    about, cfg = (json.loads(Path(f"runs/reversed/{name}.json").read_text()) for name in ("data", "config"))
+    about |= {"labels": ["es", "en"]}
+    about |= {"fingerprint": labelled.open_data(data_config("runs/c"), run=about).fingerprint}
+    Path("runs/reversed/data.json").write_text(json.dumps(about))
+    assert json.loads(answers(capsys, "eval", "runs/reversed", "--json"))["labels"] == ["es", "en"]
+    assert (
+        train("--run-dir", "runs/reversed", "--train.steps", str(cfg["train"]["steps"]), "--classify.epochs", "8") == 0
+    )
+    assert "runs/reversed is finished" in capsys.readouterr().out
+    assert json.loads(Path("runs/reversed/data.json").read_text())["labels"] == ["es", "en"]
+    assert labelled.open_data(data_config("runs/c"), run={**about, "labels": ["es", "fr"]}).labels == [
+        "en",
+        "es",
+    ]
+    Path("runs/reversed/data.json").write_text(json.dumps({**about, "labels": [["es"], "en"]}))
+    with pytest.raises(UserError, match=r"data\.json is damaged: its labels are"):
+        classify.main(["eval", "runs/reversed"])
+
+
+def data_config(run: str) -> ClassifierConfig:
+    return config.read_json(Path(run) / "config.json", ClassifierConfig)
+
+
+SHOWN = [("sí no", "sí no"), (7, "7"), ("a ", "'a '"), ("\x1b[2J", "'\\x1b[2J'"), ("ab" * 99, "ab" * 30 + "...")]
+
+
+@pytest.mark.parametrize(("label", "seen"), SHOWN)
+def test_a_label_is_shown_so_that_a_person_sees_what_it_is(label, seen):
+    assert labelled.shown(label) == seen
+
+
+NEAR_LABELS = [
+    (["spam", "spam ", "ham"], "the labels spam (3) and 'spam ' (3) differ only in spaces, case or what cannot be seen, and are 2 labels; if they are one, write them alike in the source"),
+    (["spam", "spam\xa0"], "spam (3) and 'spam\\xa0' (3)"),
+    (["spam", "sp\u200bam", "Spam", "SPAM"], "SPAM (3), Spam (3), spam (3) and 'sp\\u200bam' (3)"),
+    (["sí", "si\u0301"], "'si\\u0301' (3) and 's\\xed' (3)"),
+    (["1", "01", "1.0"], "the labels 01 (3), 1 (3) and 1.0 (3) are the same number, and are 3 labels"),
+    (["NA", "x"], "NA (3) counts as a label; if it means that there is none, remove the rows"),
+    ([True, "true", False], "some labels are text and some true or false: all are taken as text; one label is made of both for true"),
+    ([1, "1", 2], "some labels are numbers and some text: all are taken as text; one label is made of both for 1"),
+    (["spam", "sparm", "ham", "1", "11", "not spam", "none"], None),
+    ([1, 2.0, 3], None),
+    ([True, False], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("labels", "note"), NEAR_LABELS)
+def test_labels_that_a_person_takes_for_one_are_said_and_stay_apart(here, labels, note):
+    write("a.jsonl", [(f"text {i} {label}", label) for label in labels for i in range(3)])
+    data = labelled.open_data(ClassifierConfig(data=LabelledConfig(source="a.jsonl")))
+    assert len(data.labels) == len({str(label).lower() if label is True else str(label) for label in labels})
+    assert note in " ".join(data.notes) if note else not [n for n in data.notes if "label" in n]
+
+
+def test_rows_without_text_are_skipped_and_said(here):
+    """As in a report: a row in ten holds blanks for a text. `datasets` reads NA and null as no text at all."""
+    write("a.csv", [("  " if i % 10 == 0 else f"text {i}", "xy"[i % 2]) for i in range(60)])
+    found = labelled.read(LabelledConfig(source="a.csv"), notes := [])
+    assert len(found) == 54
+    assert [e.line for e in found[:10]] == [3, 4, 5, 6, 7, 8, 9, 10, 11, 13]
+    assert notes == ["6 rows are skipped, as the text is blank: lines 2, 12, 22, 32, 42 and 52"]
+    write("a.csv", [("NA", "x"), ("null", "None")])  # this reader leaves words alone
+    assert [(e.text, e.label) for e in labelled.read(LabelledConfig(source="a.csv"))] == [("NA", "x"), ("null", "None")]
+    Path("a.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": null, "label": "b"}\n{"label": "b"}\n')
+    assert len(labelled.read(LabelledConfig(source="a.jsonl"), notes := [])) == 1
+    assert notes == ["2 rows are skipped, as the text is missing (null, NA): lines 2 and 3"]
+    write("a.parquet", [("a", 1.0), (None, None), ("b", 2.0), ("", 1.0)])
+    found = labelled.read(LabelledConfig(source="a.parquet"), notes := [])
+    assert [(e.text, e.label) for e in found] == [("a", 1), ("b", 2)]
+    assert notes == ["2 rows are skipped, as the text is blank or missing (null, NA): lines 2 and 4"]
+
+
 def test_batches_are_rows_in_an_order_of_each_epoch(here):
     write("a.jsonl", [(text * (i % 3 + 1), label) for i, (text, label) in enumerate(EXAMPLES * 4)])
     cfg = ClassifierConfig(
@@ -374,9 +533,62 @@ def test_predict_from_arguments_a_file_and_standard_input_agree(at, capsys, monk
     for row in rows:
         assert abs(sum(row["probabilities"].values()) - 1) < 1e-5
         assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["label"]]
+    assert "line" not in rows[0]
     # what stands beside a text in its batch changes nothing
     alone = json.loads(answers(capsys, "predict", "runs/c", "--json", texts[0]))
     assert abs(alone["probability"] - rows[0]["probability"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["blank.txt", "blank.jsonl", "blank.csv", "standard input"])
+def test_a_blank_line_is_skipped_and_its_place_kept(at, capsys, monkeypatch, name):
+    texts = ["the cat runs", " ", "el gato huye"]
+    content = "\n".join(texts) + "\n"
+    if name != "standard input":
+        write(name, [(text, "") for text in texts])
+    if name == "blank.txt":
+        Path(name).write_text(content)
+
+    def ask(*flags: str) -> tuple[list[str], str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        capsys.readouterr()
+        assert (
+            classify.main(["predict", "runs/c", *flags, *([] if name == "standard input" else ["--file", name])]) == 0
+        )
+        out, err = capsys.readouterr()
+        return out.splitlines(), err
+
+    rows, said = ask()
+    assert [row.split("\t")[0] for row in rows] == ["en", "", "es"]
+    first = 2 if name == "blank.csv" else 1  # the header is line 1
+    assert f"note: a row is skipped, as the text is blank: line {first + 1}" in said
+    rows = [json.loads(row) for row in ask("--json")[0]]
+    assert [(row["line"], row["label"]) for row in rows] == [(first, "en"), (first + 2, "es")]
+
+
+def test_a_blank_text_among_the_arguments_is_refused(at):
+    with pytest.raises(UserError, match="one of the texts is empty"):
+        classify.main(["predict", "runs/c", "el gato", "\u00a0"])
+
+
+def test_probabilities_that_are_not_finite_are_refused(at, monkeypatch):
+    monkeypatch.setattr(classify, "_log_probabilities", lambda *_, **__: np.full((1, 2), np.nan))
+    for command in (["predict", "runs/c", "el gato", "--json"], ["eval", "runs/c", "--json"]):
+        with pytest.raises(UserError, match=r"runs/c at step \d+ gives probabilities that are not finite"):
+            classify.main(command)
+
+
+def test_a_picture_goes_where_it_was_asked_for(at, capsys):
+    Path("there.svg").write_text("old")
+    Path("link.SVG").symlink_to("there.svg")
+    answers(capsys, "eval", "runs/c", "--picture", "link.SVG")
+    assert Path("link.SVG").is_symlink()
+    assert Path("there.svg").read_text().startswith("<?xml")
+
+
+def test_a_picture_that_cannot_be_is_refused_before_the_work(at, monkeypatch):
+    monkeypatch.setattr(classify, "_Classifier", None)
+    with pytest.raises(UserError, match=r"^--picture=/proc/x\.svg"):  # not even root can write there
+        classify.main(["eval", "runs/c", "--picture", "/proc/x.svg"])
 
 
 def numbers(run: str) -> list[dict]:
@@ -489,7 +701,8 @@ def test_beside_tf_idf_and_logistic_regression(at, capsys):
 WRONG_FILES = [
     ("missing column", "x.csv", "text,kind\nhola,es\n", "x.csv, line 2: there is no column data.label_column=label; there are text, kind\n       the first line names the columns"),
     ("semicolons", "x.csv", "text;label\nhola;es\n", "there are text;label\n       cells are separated by commas"),
-    ("missing key", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": "c"}\n', "x.jsonl, line 2: there is no column data.label_column=label"),
+    ("missing key", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": "c"}\n', "x.jsonl, line 2: the label is missing (null, NA)"),
+    ("a missing key at the start", "x.jsonl", '{"text": "c"}\n{"text": "a", "label": "b"}\n', "x.jsonl, line 1: there is no column data.label_column=label"),
     ("one label", "x.csv", "text,label\nhola,es\nadiós,es\n", "has the one label es; a classifier needs two or more"),
     ("few of a label", "x.csv", "text,label\nhola,es\nbye,en\nhi,en\nyes,en\nno,en\n", "has too few different texts with the label es, 1,"),
     ("empty file", "x.csv", "", "x.csv is empty"),
@@ -501,9 +714,17 @@ WRONG_FILES = [
     ("no object", "x.jsonl", '["a", "b"]\n', "x.jsonl, line 1: not a JSON object"),
     ("not UTF-8", "x.csv", b"text,label\nrat\xf3n,es\n", "x.csv, line 2: not UTF-8 text (byte 0xf3)"),
     ("a number for a text", "x.jsonl", '{"text": 3, "label": "b"}\n', "line 1: the text is 3, not text"),
-    ("an empty text", "x.csv", "text,label\nhola,es\n   ,es\n", "line 3: the text is empty"),
+    ("empty texts alone", "x.csv", "text,label\n,es\n   ,\n", "x.csv holds no texts: each of the 2 is blank"),
+    ("texts of null alone", "x.jsonl", '{"text": null, "label": "b"}\n{"text": NaN, "label": "b"}\n{"text": "", "label": "b"}\n', "x.jsonl holds no texts: each of the 3 is blank or missing (null, NA)"),
+    ("empty labels", "x.csv", "text,label\n" + "hola,\nbye,en\n, \n" * 12, "x.csv, line 2: the label is empty\n       in all 12 rows: lines 2, 5, 8, 11, 14, 17, 20, 23, 26, 29 and 2 more\n       give each text a label"),
+    ("an unseen label", "x.csv", "text,label\nhola,\u200b\n", "x.csv, line 2: the label is empty"),
+    ("all that is wrong", "x.jsonl", '{"text": "a", "label": NaN}\n{"text": 3, "label": "b"}\n{"text": "a", "label": ""}\n{"text": "b", "label": null}\n', "x.jsonl, line 1: the label is missing (null, NA)\n       in all 2 rows: lines 1 and 4\n       data.source=x.jsonl, line 2: the text is 3, not text\n       data.source=x.jsonl, line 3: the label is empty"),
+    ("ids for labels", "x.csv", "text,label\n" + "".join(f"text {i},id{i}\n" for i in range(99)), "has too few different texts with 99 of 99 labels, id0 (1), id1 (1),"),
+    ("ids for labels: what to do", "x.csv", "text,label\n" + "".join(f"text {i},{i}\n" for i in range(99)), "data.label_column=label looks like an id, a text or a measured number"),
+    ("measurements for labels", "x.jsonl", '{"text": "a", "label": 1.0}\n{"text": "b", "label": 2.5}\n{"text": "c", "label": 3.25}\n', "line 2: the label 2.5 must be text or a whole number\n       in all 2 rows: lines 2 and 3"),
+    ("few because of a space", "x.csv", "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(20)) + "u,a \n", "with the label 'a ', 1, to keep data.val_fraction=0.3 and data.test_fraction=0.2 of them\n       give more of them, leave the label out, or check that data.label_column is the label\n       the labels a (10) and 'a ' (1) differ only in spaces"),
     ("half a character", "x.jsonl", '{"text": "a\\ud800", "label": "b"}\n', "line 1: the text holds half a character"),
-    ("no label", "x.jsonl", '{"text": "a", "label": null}\n', "line 1: the label None must be text or a whole number"),
+    ("no label", "x.jsonl", '{"text": "a", "label": null}\n', "line 1: the label is missing (null, NA)"),
     ("half a label", "x.jsonl", '{"text": "a", "label": 0.5}\n', "line 1: the label 0.5 must be text or a whole number"),
     ("unknown format", "x.xls", "text,label\n", "data.source=x.xls is none of .jsonl, .csv, .tsv, .parquet, hf:NAME, python"),
     ("not parquet", "x.parquet", "text", "cannot read data.source=x.parquet"),
@@ -544,25 +765,35 @@ WRONG_COMMANDS = [
     ("no such checkpoint", "predict runs/c hola --checkpoint 99999", "runs/c has no checkpoint 99999; it has"),
     ("without labels", "predict runs/nolabels hola", "data.json is missing or damaged"),
     ("another run's tokenizer", "predict runs/foreign hola", "runs/foreign is damaged: 2 labels and"),
-    ("unknown label", "eval runs/c --source french.csv", "--source=french.csv, line 3: the run has no label fr; it has en, es"),
+    ("unknown label", "eval runs/c --source french.csv", "--source=french.csv, line 3: the run has no label fr (2) and 'es ' (1; is it es?); it has en and es\n       give them labels of the run, or remove the rows: 3 of 4"),
+    ("no label in eval", "eval runs/c --source nolabel.csv", "--source=nolabel.csv, line 2: the label is empty"),
+    ("no such column in eval", "eval runs/c --source french.csv --label-column kind", "--source=french.csv, line 2: there is no column --label-column=kind"),
     ("split of what", "eval runs/c --split test", "--split says how to read --source, which is not given"),
     ("unknown flag", "eval runs/c --pictures x.png", "unknown flag --pictures\n       did you mean --picture?"),
     ("no such picture", "eval runs/c --picture x.docx", "--picture=x.docx must end in one of"),
-    ("no such folder", "eval runs/c --picture gone/x.png", "--picture=gone/x.png: there is no directory gone"),
+    ("no such folder", "eval runs/c --picture gone/x.png", "--picture=gone/x.png: there is no directory"),
     ("two runs", "eval runs/c runs/d", "one run at a time"),
     ("text and file", "predict runs/c hola --file a.jsonl", "texts and --file=a.jsonl exclude each other"),
     ("no such file", "predict runs/c --file gone.txt", "cannot read gone.txt: No such file"),
     ("no such column", "predict runs/c --file a.jsonl --text-column review", "a.jsonl, line 1: there is no column --text-column=review; there are text, label"),
-    ("empty line", "predict runs/c --file empty.txt", "empty.txt, line 2: the text is empty"),
+    ("empty lines alone", "predict runs/c --file empty.txt", "empty.txt holds no texts: each of the 2 is blank"),
     ("unknown characters alone", "predict runs/c €€€", "text 1 ('€€€') has no character that the run's tokenizer knows"),
+    ("unknown characters in lines", "predict runs/c --file unknown.txt", "unknown.txt, line 3 ('€') has no character that the run's tokenizer knows; leave it out\n       in all 2 texts: line 3 ('€') and line 4 ('¢')"),
+    ("a number for a text", "predict runs/c --file number.jsonl", "number.jsonl, line 1: the text is 3, not text"),
+    ("not UTF-8", "predict runs/c a\udce9", "the text 'a\\udce9' is not UTF-8"),
+    ("a picture in place of a folder", "eval runs/c --picture runs.svg", "--picture=runs.svg is a directory"),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def spoilt(place):
     """`place` with what the wrong commands need."""
-    (place / "french.csv").write_text("text,label\nel gato,es\nle chat,fr\n")
-    (place / "empty.txt").write_text("el gato\n\nla casa\n")
+    (place / "french.csv").write_text("text,label\nel gato,es\nle chat,fr\nle chien,fr\nel gato,es \n")
+    (place / "nolabel.csv").write_text("text,label\nel gato,\n")
+    (place / "empty.txt").write_text("\u00a0\n\n")
+    (place / "unknown.txt").write_text("el gato\n\n€\n¢\n")
+    (place / "number.jsonl").write_text('{"text": 3}\n')
+    (place / "runs.svg").mkdir()
     (place / "runs/none").mkdir()
     shutil.copy(place / "runs/lm/config.json", place / "runs/none/config.json")
     for name in ("new", "nolabels", "foreign"):

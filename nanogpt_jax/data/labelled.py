@@ -11,10 +11,14 @@ import hashlib
 import io
 import itertools
 import json
+import math
+import re
 import sysconfig
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,28 +82,31 @@ class LabelledData:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(cfg: LabelledConfig) -> list[Example]:
-    """The examples of cfg.source, in its order. UserError names the line of what cannot be used."""
-    what = f"data.source={cfg.source}"
+def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.source") -> list[Example]:
+    """The examples of cfg.source, in its order. What is to be said of them is added to `notes`.
+
+    UserError names the lines of what cannot be used; `flag` is the one that gave the source.
+    """
     if cfg.source in SOURCES:
         return SOURCES[cfg.source]()
-    records, name_of = _open(what, cfg.source, cfg.split, cfg.label_column)
-    examples = []
-    for line, record in records:
-        text = _column(what, line, record, "data.text_column", cfg.text_column)
-        label = name_of(_column(what, line, record, "data.label_column", cfg.label_column))
-        if isinstance(label, bool):
-            label = str(label).lower()
-        if not isinstance(label, str | int) or label == "":
-            raise UserError(f"{what}, line {line}: the label {label!r} must be text or a whole number")
-        examples.append(Example(_checked_text(what, line, text), label, line))
-    if not examples:
-        raise UserError(f"{what} holds no texts")
+    rows, examples = Rows(f"{flag}={cfg.source}"), []
+    texts, labels = ("data.text_column", "data.label_column") if "." in flag else ("--text-column", "--label-column")
+    table, name_of = _open(rows.what, cfg.source, cfg.split, cfg.label_column)
+    for line, record in table:
+        if not rows.seen:  # of later rows, one without the column has no text or no label
+            _column(rows.what, line, record, texts, cfg.text_column)
+            _column(rows.what, line, record, labels, cfg.label_column)
+        text = rows.text(line, record.get(cfg.text_column))
+        if text:
+            examples.append(Example(text, rows.label(line, name_of(record.get(cfg.label_column))), line))
+    rows.check()
+    if notes is not None:
+        notes += rows.notes()
     return examples
 
 
-def read_texts(path: Path, column: str) -> list[str]:
-    """The texts of a file, without labels: a column of a table, or else a text a line."""
+def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
+    """The lines and texts of a file, without labels: a column of a table, or else a text a line. Unchecked: `Rows`."""
     what = str(path)
     if path.suffix in READERS:
         records = READERS[path.suffix](what, path)
@@ -108,15 +115,15 @@ def read_texts(path: Path, column: str) -> list[str]:
         texts = list(enumerate(_lines(_content(what, path), what), start=1))
     if not texts:
         raise UserError(f"{what} holds no texts")
-    return [_checked_text(what, line, text) for line, text in texts]
+    return texts
 
 
-def lines_of(content: bytes, what: str) -> list[str]:
-    """The texts of standard input, one a line."""
+def lines_of(content: bytes, what: str) -> list[tuple[int, Any]]:
+    """The lines and texts of standard input, one a line. Unchecked: `Rows`."""
     texts = _lines(content, what)
     if not texts:
         raise UserError(f"{what} holds no texts")
-    return [_checked_text(what, line, text) for line, text in enumerate(texts, start=1)]
+    return list(enumerate(texts, start=1))
 
 
 def _open(what: str, source: str, split: str, labels: str) -> tuple[Iterator[Record], Callable[[Any], Any]]:
@@ -228,16 +235,115 @@ def _column(what: str, line: int, record: dict[str, Any], setting: str, name: st
     return record[name]
 
 
-def _checked_text(what: str, line: int, text: Any) -> str:
-    if not isinstance(text, str):
-        raise UserError(f"{what}, line {line}: the text is {text!r:.60}, not text")
-    if not text.strip():
-        raise UserError(f"{what}, line {line}: the text is empty, and nothing can be told from that; leave it out")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can write one: "\\ud800"
-        raise UserError(f"{what}, line {line}: the text holds half a character, so it is not text") from None
-    return text
+class Rows:
+    """The rows of a source as they are read: the text and the label of each, and what is wrong with which of them.
+
+    Rows without text are skipped, with a note. All others that cannot be used are named in one error.
+    """
+
+    def __init__(self, what: str):
+        self.what, self.seen = what, 0
+        self._blank: list[int] = []  # lines
+        self._null: list[int] = []
+        self._wrong: dict[str, tuple[str, list[int]]] = {}  # by kind: the message of the first, and the lines of all
+        self._types: dict[str, set[str]] = defaultdict(set)  # of what became the same label
+
+    def text(self, line: int, text: Any) -> str:
+        """The text, or "" if there is none to be used."""
+        self.seen += 1
+        if _is_null(text):
+            self._null.append(line)
+        elif not isinstance(text, str):
+            self._refuse("type", line, f"the text is {text!r:.60}, not text")
+        elif not text.strip():
+            self._blank.append(line)
+        elif SURROGATE.search(text):  # JSON can write one
+            self._refuse("half", line, "the text holds half a character, so it is not text")
+        else:
+            return text
+        return ""
+
+    def label(self, line: int, label: Any) -> Label:
+        """The label: text or a whole number. pandas makes 1 a 1.0 if other rows have no label."""
+        given = label
+        if isinstance(label, bool):
+            label = str(label).lower()
+        elif isinstance(label, float) and label.is_integer():
+            label = int(label)
+        if _is_null(label):
+            self._refuse("null", line, "the label is missing (null, NA)")
+        elif not isinstance(label, str | int):
+            self._refuse("label", line, f"the label {label!r:.60} must be text or a whole number")
+        elif str(label) not in self._types and not _plain(str(label)):
+            self._refuse("empty", line, "the label is empty")
+        else:
+            self._types[str(label)].add(next(name for kind, name in TYPES.items() if isinstance(given, kind)))
+            return label
+        return ""
+
+    def _refuse(self, kind: str, line: int, message: str) -> None:
+        self._wrong.setdefault(kind, (message, []))[1].append(line)
+
+    def check(self) -> None:
+        """UserError if rows cannot be used, or if there are none."""
+        said = []
+        for message, lines in self._wrong.values():
+            said.append(f"{self.what}, line {lines[0]}: {message}")
+            if len(lines) > 1:
+                said.append(f"in all {len(lines):,} rows: {places(lines)}")
+        if said:
+            if any(kind in self._wrong for kind in ("null", "empty")):
+                said.append(
+                    "give each text a label, or remove the rows; a test split is often published without labels"
+                )
+            raise UserError("\n       ".join(said))
+        if len(self._blank) + len(self._null) == self.seen:
+            each = f": each of the {self.seen:,} is {self._emptiness()}" if self.seen else ""
+            raise UserError(f"{self.what} holds no texts{each}")
+
+    def _emptiness(self) -> str:
+        return " or ".join(["blank"] * bool(self._blank) + ["missing (null, NA)"] * bool(self._null))
+
+    def notes(self) -> list[str]:
+        notes = []
+        if lines := sorted(self._blank + self._null):
+            which = "a row is" if len(lines) == 1 else f"{len(lines):,} rows are"
+            notes.append(f"{which} skipped, as the text is {self._emptiness()}: {places(lines)}")
+        if len(types := sorted({kind for kinds in self._types.values() for kind in kinds})) > 1:
+            both = [shown(name) for name, kinds in self._types.items() if len(kinds) > 1]
+            one = f"; one label is made of both for {listed(both)}" if both else ""
+            notes.append(f"some labels are {' and some '.join(types)}: all are taken as text{one}")
+        return notes
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+TYPES = {bool: "true or false", int: "numbers", float: "numbers", str: "text"}
+
+
+def _is_null(value: Any) -> bool:
+    """None and NaN: what `datasets` and pandas make of an empty cell, null or NA."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def usable(what: str, rows: list[tuple[int, Any]]) -> tuple[list[tuple[int, str]], list[str]]:
+    """(line, text) of all `rows`, "" if a row is to be skipped, and the notes on those."""
+    found = Rows(what)
+    texts = [(line, found.text(line, text)) for line, text in rows]
+    found.check()
+    return texts, found.notes()
+
+
+def places(lines: Sequence[int]) -> str:
+    """Where some rows stand: the first ten."""
+    return f"line{'s' * (len(lines) > 1)} {listed(lines)}"
+
+
+def listed(words: Iterable[Any]) -> str:
+    """1; 1 and 2; 1, 2 and 3; of more than ten, the first ten and how many more."""
+    words = [str(word) for word in words]
+    if len(words) > 10:
+        words = [*words[:10], f"{len(words) - 10:,} more"]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 # ---- what every machine has -----------------------------------------------------------------------------------------
@@ -262,12 +368,26 @@ SOURCES: dict[str, Callable[[], list[Example]]] = {"python": python_examples}
 # ---- splitting and tokenizing ---------------------------------------------------------------------------------------
 
 
-def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None) -> LabelledData:
+def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None, run: dict[str, Any] | None = None) -> LabelledData:
     """The texts of cfg.data, split and tokenized by `known`, or as data.tokenizer says, if by one made for the training
-    texts."""
-    examples = read(cfg.data)
-    labels = labels_of(examples, f"data.source={cfg.data.source}")
-    parts = split(examples, cfg.data)
+    texts.
+
+    `run` is the manifest of a run that goes on: its labels keep their order, and its texts their split, although an
+    earlier version made them by other rules.
+    """
+    what = f"data.source={cfg.data.source}"
+    notes: list[str] = []
+    examples = read(cfg.data, notes)
+    labels, alike, several = labels_of(examples, what), label_notes(examples), contradictions(examples)
+    if run and sorted(map(repr, run["labels"])) == sorted(map(repr, labels)):
+        labels = run["labels"]
+    by_text = run is None or run.get("split_by") == "text"
+    try:
+        parts = split(examples, cfg.data, by_text)
+    except UserError as e:
+        raise UserError("\n       ".join([str(e), *alike])) from None
+    if several and not by_text:
+        several = [f"{several[0]}; in this run, which an earlier version began, they may stand in several splits"]
     tok = known or tokenizer.open_or_make(cfg.data.tokenizer, (e.text + "\n" for e in parts["train"]))
     encoder = Encoder(tok, cfg.model.block_size, cfg.data.keep)
     splits = {name: encoder.encode(part, labels) for name, part in parts.items()}
@@ -275,6 +395,7 @@ def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None) -> Labelled
     manifest = {
         "source": {"name": cfg.data.source, "texts": len(examples), "cut_to_the_context": encoder.cut},
         "labels": labels,
+        **({"split_by": "text"} if by_text else {}),
         "splits": {
             name: dict(zip(map(str, labels), np.bincount(s.labels, minlength=len(labels)).tolist(), strict=True))
             for name, s in splits.items()
@@ -285,41 +406,127 @@ def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None) -> Labelled
     for name, s in splits.items():
         for array in (s.labels, s.starts, s.tokens):
             digest.update(name.encode() + array.tobytes())
-    return LabelledData(tok, labels, splits, width, encoder.notes(), manifest, digest.hexdigest())
+    notes += [*alike, *several, *encoder.notes()]
+    return LabelledData(tok, labels, splits, width, notes, manifest, digest.hexdigest())
 
 
 def labels_of(examples: list[Example], what: str) -> list[Label]:
-    """The labels that occur: whole numbers in order, or names by the alphabet."""
+    """The labels that occur: numbers in order, even if they are written as text, then names by the alphabet."""
     found = {e.label for e in examples}
     names = {str(label) for label in found}
     if len(names) < 2:
-        raise UserError(f"{what} has the one label {shown(*names)}; a classifier needs two or more to tell apart")
-    return sorted(found) if all(isinstance(label, int) for label in found) else sorted(names)  # pyright: ignore
+        raise UserError(f"{what} has the one label {shown(names.pop())}; a classifier needs two or more to tell apart")
+    if all(isinstance(label, int) for label in found):
+        return sorted(found)  # pyright: ignore
+    numbers = {name: Fraction(name) for name in names if NUMBER.fullmatch(name)}
+    ordered = sorted(names, key=lambda name: (name not in numbers, numbers.get(name, 0), name))
+    return [*ordered]
 
 
-def split(examples: list[Example], cfg: LabelledConfig) -> dict[str, list[Example]]:
+NUMBER = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{1,100})?")
+
+
+def _plain(name: str) -> str:
+    """What a person takes a label for: without case, invisible characters and more than one space."""
+    seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) not in ("Cf", "Cc"))
+    text = " ".join(seen.casefold().split())
+    return str(Fraction(text)) if NUMBER.fullmatch(text) else text
+
+
+def label_notes(examples: list[Example]) -> list[str]:
+    """What is to be said of labels that a person takes for one, or for none. Nothing is merged, and none left out."""
+    counts = Counter(str(e.label) for e in examples)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(counts):
+        groups[_plain(name)].append(name)
+    notes = []
+    for names in (group for group in groups.values() if len(group) > 1):
+        looks_the_same = len({unicodedata.normalize("NFC", name) for name in names}) < len(names)
+        each = listed(f"{(ascii if looks_the_same else shown)(name)} ({counts[name]:,})" for name in names)
+        numbers = all(NUMBER.fullmatch(name) for name in names)
+        how = "are the same number" if numbers else "differ only in spaces, case or what cannot be seen"
+        notes.append(
+            f"the labels {each} {how}, and are {len(names)} labels; if they are one, write them alike in the source"
+        )
+    if len(notes) > 6:
+        notes = [*notes[:5], f"and {len(notes) - 5:,} more labels that are nearly alike"]
+    if absent := [f"{shown(name)} ({n:,})" for name, n in counts.items() if name.casefold() in ABSENT]:
+        notes.append(f"{listed(absent)} counts as a label; if it means that there is none, remove the rows")
+    return notes
+
+
+ABSENT = ("nan", "na", "n/a", "null", "<na>")
+
+
+def contradictions(examples: list[Example]) -> list[str]:
+    """What is to be said of texts that stand with several labels."""
+    first: dict[str, Example] = {}
+    several: dict[str, dict[str, Example]] = {}  # text, label -> its first example
+    for e in examples:
+        other = first.setdefault(e.text, e)
+        if str(other.label) != str(e.label):
+            several.setdefault(e.text, {str(other.label): other}).setdefault(str(e.label), e)
+    if not several:
+        return []
+    text = next(iter(several))
+    which = "a text stands" if len(several) == 1 else f"{len(several):,} texts stand"
+    each = listed(f"{shown(label)} in line {e.line}" for label, e in several[text].items())
+    return [f"{which} with several labels, of which one can be right at most: {text!r:.60} is {each}"]
+
+
+def split(examples: list[Example], cfg: LabelledConfig, by_text: bool = True) -> dict[str, list[Example]]:
     """{"train", "val", "test"}, each with the same share of every label.
 
     Texts of a label are ordered by their hash and cut, so that the split depends on nothing but the texts, and copies
-    of one text fall on the same side.
+    of one text fall on the same side. If a text has several labels, its rarest label decides for all. Not `by_text`,
+    each label's copies are split apart from those of others, as earlier versions did.
     """
-    parts: dict[str, list[int]] = {"test": [], "val": [], "train": []}
-    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i, e in enumerate(examples):
-        groups[str(e.label)][hashlib.sha256(e.text.encode("utf-8", "surrogatepass")).hexdigest()].append(i)
-    for label, copies in groups.items():
-        ordered = [copies[key] for key in sorted(copies)]
-        sizes = [max(1, round(len(ordered) * f)) if f else 0 for f in (cfg.test_fraction, cfg.val_fraction)]
-        if sum(sizes) >= len(ordered):
-            raise UserError(
-                f"data.source={cfg.source} has too few different texts with the label {shown(label)}, {len(ordered)}, "
-                f"to keep data.val_fraction={cfg.val_fraction} and data.test_fraction={cfg.test_fraction} of them\n"
-                "       give more of them, leave the label out, or check that data.label_column is the label"
-            )
-        bounds = [0, sizes[0], sum(sizes), len(ordered)]
-        for name, (start, end) in zip(parts, itertools.pairwise(bounds), strict=True):
-            parts[name] += itertools.chain.from_iterable(ordered[start:end])
-    return {name: [examples[i] for i in sorted(parts[name])] for name in ("train", "val", "test")}
+    keys = [hashlib.sha256(e.text.encode("utf-8", "surrogatepass")).hexdigest() for e in examples]
+    if not by_text:
+        keys = [f"{key} {e.label}" for key, e in zip(keys, examples, strict=True)]
+    texts: dict[str, set[str]] = defaultdict(set)  # label -> keys
+    for key, e in zip(keys, examples, strict=True):
+        texts[str(e.label)].add(key)
+    wanted = {label: _sizes(len(own), cfg) for label, own in texts.items()}
+    if few := {label: len(texts[label]) for label, (_, _, train) in wanted.items() if train < 1}:
+        raise UserError(_too_few(few, len(texts), cfg))
+    names, part_of = ("test", "val", "train"), {}
+    for label in sorted(texts, key=lambda label: (len(texts[label]), label)):
+        placed = Counter(part_of[key] for key in texts[label] if key in part_of)  # by a rarer label
+        free = sorted(key for key in texts[label] if key not in part_of)
+        missing = [max(0, n - placed[name]) for n, name in zip(wanted[label], names, strict=True)]
+        while sum(missing) > len(free):  # a split already has too many
+            missing[missing.index(max(missing))] -= 1
+        part_of |= zip(free, (name for name, n in zip(names, missing, strict=True) for _ in range(n)), strict=True)
+        for name, n in zip(names, wanted[label], strict=True):
+            if n and not any(part_of[key] == name for key in texts[label]):
+                raise UserError(
+                    f"data.source={cfg.source}: no text with the label {shown(label)} is left for {name}, as all have "
+                    "other labels, too, which are rarer\n       give each text one label, or leave the label out"
+                )
+    return {name: [e for key, e in zip(keys, examples, strict=True) if part_of[key] == name] for name in names[::-1]}
+
+
+def _sizes(n: int, cfg: LabelledConfig) -> tuple[int, int, int]:
+    """How many of a label's n texts to test, to validate and to train on."""
+    test, val = (max(1, round(n * f)) if f else 0 for f in (cfg.test_fraction, cfg.val_fraction))
+    return test, val, n - test - val
+
+
+def _too_few(few: dict[str, int], n_labels: int, cfg: LabelledConfig) -> str:
+    which = f"{len(few):,} of {n_labels:,} labels, {listed(f'{shown(label)} ({n})' for label, n in few.items())},"
+    if len(few) == 1:
+        which = next(f"the label {shown(label)}, {n}," for label, n in few.items())
+    hint = "give more of them, leave the label out, or check that data.label_column is the label"
+    if len(few) > 10 and len(few) > n_labels / 2:
+        hint = (
+            f"data.label_column={cfg.label_column} looks like an id, a text or a measured number; "
+            "name the column that holds the labels"
+        )
+    return (
+        f"data.source={cfg.source} has too few different texts with {which} to keep "
+        f"data.val_fraction={cfg.val_fraction} and data.test_fraction={cfg.test_fraction} of them\n       {hint}"
+    )
 
 
 class Encoder:
@@ -332,33 +539,43 @@ class Encoder:
         self.cut = self.seen = 0  # texts longer than the context, and all
         self.dropped: Counter[str] = Counter()
 
-    def tokens(self, texts: Sequence[str], name: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [M] int32 of all texts, and where each begins [N+1]. `name` says which text one is, in an error."""
-        found = [self._encode(text, name, i) for i, text in enumerate(texts)]
+    def tokens(self, texts: Sequence[str], name: Callable[[int], str], what: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [M] int32 of all texts, and where each begins [N+1]. In an error, `name` says which text of `what` one
+        is."""
+        found = [self._encode(text) for text in texts]
+        if empty := [name(i) for i, ids in enumerate(found) if not len(ids)]:
+            rest = f"\n       in all {len(empty):,} texts: {listed(empty)}" if len(empty) > 1 else ""
+            known = "has no character that the run's tokenizer knows; leave it out"
+            raise UserError(f"{what}{', ' if what else ''}{empty[0]} {known}{rest}")
         starts = np.zeros(len(found) + 1, np.int64)
         np.cumsum([len(ids) for ids in found], out=starts[1:])
         return np.concatenate([*found, np.zeros(0, np.int32)]), starts
 
-    def _encode(self, text: str, name: Callable[[int], str], i: int) -> np.ndarray:
+    def _encode(self, text: str) -> np.ndarray:
         if self._known is not None and (unknown := set(text) - self._known):
             self.dropped.update(c for c in text if c in unknown)
             text = text.translate(dict.fromkeys(map(ord, unknown)))
         ids = self._tok.encode(text)
-        if not len(ids):
-            raise UserError(f"{name(i)} has no character that the run's tokenizer knows; leave it out")
         self.seen += 1
         self.cut += len(ids) > self._block_size
         return ids[: self._block_size] if self._keep == "first" else ids[-self._block_size :]
 
     def encode(self, examples: list[Example], labels: list[Label], what: str = "data.source") -> Texts:
-        """UserError for a label that is none of `labels`."""
+        """UserError for labels that are none of `labels`."""
         place = {str(label): i for i, label in enumerate(labels)}
-        for e in examples:
-            if str(e.label) not in place:
-                known = ", ".join(shown(label) for label in labels[:20])
-                raise UserError(f"{what}, line {e.line}: the run has no label {shown(e.label)}; it has {known}")
+        if unknown := Counter(str(e.label) for e in examples if str(e.label) not in place):
+            line = next(e.line for e in examples if str(e.label) in unknown)
+            near = {_plain(name): name for name in place}
+            each = listed(
+                f"{shown(name)} ({n:,}{f'; is it {shown(near[_plain(name)])}?' if _plain(name) in near else ''})"
+                for name, n in unknown.most_common()
+            )
+            raise UserError(
+                f"{what}, line {line}: the run has no label {each}; it has {listed(map(shown, labels))}\n"
+                f"       give them labels of the run, or remove the rows: {unknown.total():,} of {len(examples):,}"
+            )
         texts = [e.text for e in examples]
-        tokens, starts = self.tokens(texts, lambda i: f"{what}, line {examples[i].line}: the text")
+        tokens, starts = self.tokens(texts, lambda i: f"line {examples[i].line}", what)
         return Texts(texts, np.array([place[str(e.label)] for e in examples], np.int32), tokens, starts)
 
     def notes(self) -> list[str]:
@@ -382,7 +599,10 @@ def width_for(parts: Any, block_size: int) -> int:
     return min(block_size, -(-longest // 64) * 64)
 
 
-def shown(label: Label) -> str:
-    """A label as it can be printed: a name from a file may hold anything, a terminal's control codes too."""
+def shown(label: Label, longest: int = 60) -> str:
+    """A label as it can be printed: a name from a file may hold anything, a terminal's control codes and spaces at its
+    end, too. Of one that is longer than `longest` the beginning."""
     text = str(label)
-    return text if text.isprintable() else ascii(text)
+    if len(text) > longest:
+        text = text[:longest] + "..."
+    return text if text.isprintable() and text == text.strip() else repr(text)

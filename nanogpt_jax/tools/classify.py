@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nanogpt_jax.config import ClassifierConfig, UserError
 from nanogpt_jax.data import labelled, tokenizer
 from nanogpt_jax.data.labelled import LabelledData, Texts, shown
 from nanogpt_jax.evaluation import classification
+from nanogpt_jax.host import files
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
@@ -42,12 +44,13 @@ Measures a classifier on its test split (its validation split, if it kept no tes
 PREDICT_USAGE = """usage: nanogpt-jax classify predict RUN [TEXT ...] [--FLAG VALUE ...]
 
 Prints the likeliest label and its probability, a line for each text. Without TEXT or --file it reads standard input, a
-text a line. Words after -- are texts, whatever they begin with.
+text a line. Words after -- are texts, whatever they begin with. A blank line or a row without text is skipped: an empty
+line stands in its place, so that the first line stays that of the first text.
 
   --file FILE            a text a line; or a column of a .jsonl, .csv or .tsv file
   --text-column NAME     which column (default: as in training)
   --checkpoint WHICH     best, latest or a step (default: best)
-  --json                 JSON lines with the probability of every label"""
+  --json                 JSON lines with the probability of every label; of a file, with the text's line, too"""
 
 SWITCHES = ("json", "baseline")
 
@@ -77,7 +80,8 @@ def train(argv: list[str]) -> int:
     from nanogpt_jax.training.signals import stop_on_signals
 
     with run_dir.claim(command) as run, stop_on_signals() as stop:
-        data = labelled.open_data(command.cfg)
+        goes_on = not command.overwrite and run_dir.checkpoint_steps(run)
+        data = labelled.open_data(command.cfg, run=_manifest(run) if goes_on else None)
         run_dir.check_tokenizer(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
         cfg = config.with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
@@ -98,6 +102,19 @@ def train(argv: list[str]) -> int:
             f"validation {SAY.format(**scores)}\n{then}"
         )
         return 0
+
+
+def _manifest(run: Path) -> dict[str, Any]:
+    """What a run has written down of its data."""
+    path = run / "data.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        labels, _ = manifest["labels"], manifest["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is missing or damaged ({e})") from None
+    if not isinstance(labels, list) or not all(type(label) in (str, int) for label in labels):
+        raise UserError(f"{path} is damaged: its labels are {labels!r:.60}")
+    return manifest
 
 
 SAY = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}"
@@ -206,11 +223,8 @@ class _Classifier:
     def __init__(self, run: Path, checkpoint: str):
         self.run, self.cfg = run, config.read_json(run / "config.json", ClassifierConfig)
         self.tokenizer = tokenizer.load(run / "tokenizer")
-        try:
-            self.manifest = json.loads((run / "data.json").read_text(encoding="utf-8"))
-            self.labels: list[labelled.Label] = self.manifest["labels"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{run / 'data.json'} is missing or damaged ({e})") from None
+        self.manifest = _manifest(run)
+        self.labels: list[labelled.Label] = self.manifest["labels"]
         c, m = self.cfg.classify, self.cfg.model
         if len(self.labels) != c.n_labels or self.tokenizer.n_vocab > m.vocab_size:
             raise UserError(
@@ -240,7 +254,10 @@ class _Classifier:
 
         predict = make_predict_step(self.cfg, make_mesh(config.MeshConfig()))
         width, rows = labelled.width_for([texts], self.cfg.model.block_size), min(32, -(-len(texts) // 8) * 8)
-        return _log_probabilities(predict, self.params, texts, width, rows, bar=True)
+        found = _log_probabilities(predict, self.params, texts, width, rows, bar=True)
+        if not np.isfinite(found).all():
+            raise UserError(f"{self.run} at step {self.step} gives probabilities that are not finite: it is of no use")
+        return found
 
 
 FLAGS = {
@@ -270,6 +287,8 @@ def arguments(name: str, argv: list[str]) -> tuple[str, list[str], dict[str, str
         raise UserError(f"texts and --file={flags['file']} exclude each other; leave one out")
     if any(not text.strip() for text in texts):
         raise UserError("one of the texts is empty, and nothing can be told from that")
+    if broken := [text for text in texts if labelled.SURROGATE.search(text)]:
+        raise UserError(f"the text {broken[0]!r:.60} is not UTF-8")
     return run, texts, flags
 
 
@@ -283,7 +302,7 @@ def evaluate(argv: list[str]) -> int:
     model = _Classifier(options.existing(run), flags.get("checkpoint", "best"))
     data = None
     if "source" not in flags or baseline:
-        data = labelled.open_data(model.cfg, model.tokenizer)
+        data = labelled.open_data(model.cfg, model.tokenizer, model.manifest)
         if data.fingerprint != model.manifest["fingerprint"]:
             raise UserError(
                 f"the data of {model.run} has changed: {model.cfg.data.source} gives other texts now than in training\n"
@@ -298,9 +317,10 @@ def evaluate(argv: list[str]) -> int:
             text_column=flags.get("text_column", d.text_column),
             label_column=flags.get("label_column", d.label_column),
         )
-        encoder = model.encoder()
-        texts, what = encoder.encode(labelled.read(other), model.labels, f"--source={other.source}"), other.source
-        notes = encoder.notes()
+        encoder, notes, what = model.encoder(), [], other.source
+        examples = labelled.read(other, notes, "--source")
+        texts = encoder.encode(examples, model.labels, f"--source={what}")
+        notes += [*labelled.contradictions(examples), *encoder.notes()]
     else:
         assert data is not None
         split = "test" if len(data.splits["test"]) else "val"
@@ -321,7 +341,7 @@ def evaluate(argv: list[str]) -> int:
     if "json" in flags:
         each = [{"name": n, **results[n], "confusion": matrices[n].tolist()} for n in found]
         about = {"source": what, "texts": len(texts), "labels": model.labels, "commonest": commonest}
-        print(json.dumps({**about, "results": each}, ensure_ascii=False))
+        print(json.dumps({**about, "results": each}, ensure_ascii=False, allow_nan=False))
     else:
         print(f"{len(texts)} texts: {what}; the commonest label alone would be right in {commonest:.4f}")
         for name in found:
@@ -339,26 +359,39 @@ def predict(argv: list[str]) -> int:
     model = _Classifier(options.existing(run), flags.get("checkpoint", "best"))
     if "file" in flags:
         column = flags.get("text_column", model.cfg.data.text_column)
-        texts = labelled.read_texts(Path(flags["file"]), column)
-    elif not texts:
+        what, rows = flags["file"], labelled.read_texts(Path(flags["file"]), column)
+    elif texts:
+        what, rows = "", list(enumerate(texts, start=1))
+    else:
         if sys.stdin.isatty():
             raise UserError("nothing to classify: give texts, --file FILE, or pipe lines into it")
-        texts = labelled.lines_of(sys.stdin.buffer.read(), "standard input")
+        what = "standard input"
+        rows = labelled.lines_of(sys.stdin.buffer.read(), what)
+    rows, notes = labelled.usable(what, rows) if what else (rows, [])
+    lines, texts = zip(*((line, text) for line, text in rows if text), strict=True)
     encoder = model.encoder()
-    tokens, starts = encoder.tokens(texts, lambda i: f"text {i + 1} ({texts[i]!r:.60})")
+    name = "line {} ({!r:.60})" if what else "text {} ({!r:.60})"
+    tokens, starts = encoder.tokens(texts, lambda i: name.format(lines[i], texts[i]), what)
     model.load()
-    for note in encoder.notes():
+    for note in [*notes, *encoder.notes()]:
         print(f"note: {note}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    for p in np.exp(model.log_probabilities(Texts(texts, np.zeros(len(texts), np.int32), tokens, starts))):
+    found = iter(np.exp(model.log_probabilities(Texts(list(texts), np.zeros(len(texts), np.int32), tokens, starts))))
+    for line, text in rows:
+        if not text:
+            if "json" not in flags:
+                print()
+            continue
+        p = next(found)
         best = int(p.argmax())
         if "json" in flags:
             each = {str(label): round(float(x), 6) for label, x in zip(model.labels, p, strict=True)}
             row = {"label": model.labels[best], "probability": round(float(p[best]), 6), "probabilities": each}
-            print(json.dumps(row, ensure_ascii=False))
+            row = {"line": line, **row} if what else row
+            print(json.dumps(row, ensure_ascii=False, allow_nan=False))
         else:
-            print(f"{shown(model.labels[best])}\t{p[best]:.4f}")
+            print(f"{shown(model.labels[best], sys.maxsize)}\t{p[best]:.4f}")
     return 0
 
 
@@ -388,17 +421,21 @@ def _pyplot(picture: str) -> Any:
     import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
     known = plt.figure().canvas.get_supported_filetypes()
-    if Path(picture).suffix.lstrip(".") not in known:
+    if _format(Path(picture)) not in known:
         raise UserError(f"--picture={picture} must end in one of {', '.join(f'.{k}' for k in known)}")
-    if not Path(picture).parent.is_dir():
-        raise UserError(f"--picture={picture}: there is no directory {Path(picture).parent}")
+    cli.check_file("--picture", picture)
     return plt
+
+
+def _format(picture: Path) -> str:
+    return picture.suffix.lower().lstrip(".")
 
 
 def _draw(plt: Any, confusion: np.ndarray, labels: list[labelled.Label], path: Path) -> None:
     K = len(labels)
     names = [shown(label)[:24].replace("$", r"\$") for label in labels]  # between two $ matplotlib reads mathematics
-    figure, axis = plt.subplots(figsize=(2.5 + 0.6 * K, 2 + 0.6 * K), layout="constrained")
+    side = 0.6 * min(K, 60)  # more labels stand closer: a picture of thousands of inches takes all memory
+    figure, axis = plt.subplots(figsize=(2.5 + side, 2 + side), layout="constrained")
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(K), names, rotation=45, ha="right")
@@ -408,8 +445,10 @@ def _draw(plt: Any, confusion: np.ndarray, labels: list[labelled.Label], path: P
     if K <= 30:
         for i, j in np.ndindex(K, K):
             axis.text(j, i, confusion[i, j], ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
+    picture = BytesIO()
+    figure.savefig(picture, format=_format(path))
     try:
-        figure.savefig(path)
+        files.write_result(path, picture.getvalue())
     except OSError as e:
         raise UserError(f"cannot write --picture={path}: {e.strerror}") from None
 
