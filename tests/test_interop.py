@@ -1,10 +1,19 @@
 """GPT-2's weights in and out: bit for bit, with their tokenizers; training that starts from them; what is refused."""
 
+import contextlib
+import functools
+import itertools
 import json
+import math
+import os
+import random
+import resource
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +34,7 @@ from nanogpt_jax.config import DataConfig, ModelConfig, OptimConfig
 from nanogpt_jax.data import tokenizer as tokenizers
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
-from nanogpt_jax.interop import transformers_files, vocabulary, weights
+from nanogpt_jax.interop import json_file, transformers_files, vocabulary, weights
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.tools import hub
 from nanogpt_jax.training.checkpoint import load_params
@@ -146,6 +155,14 @@ def in_shards(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
+def wrapped(mark: str) -> Callable:
+    """With the names that torch.compile, DDP and others leave, around the model or inside it."""
+    return lambda folder, tensors: save_file(
+        {mark.replace("*", n) if "*" in mark else n.replace(".", f".{mark}.", 1): a for n, a in tensors.items()},
+        folder / "model.safetensors",
+    )
+
+
 def narrow(dtype: Any) -> Callable:
     return lambda folder, tensors: save_file(
         {n: a.astype(dtype) for n, a in tensors.items()}, folder / "model.safetensors"
@@ -159,14 +176,20 @@ def narrow(dtype: Any) -> Callable:
         (in_shards, np.float32),
         (narrow(np.float16), np.float16),
         (narrow(ml_dtypes.bfloat16), ml_dtypes.bfloat16),
+        (wrapped("_orig_mod.transformer.*"), np.float32),
+        (wrapped("module._orig_mod.transformer.*"), np.float32),
+        (wrapped("transformer.module.*"), np.float32),
+        (wrapped("_fsdp_wrapped_module"), np.float32),
     ],
-    ids=["prefix, head and masks", "shards", "float16", "bfloat16"],
+    ids=["prefix, head and masks", "shards", "float16", "bfloat16", "compiled", "DDP of it", "in it", "FSDP"],
 )
 def test_every_way_of_writing_a_gpt2_is_read(tmp_path, write, dtype):
     folder = write_model(tmp_path / "hf")
     write(folder, arrays())
     model = transformers_files.open_model(folder)
     assert model.cfg == CFG
+    said = model.note.replace(",", "").split()
+    assert [mark for mark in transformers_files.WRAPPERS if mark in said] == model.weights.wrappers
     params = weights.from_hugging_face(model.cfg, model.weights.read)
     expected = {n: a.astype(dtype).astype(np.float32) for n, a in arrays().items()}
     assert_bits_equal(weights.to_hugging_face(CFG, params), expected)
@@ -217,23 +240,179 @@ def test_gguf_holds_the_same_weights_and_the_tokenizer(place):
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    return vocabulary.tokenizer_files(tokenizer, 64)
+
+
 def theirs(tokenizer: tokenizers.Tokenizer) -> TheirTokenizer:
-    return TheirTokenizer.from_str(vocabulary.tokenizer_files(tokenizer, 64)["tokenizer.json"])
+    return TheirTokenizer.from_str(files_of(tokenizer)["tokenizer.json"])
 
 
 GPT2 = tokenizers.make("gpt2", "")
-PAIRS = {"gpt2": (GPT2, theirs(GPT2)), "own": (own_tokenizer(), theirs(own_tokenizer()))}
+LEARNED = tokenizers.make("bpe:400", TEXT + " ".join(f"{n * n} aaa{'ab' * (n % 7)} 北京\u0301" for n in range(300)))
+PAIRS = {name: (t, theirs(t)) for name, t in {"gpt2": GPT2, "own": own_tokenizer(), "bpe": LEARNED}.items()}
+ODD = "".join(sorted({*'a\n\r\0 \t"\\\x1b\x7f\x85\u0301\u200d\u2028\ufeff\ufffd\uffff👩🏽\U0010ffff', *"<|endoftext>"}))
+CHARACTERS = {f"char {end}": tokenizers.make("char", ODD, end) for end in (False, True)}
+PAIRS |= {name: (t, theirs(t)) for name, t in CHARACTERS.items()}
 words = st.text(st.characters(exclude_categories=["Cs"])) | st.text("aeglnorti \n'd", max_size=60)
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-@given(text=words)
-def test_an_exported_tokenizer_gives_the_same_ids(kind, text):
+@given(data=st.data())
+def test_an_exported_tokenizer_gives_the_same_ids(kind, data):
+    """Of the letters <|endoftext|>, too, which are the token for them, and text for us."""
     ours, exported = PAIRS[kind]
-    ids = exported.encode(text).ids
-    assert ids == ours.encode(text).tolist()
-    assert exported.decode(ids) == text
+    texts = data.draw(st.lists(st.text(ODD) if kind.startswith("char") else words, min_size=1, max_size=3))
+    texts = [part for text in texts for part in text.split("<|endoftext|>")]
+    for text in texts:
+        ids = exported.encode(text).ids
+        assert ids == ours.encode(text).tolist()
+        assert exported.decode(ids) == text
     assert exported.token_to_id("<|endoftext|>") == ours.end_of_text
+    joined = "<|endoftext|>".join(texts)
+    exported.encode_special_tokens = True
+    assert exported.encode(joined).ids == ours.encode(joined).tolist()
+    exported.encode_special_tokens = False
+    if ours.end_of_text is not None:
+        expected = [i for text in texts for i in [*ours.encode(text).tolist(), ours.end_of_text]][:-1]
+        assert exported.encode(joined).ids == expected
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_no_token_is_lost_in_an_export(kind):
+    """By its id, each is the same bytes there; and by its bytes, where they are text, the same id."""
+    ours, exported = PAIRS[kind]
+    byte_of = {symbol: byte for byte, symbol in tokenizers.byte_symbols().items()}
+    assert exported.get_vocab_size() == ours.n_vocab
+    for rank in range(ours.n_vocab):
+        name = exported.id_to_token(rank)
+        assert exported.token_to_id(name) == rank
+        if rank == ours.end_of_text:
+            assert name == "<|endoftext|>"
+        elif kind.startswith("char"):
+            assert name.encode() == ours.decode_bytes([rank])
+        else:
+            assert bytes(byte_of[symbol] for symbol in name) == ours.decode_bytes([rank])
+
+
+def test_a_token_that_an_export_would_lose_is_named(tmp_path):
+    ranks = {bytes([b]): b for b in range(256)}
+    for at in range(2, 14):
+        ranks[b"<|endoftext|>"[:at]] = len(ranks)
+    with pytest.raises(config.UserError, match=r"token 267 is the text <\|endoftext\|>.* name of token 268"):
+        vocabulary.tokenizer_files(tokenizers.GPT2Tokenizer(vocabulary._rank_file(ranks)), 64)
+
+
+def plainly(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """What the two quick ways must find: the pair of the lowest rank merges, again and again."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 1:
+        found = [ranks.get(left + right, ranks[token]) for left, right in itertools.pairwise(parts)]
+        i = found.index(min(found))
+        if found[i] == ranks[token]:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+@given(seed=st.integers(0, 10**6), letters=st.integers(1, 3))
+def test_quick_merges_are_the_plain_ones(seed, letters):
+    """Of tokens that are good in a vocabulary, and of those that are not."""
+    draw = random.Random(seed)
+    ranks: dict[bytes, int] = {bytes([97 + i]): i for i in range(letters)}
+    pairs: dict[bytes, vocabulary.Pair] = {}
+    for rank in range(letters, 60):
+        left, right = draw.choice(list(ranks)), draw.choice(list(ranks))
+        if left + right in ranks:
+            continue
+        ranks[left + right] = rank
+        parts = plainly(left + right, ranks)
+        assert vocabulary._merge_of(left + right, ranks) == tuple(parts)
+        assert vocabulary._made_of(left, right, rank, ranks, pairs) == (parts == [left, right])
+        if parts == [left, right]:
+            pairs[left + right] = left, right
+        else:
+            del ranks[left + right]
+
+
+def test_long_tokens_are_read_and_written_in_time(tmp_path):
+    """Quadratic in their length, this took hours: a, aa, aaaa and so on, to 65,536 of them."""
+    ranks = {bytes([b]): b for b in range(256)}
+    for doubled in range(1, 17):
+        ranks[b"a" * 2**doubled] = len(ranks)
+    ours = tokenizers.GPT2Tokenizer(vocabulary._rank_file(ranks))
+    start = time.monotonic()
+    text = vocabulary.tokenizer_files(ours, 64)["tokenizer.json"]
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    back = vocabulary.read_tokenizer(tmp_path)
+    assert time.monotonic() - start < 20
+    assert back is not None
+    assert back.stored == ours.stored
+
+
+def in_json(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    return lambda folder: tokenizer_json(change)(folder)
+
+
+def as_published(folder: Path) -> None:
+    """GPT-2's own files: the post-processor's prefix space changes no id, and little is said beside."""
+    tokenizer_json(lambda t: (t["post_processor"].update(add_prefix_space=True), t["model"].pop("byte_fallback")))(
+        folder
+    )
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+
+
+def as_saved_by_transformers_4(folder: Path) -> None:
+    end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    about = {"added_tokens_decoder": {"299": end}, "bos_token": {"__type": "AddedToken", **end}, "pad_token": None}
+    about |= {
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "tokenizer_class": "GPT2TokenizerFast",
+        "errors": "replace",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": end, "additional_special_tokens": []}))
+
+
+def end_beside(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "added_tokens.json").write_text(json.dumps({"<|endoftext|>": vocab.pop("<|endoftext|>")}))
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_bytes((folder / "merges.txt").read_bytes().replace(b"\n", b"\r\n"))
+
+
+TEXT_ALONE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+SAME_TOKENIZER = {
+    "as published": as_published,
+    "as transformers 4 saves it": as_saved_by_transformers_4,
+    "end of the text beside": end_beside,
+    "whole words first": in_json(lambda t: t["model"].update(ignore_merges=True)),
+    "a sequence of one": in_json(lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [t["pre_tokenizer"]]})),
+    "a sequence of none": in_json(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": []})),
+    "a template of the text": in_json(lambda t: t.update(post_processor=TEXT_ALONE)),
+    "truncation": in_json(lambda t: t.update(truncation={"max_length": 4})),
+    "merges in one text": in_json(lambda t: t["model"].update(merges=[" ".join(pair) for pair in t["model"]["merges"]])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME_TOKENIZER)
+def test_the_same_tokenizer_in_other_words(tmp_path, name):
+    for file, text in files_of(PAIRS["own"][0]).items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    SAME_TOKENIZER[name](tmp_path)
+    notes: list[str] = []
+    back = vocabulary.read_tokenizer(tmp_path, notes.append)
+    assert back is not None
+    assert back.stored == PAIRS["own"][0].stored
+    assert ["truncation" in note for note in notes] == [True] * (name == "truncation")
 
 
 @given(text=st.text("ab\n .ñ北👩", max_size=30))
@@ -261,10 +440,10 @@ def test_a_tokenizer_trained_elsewhere_is_read(tmp_path_factory, text):
 
 
 @pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.json merges.txt"])
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", ["gpt2", "own", "bpe"])
 def test_a_tokenizer_comes_back_from_either_form(tmp_path, kind, kept):
     ours = PAIRS[kind][0]
-    for name, text in vocabulary.tokenizer_files(ours, 64).items():
+    for name, text in files_of(ours).items():
         if name in kept.split():
             (tmp_path / name).write_text(text, encoding="utf-8")
     back = vocabulary.read_tokenizer(tmp_path)
@@ -352,6 +531,73 @@ def characters(changed: dict[str, int]) -> Callable[[Path], None]:
     return spoil
 
 
+def written(name: str, content: str | bytes) -> Callable[[Path], None]:
+    return lambda folder: (
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
+    )
+
+
+def deep(name: str, inside: str = "") -> Callable[[Path], None]:
+    """Nested 900 deep, which Python still parses, and can then neither show nor write."""
+    return written(name, f'{{{inside}"a": {"[" * 900}{"]" * 900}}}')
+
+
+def index(weight_map: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        written("model.safetensors.index.json", f'{{"weight_map": {weight_map}}}')(folder)
+
+    return spoil
+
+
+def header(text: str, claimed: int | None = None) -> Callable[[Path], None]:
+    return written("model.safetensors", struct.pack("<Q", len(text) if claimed is None else claimed) + text.encode())
+
+
+def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return spoil
+
+
+def adapter(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        lora = {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": np.zeros((2, 20), np.float32)}
+        save_file(lora, folder / name)
+        written("adapter_config.json", '{"base_model_name_or_path": "gpt2"}')(folder)
+
+    return spoil
+
+
+def pair_of_files(change: Callable[[dict[str, Any]], Any], merges: bytes | None = None) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "tokenizer.json").unlink()
+        vocab = json.loads((folder / "vocab.json").read_text())
+        change(vocab)
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+        if merges is not None:
+            (folder / "merges.txt").write_bytes(merges)
+
+    return spoil
+
+
+def spoilt(name: str, number: float) -> Callable[[Path], None]:
+    return tensors(lambda t: t[name].reshape(-1).__setitem__(3, number))
+
+
+def added(token: dict[str, Any]) -> Callable[[Path], None]:
+    return tokenizer_json(lambda t: t["added_tokens"].append(token))
+
+
+LONG = "x" * 10**6
+END = {"content": "<|endoftext|>"}
+BEGINS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": END["content"], "type_id": 0}}, *TEXT_ALONE["single"]],
+}
 NO_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 # (what is wrong, how the directory is spoiled, words of the message)
 WRONG_MODELS = [
@@ -390,6 +636,79 @@ WRONG_MODELS = [
     ("characters out of order", characters({" ": 1, ".": 0}), ["in the order of their code points"]),
     ("too deep", lambda f: (f / "tokenizer.json").write_text("[" * 200_000), ["tokenizer.json is damaged"]),
     ("damaged tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json is damaged"]),
+    # sizes that the files do not bear out
+    ("a billion layers", edit("config.json", n_layer=10**9), ["tensor h.3.ln_1.weight and 11,999,999,963 more is missing"]),
+    ("layers without end", edit("config.json", n_layer=10**400), ["n_layer=1000", "must be a whole number"]),
+    ("a billion positions", edit("config.json", n_positions=10**9), ["wpe.weight is [19, 20]", "n_positions=1000000000"]),
+    ("a billion tokens", edit("config.json", vocab_size=10**9), ["wte.weight is [300, 20]", "vocab_size=1000000000"]),
+    ("a billion wide", edit("config.json", n_embd=10**9), ["asks for [300, 1000000000]"]),
+    ("half a layer", edit("config.json", n_layer=2.5), ["n_layer=2.5 must be a whole number"]),
+    ("a number of no size", edit("config.json", n_embd=math.inf), ["n_embd=None must be a whole number"]),
+    ("a huge header", header("{}", 2**62), ["model.safetensors is cut short"]),
+    ("huge shapes", header('{"wte.weight": {"dtype": "F32", "shape": [%d, %d], "data_offsets": [0, 0]}}' % (10**15, 10**15)), ["is cut short or no safetensors file"]),
+    ("a deep header", header('{"a":' * 9000), ["is cut short or no safetensors file"]),
+    ("an empty file", written("model.safetensors", ""), ["is cut short or no safetensors file"]),
+    # settings
+    ("another name for heads", edit("config.json", num_attention_heads=4), ["n_head=5, but num_attention_heads=4"]),
+    ("code of its own", edit("config.json", auto_map={"AutoModel": "m.M"}), ["auto_map"]),
+    ("no head", edit("config.json", tie_word_embeddings=False), ["tie_word_embeddings=False", "has no lm_head.weight"]),
+    ("a long setting", edit("config.json", activation_function=LONG), ["activation_function='xxx"]),
+    ("deep settings", deep("config.json", '"model_type": "gpt2", '), ["config.json is damaged", "more than 100 deep"]),
+    ("open lists", written("config.json", "[" * 100_000), ["config.json is damaged"]),
+    ("no UTF-8", written("config.json", b"\xff\xfe\xfd{"), ["config.json is no JSON"]),
+    ("a folder of that name", instead("config.json", Path.mkdir), ["config.json is a directory"]),
+    # where the weights are
+    ("a deep index", index('{"a":' * 3000), ["index.json is damaged"]),
+    ("index leads up", index('{"a": ".."}'), ["no weight_map with names of .safetensors files beside it"]),
+    ("index leads away", index('{"a": "/etc/x.safetensors"}'), ["no weight_map"]),
+    ("index with a zero byte", index('{"a": "a\\u0000.safetensors"}'), ["no weight_map"]),
+    ("index of half a character", index('{"a": "\\ud800.safetensors"}'), ["no weight_map"]),
+    ("a pipe", instead("model.safetensors", os.mkfifo), ["model.safetensors is no file"]),
+    ("a link to nothing", instead("tokenizer.json", lambda path: path.symlink_to("gone")), ["tokenizer.json leads nowhere"]),
+    ("an adapter", adapter("adapter_model.safetensors"), ["holds an adapter of 'gpt2'", "merge_and_unload", "python -c '"]),
+    ("an adapter by another name", adapter("model.safetensors"), ["holds an adapter"]),
+    # the tensors
+    ("not a number", spoilt("h.1.ln_1.weight", math.nan), ["model.safetensors: h.1.ln_1.weight has 1 of 20 numbers that are not finite"]),
+    ("infinite", spoilt("wte.weight", -math.inf), ["wte.weight has 1 of 6,000 numbers"]),
+    ("twice", tensors(lambda t: t.update({"module.wpe.weight": t["wpe.weight"]})), ["wpe.weight", "module.wpe.weight", "are both wpe.weight"]),
+    ("another prefix", tensors(lambda t: [t.__setitem__("model." + n, t.pop(n)) for n in list(t)]), ["tensor wte.weight and 39 more is missing", "it has 'model.h."]),
+    ("a layer of no number", tensors(lambda t: t.__setitem__(f"h.{'9' * 5000}.ln_1.bias", t.pop("h.1.ln_1.bias"))), ["tensor h.1.ln_1.bias is missing"]),
+    ("a long name", tensors(lambda t: t.update({LONG: t["wpe.weight"]})), ["xxx... is no tensor"]),
+    # tokens that are looked for in a text before all else
+    ("padding", added({"id": 300, "content": "[PAD]", "special": True}), ["added_tokens has the added token '[PAD]'"]),
+    ("a long word", added({"id": 300, "content": LONG, "special": False}), ["has the added token 'xxx"]),
+    ("two ends", added({**END, "id": 5}), ["the id of <|endoftext|> is not one and the same"]),
+    ("an id in letters", tokenizer_json(lambda t: t["added_tokens"][0].update(id="299")), ["a token has the id '299'"]),
+    ("no tokens", tokenizer_json(lambda t: t.update(added_tokens=[None])), ["its added_tokens are [None]"]),
+    ("takes spaces", tokenizer_json(lambda t: t["added_tokens"][0].update(lstrip=True)), ["<|endoftext|> with lstrip"]),
+    ("added beside", written("added_tokens.json", '{"<sep>": 300}'), ["added_tokens.json: it has the added token '<sep>'"]),
+    ("mapped beside", written("special_tokens_map.json", '{"pad_token": {"content": "[PAD]"}}'), ["special_tokens_map.json: pad_token has"]),
+    ("more beside", written("special_tokens_map.json", '{"additional_special_tokens": ["<a>"]}'), ["additional_special_tokens has"]),
+    ("decoded beside", edit("tokenizer_config.json", added_tokens_decoder={"299": END, "300": {"content": "<b>"}}), ["added_tokens_decoder has the added token '<b>'"]),
+    ("another id beside", edit("tokenizer_config.json", added_tokens_decoder={"7": END}), ["not one and the same"]),
+    ("a list beside", edit("tokenizer_config.json", added_tokens_decoder=[7]), ["added_tokens_decoder is no object"]),
+    ("a beginning of text", edit("tokenizer_config.json", add_bos_token=True), ["add_bos_token is true"]),
+    ("another kind", edit("tokenizer_config.json", tokenizer_class="RobertaTokenizerFast"), ["tokenizer_class is 'RobertaTokenizerFast'"]),
+    ("deep beside", deep("tokenizer_config.json"), ["tokenizer_config.json is damaged"]),
+    # steps before and after
+    ("a template", tokenizer_json(lambda t: t.update(post_processor=BEGINS)), ["post_processor", "adds tokens to each text"]),
+    ("RoBERTa's", tokenizer_json(lambda t: t.update(post_processor={"type": "RobertaProcessing"})), ["adds tokens"]),
+    ("normalized inside", tokenizer_json(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]})), ["it normalizes text"]),
+    ("digits first", tokenizer_json(lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, t["pre_tokenizer"]]})), ["its pre_tokenizer is"]),
+    ("no pattern", tokenizer_json(lambda t: t["pre_tokenizer"].update(use_regex=False)), ["its pre_tokenizer is"]),
+    ("another decoder", tokenizer_json(lambda t: t.update(decoder={"type": "WordPiece"})), ["its decoder is {'type': 'WordPiece'}"]),
+    # the vocabulary
+    ("three in a merge", tokenizer_json(lambda t: t["model"]["merges"].insert(3, ["a", "b", "c"])), ["merge 3, ['a', 'b', 'c'], is not of two tokens"]),
+    ("numbers in a merge", tokenizer_json(lambda t: t["model"]["merges"].insert(3, [1, 2])), ["merge 3, [1, 2]"]),
+    ("a long merge", tokenizer_json(lambda t: t["model"]["merges"].insert(3, LONG)), ["merge 3, 'xxx"]),
+    ("no list of merges", tokenizer_json(lambda t: t["model"].update(merges="a b")), ["no list of merges"]),
+    ("an id twice", tokenizer_json(lambda t: t["model"]["vocab"].update(a=5)), ["are not 0 to 299"]),
+    ("an id that is none", tokenizer_json(lambda t: t["model"]["vocab"].update(a={})), ["a token has the id {}"]),
+    ("a long token", tokenizer_json(lambda t: t["model"]["vocab"].update({LONG: 300})), ["1 have none"]),
+    ("no end beside", pair_of_files(lambda v: v.pop("<|endoftext|>")), ["vocab.json: it has no <|endoftext|>"]),
+    ("three in a line", pair_of_files(lambda v: None, b"#version: 0.2\na b c\n"), ["merges.txt: merge 0, 'a b c'"]),
+    ("merges of no text", pair_of_files(lambda v: None, b"\xff\xfe"), ["merges.txt is damaged: it is no UTF-8 text"]),
+    ("a deep vocabulary", lambda f: (without("tokenizer.json")(f), deep("vocab.json")(f)), ["vocab.json is damaged"]),
 ]  # fmt: skip
 
 
@@ -397,9 +716,12 @@ WRONG_MODELS = [
 def test_wrong_models(place, tmp_path, capsys, spoil, message):
     folder = shutil.copytree(place / "hf", tmp_path / "hf")
     spoil(folder)
+    start = time.monotonic()
     assert command("import-hf", folder, tmp_path / "run") == 2
+    assert time.monotonic() - start < 20, "no matter what it says, it is found soon"
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
+    assert len(shown) < 1200
     for word in message:
         assert word in shown
     assert not (tmp_path / "run").exists()
@@ -435,7 +757,7 @@ def test_wrong_commands(place, monkeypatch, capsys, line, message):
     for name in ("model.bin", "text.txt", "old.gguf"):
         (place / name).write_text("x")
     if "tokenizer gpt2" in line:
-        for name, text in vocabulary.tokenizer_files(GPT2, 64).items():
+        for name, text in files_of(GPT2).items():
             (place / "gpt2" / name).write_text(text, encoding="utf-8")
     else:
         shutil.rmtree(place / "gpt2")

@@ -52,7 +52,7 @@ def read_tokenizer(folder: Path, say: Callable[[str], object] = lambda _: None) 
     elif is_file(path := folder / "vocab.json") and is_file(merges):
         vocab = read_object(path)
         ends |= {vocab[END_OF_TEXT]} if type(vocab.get(END_OF_TEXT)) is int else set()
-        tokenizer = GPT2Tokenizer(_rank_file(_ranks(path, vocab, _lines_of(merges), ends)))
+        tokenizer = GPT2Tokenizer(_rank_file(_ranks(path, merges, vocab, _lines_of(merges), ends)))
     else:
         return None
     return tokenizer
@@ -175,7 +175,7 @@ def _byte_pairs(path: Path, model: Any, ends: set[int]) -> GPT2Tokenizer:
     vocab, merges = model.get("vocab"), model["merges"]
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise UserError(f"{path} is damaged: its model has no vocab, or no list of merges")
-    return GPT2Tokenizer(_rank_file(_ranks(path, vocab, merges, ends)))
+    return GPT2Tokenizer(_rank_file(_ranks(path, path, vocab, merges, ends)))
 
 
 def _lines_of(merges: Path) -> list[str]:
@@ -188,8 +188,8 @@ def _lines_of(merges: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#version")]
 
 
-def _ranks(path: Path, vocab: dict[str, Any], merges: Sequence[Any], ends: set[int]) -> dict[bytes, int]:
-    """Token -> id, all ids from 0 but one, which is the end of the text."""
+def _ranks(path: Path, place: Path, vocab: dict[str, Any], merges: Sequence[Any], ends: set[int]) -> dict[bytes, int]:
+    """Token -> id, all ids from 0 but one, which is the end of the text. `place`: the file that the merges are from."""
     # a symbol that stands for no byte becomes one above U+00FF
     byte_of = dict.fromkeys(range(256), "\uffff") | {ord(symbol): chr(byte) for byte, symbol in byte_symbols().items()}
 
@@ -215,17 +215,17 @@ def _ranks(path: Path, vocab: dict[str, Any], merges: Sequence[Any], ends: set[i
     for i, merge in enumerate(merges):
         two = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(two, list) or len(two) != 2 or not all(isinstance(part, str) and part for part in two):
-            _refuse(path, f"merge {i}, {shown(merge)}, is not of two tokens")
+            _refuse(place, f"merge {i}, {shown(merge)}, is not of two tokens")
         left, right = spelled(two[0]), spelled(two[1])
         rank = ranks.get(left + right, -1)
         if rank <= before:
-            _refuse(path, f"its merges do not make its tokens one by one, in the order of their ids (merge {i})")
+            _refuse(place, f"its merges do not make its tokens one by one, in the order of their ids (merge {i})")
         before = rank
         if not _made_of(left, right, rank, ranks, pairs):
-            _refuse(path, f"its merge {i}, {shown(merge)}, is not how its other merges would spell it")
+            _refuse(place, f"its merge {i}, {shown(merge)}, is not how its other merges would spell it")
         pairs[left + right] = left, right
     if len(pairs) != len(ranks) - 256:
-        _refuse(path, f"its merges do not make its tokens one by one: {len(ranks) - 256 - len(pairs)} have none")
+        _refuse(place, f"its merges do not make its tokens one by one: {len(ranks) - 256 - len(pairs)} have none")
     return ranks
 
 
