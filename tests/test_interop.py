@@ -34,7 +34,7 @@ from nanogpt_jax.config import DataConfig, ModelConfig, OptimConfig
 from nanogpt_jax.data import tokenizer as tokenizers
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
-from nanogpt_jax.interop import json_file, transformers_files, vocabulary, weights
+from nanogpt_jax.interop import transformers_files, vocabulary, weights
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.tools import hub
 from nanogpt_jax.training.checkpoint import load_params
@@ -645,7 +645,7 @@ WRONG_MODELS = [
     ("half a layer", edit("config.json", n_layer=2.5), ["n_layer=2.5 must be a whole number"]),
     ("a number of no size", edit("config.json", n_embd=math.inf), ["n_embd=None must be a whole number"]),
     ("a huge header", header("{}", 2**62), ["model.safetensors is cut short"]),
-    ("huge shapes", header('{"wte.weight": {"dtype": "F32", "shape": [%d, %d], "data_offsets": [0, 0]}}' % (10**15, 10**15)), ["is cut short or no safetensors file"]),
+    ("huge shapes", header(f'{{"wte.weight": {{"dtype": "F32", "shape": [{10**15}, {10**15}], "data_offsets": [0, 0]}}}}'), ["is cut short or no safetensors file"]),
     ("a deep header", header('{"a":' * 9000), ["is cut short or no safetensors file"]),
     ("an empty file", written("model.safetensors", ""), ["is cut short or no safetensors file"]),
     # settings
@@ -742,6 +742,15 @@ WRONG_COMMANDS = [
     ("no run", "export-hf gone new", ["gone is not a run directory"]),
     ("a directory with files", "export-hf run home", ["home is not empty", "--overwrite"]),
     ("onto a run", "export-hf run run --overwrite", ["run is a run directory"]),
+    ("onto its tokenizer", "export-hf run run/tokenizer --overwrite", ["run/tokenizer is inside a run directory"]),
+    ("among its checkpoints", "export-hf run run/checkpoints/x.gguf", ["is inside a run directory"]),
+    ("below a file", "export-hf run text.txt/new", ["cannot write text.txt/new: Not a directory"]),
+    ("gguf below a file", "export-hf run text.txt/new.gguf", ["cannot write text.txt/new.gguf: Not a directory"]),
+    ("a run below a file", "import-hf hf text.txt/new", ["cannot write text.txt/new: Not a directory"]),
+    ("a pipe", "export-hf run pipe.gguf --overwrite", ["pipe.gguf is a device or a pipe"]),
+    ("a device", "export-hf run null.gguf --overwrite", ["null.gguf is a device or a pipe"]),
+    ("a name without end", f"import-hf {'x' * 300} new", ["no file or directory xxx"]),
+    ("a file of an adapter", "import-hf adapter_model.safetensors new", ["holds an adapter"]),
     ("a file", "export-hf run text.txt", ["text.txt is a file"]),
     ("gguf exists", "export-hf run old.gguf", ["old.gguf exists", "--overwrite"]),
     ("no checkpoint", "export-hf run new --checkpoint 7", ["run has no checkpoint 7; it has 0"]),
@@ -754,8 +763,11 @@ def test_wrong_commands(place, monkeypatch, capsys, line, message):
     (place / "home").mkdir(exist_ok=True)
     (place / "home" / "thesis.txt").write_text("mine")
     (place / "gpt2").mkdir(exist_ok=True)
-    for name in ("model.bin", "text.txt", "old.gguf"):
+    for name in ("model.bin", "text.txt", "old.gguf", "adapter_model.safetensors"):
         (place / name).write_text("x")
+    if not (place / "pipe.gguf").exists():
+        os.mkfifo("pipe.gguf")
+        (place / "null.gguf").symlink_to("/dev/null")
     if "tokenizer gpt2" in line:
         for name, text in files_of(GPT2).items():
             (place / "gpt2" / name).write_text(text, encoding="utf-8")
@@ -766,6 +778,8 @@ def test_wrong_commands(place, monkeypatch, capsys, line, message):
     for word in message:
         assert word in shown
     assert not (place / "new").exists()
+    assert not list(place.glob(".*"))
+    assert (place / "pipe.gguf").is_fifo()
     assert (place / "home" / "thesis.txt").read_text() == "mine"
 
 
@@ -778,25 +792,99 @@ def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys, end_of
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_a_full_disk_is_told_and_leaves_the_files_of_before(place, tmp_path, clean_env):
-    """A limit on the size of files stands in for it: the tokenizer can be written, the weights cannot."""
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A limit on the size of files stands in for it: small ones can be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [500, 13_000])
+@pytest.mark.parametrize("line", ["import-hf hf new", "export-hf run new", "export-hf run new.gguf"])
+def test_a_full_disk_is_told_and_leaves_nothing(place, tmp_path, monkeypatch, capsys, line, size):
+    """The same command goes on to the end when there is room."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "run"):
+        (tmp_path / name).symlink_to(place / name)
+    with full_disk(size):
+        assert command(*line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "File too large" in said or "OUT_OF_RANGE" in said  # tensorstore's word for it
+    assert not {p.name for p in tmp_path.iterdir()} - {"hf", "run"}
+    assert command(*line.split()) == 0
+
+
+def test_a_full_disk_leaves_the_files_of_before(place, tmp_path, capsys):
     shutil.copytree(place / "out", tmp_path / "out")
-    limited = f"""
-import resource, signal, sys
-from nanogpt_jax import cli
-from nanogpt_jax.tools import hub
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
-sys.exit(cli.guarded(hub.main_export, [{str(place / "run")!r}, "out", "--overwrite", "--no-compare"]))
-"""
-    command = [sys.executable, "-c", limited]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "error: cannot write out: " in done.stderr
-    assert "File too large" in done.stderr
+    with full_disk(40_000):
+        assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 2
+    assert f"error: cannot write {tmp_path / 'out'}: " in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in (place / "out").iterdir())
     for path in (place / "out").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+KILLS = """
+import os
+import safetensors.numpy
+from nanogpt_jax import cli
+from nanogpt_jax.interop import gguf_file, transformers_files, vocabulary
+from nanogpt_jax.tools import hub
+from nanogpt_jax.training import checkpoint
+
+def kill_after(module, name, calls=1):
+    original, left = getattr(module, name), [calls]
+    def call(*args, **options):
+        original(*args, **options)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), 9)
+    setattr(module, name, call)
+
+for line, module, name, calls in (
+    ("import-hf hf new", checkpoint, "save_params", 1),
+    ("export-hf run out", safetensors.numpy, "save_file", 1),
+    ("export-hf run empty", os, "replace", 9),  # 8 for the texts in the temporary folder, 1 to its place
+    ("export-hf run old --overwrite", os, "replace", 10),
+):
+    if not (child := os.fork()):
+        kill_after(module, name, calls)
+        command, *words = line.split()
+        os._exit(cli.guarded({"import-hf": hub.main_import, "export-hf": hub.main_export}[command], [*words, "--no-compare"]))
+    print(line, os.waitpid(child, 0)[1])
+"""
+
+
+def test_after_a_kill_the_same_command_goes_to_the_end(place, tmp_path, monkeypatch, clean_env):
+    """Whatever it had begun, beside its target or inside, is cleared away by the next start, and nothing else is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "run"):
+        (tmp_path / name).symlink_to(place / name)
+    for name in ("empty", "old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "old/config.json").write_text("old")
+    (tmp_path / "old/thesis.txt").write_text("mine")
+    before = {p.name for p in tmp_path.iterdir()}
+    script = [sys.executable, "-W", "ignore", "-c", KILLS]
+    said = subprocess.run(script, env=clean_env, capture_output=True, text=True).stdout
+    ends = dict(line.rsplit(" ", 1) for line in said.splitlines() if line[-2:] == " 9")
+    assert len(ends) == 4, said
+    left = [p.name for p in tmp_path.rglob(".*.tmp")]
+    assert sorted(name.split(".")[1] for name in left) == ["export", "new", "out", "overwrite"]
+    assert (tmp_path / "empty/model.safetensors").exists()
+    for line in ends:
+        assert command(*line.split()) == 0, line
+    assert not list(tmp_path.rglob(".*"))
+    assert {p.name for p in tmp_path.iterdir()} == before | {"new", "out"}
+    assert (tmp_path / "old/thesis.txt").read_text() == "mine"
+    for name in ("out", "empty", "old"):
+        for path in (place / "out").iterdir():
+            assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
 
 
 def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):
@@ -807,6 +895,83 @@ def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["n_layer"] == 3
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_overwrite_follows_no_link_in_a_directory_and_leaves_no_tokenizer_of_before(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    tokenizers.make("char", TEXT).save(tmp_path / "run" / "tokenizer")
+    shutil.copytree(place / "out", tmp_path / "out")
+    (tmp_path / "out/config.json").unlink()
+    (tmp_path / "out/config.json").symlink_to(tmp_path / "elsewhere.json")
+    (tmp_path / "elsewhere.json").write_text("mine")
+    assert command("export-hf", tmp_path / "run", tmp_path / "out", "--overwrite") == 0
+    assert (tmp_path / "elsewhere.json").read_text() == "mine"
+    assert not (tmp_path / "out/config.json").is_symlink()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == set(hub.EXPORTED) - {
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+    }
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])
+def test_overwrite_leaves_what_is_no_file(place, tmp_path, capsys, make):
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out/merges.txt")
+    assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 2
+    assert "out/merges.txt is no file" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["merges.txt"]
+
+
+def test_a_link_stays_one_and_leads_to_the_export(place, tmp_path):
+    (tmp_path / "far").mkdir()
+    for name in ("model.gguf", "run", "out"):
+        (tmp_path / name).symlink_to(tmp_path / "far" / name)
+    (tmp_path / "far/model.gguf").write_text("old")
+    assert command("export-hf", place / "run", tmp_path / "model.gguf", "--overwrite") == 0
+    assert command("export-hf", place / "run", tmp_path / "out") == 0
+    assert command("import-hf", place / "hf", tmp_path / "run") == 0
+    assert all((tmp_path / name).is_symlink() for name in ("model.gguf", "run", "out"))
+    assert (tmp_path / "far/model.gguf").read_bytes()[:4] == b"GGUF"
+    assert sorted(p.name for p in (tmp_path / "far").iterdir()) == ["model.gguf", "out", "run"]
+
+
+def test_an_import_is_not_made_of_the_directory_one_is_in(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command("import-hf", place / "hf", ".") == 2
+    assert ". is the directory that you are in" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_exported(place, tmp_path, monkeypatch, capsys):
+    def spoilt_params(*_):
+        params, step = load_params(place / "run", config.read_json(place / "run" / "config.json"))
+        return {**params, "wpe": params["wpe"].at[3, 3].set(math.nan)}, step
+
+    monkeypatch.setattr("nanogpt_jax.training.checkpoint.load_params", spoilt_params)
+    assert command("export-hf", place / "run", tmp_path / "out") == 2
+    assert "step 0 of" in (said := capsys.readouterr().err)
+    assert "is not finite: wpe.weight" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_tokens_than_the_tokenizer_has_are_said(place, tmp_path, capsys):
+    """And what else their config.json holds is kept as JSON, whatever it is."""
+    folder = write_model(tmp_path / "hf", vocab_size=V, task={"threshold": math.nan, "most": math.inf})
+    about = (folder / "config.json").read_text()
+    assert "NaN" in about
+    (folder / "config.json").write_text(about.replace("Infinity", "1e999"))
+    for name, text in vocabulary.tokenizer_files(own_tokenizer(290), 19).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    assert command("import-hf", folder, tmp_path / "run") == 0
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    kept = json.loads((tmp_path / "run/import.json").read_text(), parse_constant=refuse)
+    assert kept["config"]["task"] == {"threshold": None, "most": None}
+    assert command("export-hf", tmp_path / "run", tmp_path / "out") == 0
+    assert "the model has 300 tokens, its tokenizer 290: no text for the ids 290 to 299" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == V
 
 
 def test_without_transformers_it_says_that_nothing_was_compared(place, tmp_path, capsys, monkeypatch):
