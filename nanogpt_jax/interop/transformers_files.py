@@ -127,7 +127,7 @@ def open_model(path: Path) -> Model:
     is_folder = os.path.isdir(path)
     folder = path if is_folder else path.parent
     files = _files_in(path) if is_folder else [_checked_file(path)]
-    if is_file(folder / "adapter_config.json"):
+    if is_folder and is_file(folder / "adapter_config.json"):
         raise _adapter(folder)
     weights = Weights(files)
     if any(re.search(r"\blora_", name) for name in weights.names):
@@ -151,9 +151,9 @@ def open_model(path: Path) -> Model:
 
 
 def _checked_file(path: Path) -> Path:
-    if path.suffix in PICKLED:
+    if path.suffix.lower() in PICKLED:
         raise _pickled(path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise UserError(f"{path} is no .safetensors file; give one, or a directory with one and its config.json")
     if path.name.startswith("adapter_model"):
         raise _adapter(path.parent)

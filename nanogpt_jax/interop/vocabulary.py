@@ -158,10 +158,9 @@ def _characters(path: Path, about: dict[str, Any], ends: set[int]) -> CharTokeni
     model = about.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict) and (characters := [c for c in vocab if len(c) == 1 and not "\ud800" <= c <= "\udfff"]):
-        tokenizer = CharTokenizer.make("".join(characters), END_OF_TEXT in vocab)
-        ours = json.loads(tokenizer_files(tokenizer, 0)["tokenizer.json"])
+        tokenizer = CharTokenizer.make(["".join(characters)], END_OF_TEXT in vocab)
         end = set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}
-        if about.get("post_processor") is None and model == ours["model"] and ends == end:
+        if about.get("post_processor") is None and model == _word_level(tokenizer) and ends == end:
             return tokenizer
     _refuse(path, "it is no tokenizer of characters as export-hf writes it, in the order of their code points")
 
@@ -170,7 +169,7 @@ def _byte_pairs(path: Path, model: Any, ends: set[int]) -> GPT2Tokenizer:
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         _refuse(path, f"its model is {shown(model.get('type') if isinstance(model, dict) else model)}, not BPE")
     for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
-        if model.get(name) and model[name] != END_OF_TEXT:
+        if model.get(name) and (name, model[name]) != ("unk_token", END_OF_TEXT):
             _refuse(path, f"its model has {name}={shown(model[name])}")
     vocab, merges = model.get("vocab"), model["merges"]
     if not isinstance(vocab, dict) or not isinstance(merges, list):
@@ -305,6 +304,15 @@ def tokens_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[
     return {symbols(token): rank for token, rank in ranks.items()}, pairs
 
 
+def _word_level(tokenizer: CharTokenizer) -> dict[str, Any]:
+    """The model of a tokenizer of characters, in tokenizer.json."""
+    end = tokenizer.end_of_text
+    vocab = {c: i for i, c in enumerate(tokenizer.decode(range(tokenizer.n_vocab - (end is not None))))}
+    vocab |= {} if end is None else {END_OF_TEXT: end}
+    # no token says "unknown": a character that the vocabulary lacks is an error, there as here
+    return {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"}
+
+
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     """Name -> content of the files from which `AutoTokenizer.from_pretrained` makes a tokenizer with the same ids."""
     files: dict[str, Any] = {}
@@ -312,15 +320,12 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     about: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
     if isinstance(tokenizer, CharTokenizer):
         end = tokenizer.end_of_text
-        vocab = {c: i for i, c in enumerate(tokenizer.decode(range(tokenizer.n_vocab - (end is not None))))}
-        vocab |= {} if end is None else {END_OF_TEXT: end}
         about |= {
             "added_tokens": [] if end is None else [{"id": end, "content": END_OF_TEXT, **SPECIAL}],
             "pre_tokenizer": ONE_CHARACTER,
             "post_processor": None,
             "decoder": {"type": "Fuse"},
-            # no token says "unknown": a character that the vocabulary lacks is an error, there as here
-            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"},
+            "model": _word_level(tokenizer),
         }
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         settings |= {} if end is None else {"eos_token": END_OF_TEXT}

@@ -159,7 +159,7 @@ def main_export(argv: list[str]) -> int:
         )
     try:
         files.target(out).parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".gguf":
+        if out.suffix.lower() == ".gguf":
             gguf_file.write_gguf(out, run.resolve().name, cfg, tensors, tokenizer)
             print(f"{out}: step {step} of {run}, {out.stat().st_size:,} bytes, for llama.cpp")
             return 0
@@ -215,7 +215,8 @@ def _check_writable(place: Path, shown: Path) -> None:
     """UserError, before the work, where nothing could be made at `place`."""
     try:
         there = next(folder for folder in place.parents if os.path.lexists(folder))
-        files.check_writable(there / f"{place.name[:64]}.new")
+        with files.folder_beside(there / place.name):
+            pass
     except OSError as e:
         raise UserError(f"cannot write {shown}: {e.strerror}") from None
 
@@ -223,7 +224,7 @@ def _check_writable(place: Path, shown: Path) -> None:
 def _refuse_target(out: Path, overwrite: bool) -> None:
     """UserError where an export to `out` would fall on what is not its own, or could not be written."""
     place = files.target(out)
-    if out.suffix == ".gguf":
+    if out.suffix.lower() == ".gguf":
         if files.is_special(out):
             raise UserError(f"{out} is a device or a pipe, and a GGUF needs a file\n       choose another name")
         if os.path.isdir(out) or (os.path.exists(out) and not overwrite):
@@ -233,22 +234,23 @@ def _refuse_target(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is a file; give a new directory, or a name that ends with .gguf")
     elif os.path.isdir(out):
         names = _names_in(out)
-        begun = {name for name in names if (found := files.LEFTOVER.fullmatch(name)) and found[1] == BEGUN}
+        begun = {name: found[1] for name in names if (found := files.LEFTOVER.fullmatch(name))}
+        others = {name for name in names if begun.get(name) not in (BEGUN, OVER)}
         # a killed export into an empty directory goes on: what it had moved to its place is its own
-        if names - begun and not overwrite and not (begun and names - begun <= set(EXPORTED)):
+        if others and not overwrite and not (BEGUN in begun.values() and others <= set(EXPORTED)):
             raise UserError(
                 f"{out} is not empty\n       choose another directory, or write over its files with --overwrite"
             )
         for name in EXPORTED:
             if os.path.isdir(out / name) or files.is_special(out / name):
                 raise UserError(f"{out / name} is no file, and is left alone\n       choose another directory")
-        _check_writable(place / BEGUN, out)
+        _check_writable(place / OVER, out)
     else:
         _check_writable(place, out)
     for run in (place, *place.parents):
         inside = place.relative_to(run).parts[:1]
         if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
-            if not inside and out.suffix != ".gguf":
+            if not inside and out.suffix.lower() != ".gguf":
                 raise UserError(f"{out} is a run directory; choose another one for the export")
             if inside and inside[0] in ("checkpoints", "tokenizer"):
                 raise UserError(f"{out} is inside a run directory; choose another one for the export")
@@ -283,13 +285,10 @@ def _write(out: Path, texts: dict[str, str], tensors: dict[str, Any]) -> None:
             _write_into(partial, texts, tensors)
             os.rename(partial, out)
         return
-    ours = set(EXPORTED) & _names_in(out)
-    with files.folder_beside(out / (OVER if ours else BEGUN)) as partial:
+    with files.folder_beside(out / (OVER if set(EXPORTED) & _names_in(out) else BEGUN)) as partial:
         _write_into(partial, texts, tensors)
         for path in sorted(partial.iterdir(), key=lambda p: p.name != WEIGHTS):
             os.replace(path, out / path.name)
-    for name in ours - {WEIGHTS, *texts}:  # of another tokenizer
-        (out / name).unlink(missing_ok=True)
     for name in (BEGUN, OVER):
         files.remove_leftovers(out / name)
 
