@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,8 +119,8 @@ def main_import(argv: list[str]) -> int:
     del params  # room for theirs
     print(_compared(ours, model.config, model.files))
     print(
-        f"next: {config.program('sample')} {run} --prompt 'Once upon a time'\n"
-        f"      or train from it: {config.program('train')} --init-from {run} --data.source=FILE --run-dir NEW"
+        f"next: {config.program('sample')} {shlex.quote(str(run))} --prompt 'Once upon a time'\n"
+        f"      or train from it: {config.program('train')} --init-from {shlex.quote(str(run))} --data.source=FILE --run-dir NEW"
     )
     return 0
 
@@ -271,7 +272,7 @@ def _download(name: str) -> Path:
         raise UserError(
             f"no file or directory {name}, and it cannot be downloaded from the Hugging Face Hub "
             f"({str(e).splitlines()[0][:120]})\n"
-            f"       where there is a network: hf download {name} --local-dir DIR; then give DIR here"
+            f"       where there is a network: hf download {shlex.quote(name)} --local-dir DIR; then give DIR here"
         ) from None
 
 
