@@ -118,9 +118,10 @@ def main_import(argv: list[str]) -> int:
     ours = _own_logits(m, params, flags)
     del params  # room for theirs
     print(_compared(ours, model.config, model.files))
+    quoted = shlex.quote(str(run))
     print(
-        f"next: {config.program('sample')} {shlex.quote(str(run))} --prompt 'Once upon a time'\n"
-        f"      or train from it: {config.program('train')} --init-from {shlex.quote(str(run))} --data.source=FILE --run-dir NEW"
+        f"next: {config.program('sample')} {quoted} --prompt 'Once upon a time'\n"
+        f"      or train from it: {config.program('train')} --init-from {quoted} --data.source=FILE --run-dir NEW"
     )
     return 0
 
