@@ -1,10 +1,19 @@
 """GPT-2's weights in and out: bit for bit, with their tokenizers; training that starts from them; what is refused."""
 
+import contextlib
+import functools
+import itertools
 import json
+import math
+import os
+import random
+import resource
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +155,14 @@ def in_shards(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
+def wrapped(mark: str) -> Callable:
+    """With the names that torch.compile, DDP and others leave, around the model or inside it."""
+    return lambda folder, tensors: save_file(
+        {mark.replace("*", n) if "*" in mark else n.replace(".", f".{mark}.", 1): a for n, a in tensors.items()},
+        folder / "model.safetensors",
+    )
+
+
 def narrow(dtype: Any) -> Callable:
     return lambda folder, tensors: save_file(
         {n: a.astype(dtype) for n, a in tensors.items()}, folder / "model.safetensors"
@@ -159,14 +176,20 @@ def narrow(dtype: Any) -> Callable:
         (in_shards, np.float32),
         (narrow(np.float16), np.float16),
         (narrow(ml_dtypes.bfloat16), ml_dtypes.bfloat16),
+        (wrapped("_orig_mod.transformer.*"), np.float32),
+        (wrapped("module._orig_mod.transformer.*"), np.float32),
+        (wrapped("transformer.module.*"), np.float32),
+        (wrapped("_fsdp_wrapped_module"), np.float32),
     ],
-    ids=["prefix, head and masks", "shards", "float16", "bfloat16"],
+    ids=["prefix, head and masks", "shards", "float16", "bfloat16", "compiled", "DDP of it", "in it", "FSDP"],
 )
 def test_every_way_of_writing_a_gpt2_is_read(tmp_path, write, dtype):
     folder = write_model(tmp_path / "hf")
     write(folder, arrays())
     model = transformers_files.open_model(folder)
     assert model.cfg == CFG
+    said = model.note.replace(",", "").split()
+    assert [mark for mark in transformers_files.WRAPPERS if mark in said] == model.weights.wrappers
     params = weights.from_hugging_face(model.cfg, model.weights.read)
     expected = {n: a.astype(dtype).astype(np.float32) for n, a in arrays().items()}
     assert_bits_equal(weights.to_hugging_face(CFG, params), expected)
@@ -217,23 +240,179 @@ def test_gguf_holds_the_same_weights_and_the_tokenizer(place):
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    return vocabulary.tokenizer_files(tokenizer, 64)
+
+
 def theirs(tokenizer: tokenizers.Tokenizer) -> TheirTokenizer:
-    return TheirTokenizer.from_str(vocabulary.tokenizer_files(tokenizer, 64)["tokenizer.json"])
+    return TheirTokenizer.from_str(files_of(tokenizer)["tokenizer.json"])
 
 
 GPT2 = tokenizers.make("gpt2", "")
-PAIRS = {"gpt2": (GPT2, theirs(GPT2)), "own": (own_tokenizer(), theirs(own_tokenizer()))}
+LEARNED = tokenizers.make("bpe:400", TEXT + " ".join(f"{n * n} aaa{'ab' * (n % 7)} 北京\u0301" for n in range(300)))
+PAIRS = {name: (t, theirs(t)) for name, t in {"gpt2": GPT2, "own": own_tokenizer(), "bpe": LEARNED}.items()}
+ODD = "".join(sorted({*'a\n\r\0 \t"\\\x1b\x7f\x85\u0301\u200d\u2028\ufeff\ufffd\uffff👩🏽\U0010ffff', *"<|endoftext>"}))
+CHARACTERS = {f"char {end}": tokenizers.make("char", ODD, end) for end in (False, True)}
+PAIRS |= {name: (t, theirs(t)) for name, t in CHARACTERS.items()}
 words = st.text(st.characters(exclude_categories=["Cs"])) | st.text("aeglnorti \n'd", max_size=60)
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-@given(text=words)
-def test_an_exported_tokenizer_gives_the_same_ids(kind, text):
+@given(data=st.data())
+def test_an_exported_tokenizer_gives_the_same_ids(kind, data):
+    """Of the letters <|endoftext|>, too, which are the token for them, and text for us."""
     ours, exported = PAIRS[kind]
-    ids = exported.encode(text).ids
-    assert ids == ours.encode(text).tolist()
-    assert exported.decode(ids) == text
+    texts = data.draw(st.lists(st.text(ODD) if kind.startswith("char") else words, min_size=1, max_size=3))
+    texts = [part for text in texts for part in text.split("<|endoftext|>")]
+    for text in texts:
+        ids = exported.encode(text).ids
+        assert ids == ours.encode(text).tolist()
+        assert exported.decode(ids) == text
     assert exported.token_to_id("<|endoftext|>") == ours.end_of_text
+    joined = "<|endoftext|>".join(texts)
+    exported.encode_special_tokens = True
+    assert exported.encode(joined).ids == ours.encode(joined).tolist()
+    exported.encode_special_tokens = False
+    if ours.end_of_text is not None:
+        expected = [i for text in texts for i in [*ours.encode(text).tolist(), ours.end_of_text]][:-1]
+        assert exported.encode(joined).ids == expected
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_no_token_is_lost_in_an_export(kind):
+    """By its id, each is the same bytes there; and by its bytes, where they are text, the same id."""
+    ours, exported = PAIRS[kind]
+    byte_of = {symbol: byte for byte, symbol in tokenizers.byte_symbols().items()}
+    assert exported.get_vocab_size() == ours.n_vocab
+    for rank in range(ours.n_vocab):
+        name = exported.id_to_token(rank)
+        assert exported.token_to_id(name) == rank
+        if rank == ours.end_of_text:
+            assert name == "<|endoftext|>"
+        elif kind.startswith("char"):
+            assert name.encode() == ours.decode_bytes([rank])
+        else:
+            assert bytes(byte_of[symbol] for symbol in name) == ours.decode_bytes([rank])
+
+
+def test_a_token_that_an_export_would_lose_is_named(tmp_path):
+    ranks = {bytes([b]): b for b in range(256)}
+    for at in range(2, 14):
+        ranks[b"<|endoftext|>"[:at]] = len(ranks)
+    with pytest.raises(config.UserError, match=r"token 267 is the text <\|endoftext\|>.* name of token 268"):
+        vocabulary.tokenizer_files(tokenizers.GPT2Tokenizer(vocabulary._rank_file(ranks)), 64)
+
+
+def plainly(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """What the two quick ways must find: the pair of the lowest rank merges, again and again."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 1:
+        found = [ranks.get(left + right, ranks[token]) for left, right in itertools.pairwise(parts)]
+        i = found.index(min(found))
+        if found[i] == ranks[token]:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+@given(seed=st.integers(0, 10**6), letters=st.integers(1, 3))
+def test_quick_merges_are_the_plain_ones(seed, letters):
+    """Of tokens that are good in a vocabulary, and of those that are not."""
+    draw = random.Random(seed)
+    ranks: dict[bytes, int] = {bytes([97 + i]): i for i in range(letters)}
+    pairs: dict[bytes, vocabulary.Pair] = {}
+    for rank in range(letters, 60):
+        left, right = draw.choice(list(ranks)), draw.choice(list(ranks))
+        if left + right in ranks:
+            continue
+        ranks[left + right] = rank
+        parts = plainly(left + right, ranks)
+        assert vocabulary._merge_of(left + right, ranks) == tuple(parts)
+        assert vocabulary._made_of(left, right, rank, ranks, pairs) == (parts == [left, right])
+        if parts == [left, right]:
+            pairs[left + right] = left, right
+        else:
+            del ranks[left + right]
+
+
+def test_long_tokens_are_read_and_written_in_time(tmp_path):
+    """Quadratic in their length, this took hours: a, aa, aaaa and so on, to 65,536 of them."""
+    ranks = {bytes([b]): b for b in range(256)}
+    for doubled in range(1, 17):
+        ranks[b"a" * 2**doubled] = len(ranks)
+    ours = tokenizers.GPT2Tokenizer(vocabulary._rank_file(ranks))
+    start = time.monotonic()
+    text = vocabulary.tokenizer_files(ours, 64)["tokenizer.json"]
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    back = vocabulary.read_tokenizer(tmp_path)
+    assert time.monotonic() - start < 20
+    assert back is not None
+    assert back.stored == ours.stored
+
+
+def in_json(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    return lambda folder: tokenizer_json(change)(folder)
+
+
+def as_published(folder: Path) -> None:
+    """GPT-2's own files: the post-processor's prefix space changes no id, and little is said beside."""
+    tokenizer_json(lambda t: (t["post_processor"].update(add_prefix_space=True), t["model"].pop("byte_fallback")))(
+        folder
+    )
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+
+
+def as_saved_by_transformers_4(folder: Path) -> None:
+    end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    about = {"added_tokens_decoder": {"299": end}, "bos_token": {"__type": "AddedToken", **end}, "pad_token": None}
+    about |= {
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "tokenizer_class": "GPT2TokenizerFast",
+        "errors": "replace",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": end, "additional_special_tokens": []}))
+
+
+def end_beside(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "added_tokens.json").write_text(json.dumps({"<|endoftext|>": vocab.pop("<|endoftext|>")}))
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_bytes((folder / "merges.txt").read_bytes().replace(b"\n", b"\r\n"))
+
+
+TEXT_ALONE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+SAME_TOKENIZER = {
+    "as published": as_published,
+    "as transformers 4 saves it": as_saved_by_transformers_4,
+    "end of the text beside": end_beside,
+    "whole words first": in_json(lambda t: t["model"].update(ignore_merges=True)),
+    "a sequence of one": in_json(lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [t["pre_tokenizer"]]})),
+    "a sequence of none": in_json(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": []})),
+    "a template of the text": in_json(lambda t: t.update(post_processor=TEXT_ALONE)),
+    "truncation": in_json(lambda t: t.update(truncation={"max_length": 4})),
+    "merges in one text": in_json(lambda t: t["model"].update(merges=[" ".join(pair) for pair in t["model"]["merges"]])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME_TOKENIZER)
+def test_the_same_tokenizer_in_other_words(tmp_path, name):
+    for file, text in files_of(PAIRS["own"][0]).items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    SAME_TOKENIZER[name](tmp_path)
+    notes: list[str] = []
+    back = vocabulary.read_tokenizer(tmp_path, notes.append)
+    assert back is not None
+    assert back.stored == PAIRS["own"][0].stored
+    assert ["truncation" in note for note in notes] == [True] * (name == "truncation")
 
 
 @given(text=st.text("ab\n .ñ北👩", max_size=30))
@@ -261,10 +440,10 @@ def test_a_tokenizer_trained_elsewhere_is_read(tmp_path_factory, text):
 
 
 @pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.json merges.txt"])
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", ["gpt2", "own", "bpe"])
 def test_a_tokenizer_comes_back_from_either_form(tmp_path, kind, kept):
     ours = PAIRS[kind][0]
-    for name, text in vocabulary.tokenizer_files(ours, 64).items():
+    for name, text in files_of(ours).items():
         if name in kept.split():
             (tmp_path / name).write_text(text, encoding="utf-8")
     back = vocabulary.read_tokenizer(tmp_path)
@@ -352,6 +531,73 @@ def characters(changed: dict[str, int]) -> Callable[[Path], None]:
     return spoil
 
 
+def written(name: str, content: str | bytes) -> Callable[[Path], None]:
+    return lambda folder: (
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
+    )
+
+
+def deep(name: str, inside: str = "") -> Callable[[Path], None]:
+    """Nested 900 deep, which Python still parses, and can then neither show nor write."""
+    return written(name, f'{{{inside}"a": {"[" * 900}{"]" * 900}}}')
+
+
+def index(weight_map: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        written("model.safetensors.index.json", f'{{"weight_map": {weight_map}}}')(folder)
+
+    return spoil
+
+
+def header(text: str, claimed: int | None = None) -> Callable[[Path], None]:
+    return written("model.safetensors", struct.pack("<Q", len(text) if claimed is None else claimed) + text.encode())
+
+
+def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return spoil
+
+
+def adapter(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        lora = {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": np.zeros((2, 20), np.float32)}
+        save_file(lora, folder / name)
+        written("adapter_config.json", '{"base_model_name_or_path": "gpt2"}')(folder)
+
+    return spoil
+
+
+def pair_of_files(change: Callable[[dict[str, Any]], Any], merges: bytes | None = None) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "tokenizer.json").unlink()
+        vocab = json.loads((folder / "vocab.json").read_text())
+        change(vocab)
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+        if merges is not None:
+            (folder / "merges.txt").write_bytes(merges)
+
+    return spoil
+
+
+def spoilt(name: str, number: float) -> Callable[[Path], None]:
+    return tensors(lambda t: t[name].reshape(-1).__setitem__(3, number))
+
+
+def added(token: dict[str, Any]) -> Callable[[Path], None]:
+    return tokenizer_json(lambda t: t["added_tokens"].append(token))
+
+
+LONG = "x" * 10**6
+END = {"content": "<|endoftext|>"}
+BEGINS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": END["content"], "type_id": 0}}, *TEXT_ALONE["single"]],
+}
 NO_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 # (what is wrong, how the directory is spoiled, words of the message)
 WRONG_MODELS = [
@@ -390,6 +636,79 @@ WRONG_MODELS = [
     ("characters out of order", characters({" ": 1, ".": 0}), ["in the order of their code points"]),
     ("too deep", lambda f: (f / "tokenizer.json").write_text("[" * 200_000), ["tokenizer.json is damaged"]),
     ("damaged tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json is damaged"]),
+    # sizes that the files do not bear out
+    ("a billion layers", edit("config.json", n_layer=10**9), ["tensor h.3.ln_1.weight and 11,999,999,963 more is missing"]),
+    ("layers without end", edit("config.json", n_layer=10**400), ["n_layer=1000", "must be a whole number"]),
+    ("a billion positions", edit("config.json", n_positions=10**9), ["wpe.weight is [19, 20]", "n_positions=1000000000"]),
+    ("a billion tokens", edit("config.json", vocab_size=10**9), ["wte.weight is [300, 20]", "vocab_size=1000000000"]),
+    ("a billion wide", edit("config.json", n_embd=10**9), ["asks for [300, 1000000000]"]),
+    ("half a layer", edit("config.json", n_layer=2.5), ["n_layer=2.5 must be a whole number"]),
+    ("a number of no size", edit("config.json", n_embd=math.inf), ["n_embd=None must be a whole number"]),
+    ("a huge header", header("{}", 2**62), ["model.safetensors is cut short"]),
+    ("huge shapes", header(f'{{"wte.weight": {{"dtype": "F32", "shape": [{10**15}, {10**15}], "data_offsets": [0, 0]}}}}'), ["is cut short or no safetensors file"]),
+    ("a deep header", header('{"a":' * 9000), ["is cut short or no safetensors file"]),
+    ("an empty file", written("model.safetensors", ""), ["is cut short or no safetensors file"]),
+    # settings
+    ("another name for heads", edit("config.json", num_attention_heads=4), ["n_head=5, but num_attention_heads=4"]),
+    ("code of its own", edit("config.json", auto_map={"AutoModel": "m.M"}), ["auto_map"]),
+    ("no head", edit("config.json", tie_word_embeddings=False), ["tie_word_embeddings=False", "has no lm_head.weight"]),
+    ("a long setting", edit("config.json", activation_function=LONG), ["activation_function='xxx"]),
+    ("deep settings", deep("config.json", '"model_type": "gpt2", '), ["config.json is damaged", "more than 100 deep"]),
+    ("open lists", written("config.json", "[" * 100_000), ["config.json is damaged"]),
+    ("no UTF-8", written("config.json", b"\xff\xfe\xfd{"), ["config.json is no JSON"]),
+    ("a folder of that name", instead("config.json", Path.mkdir), ["config.json is a directory"]),
+    # where the weights are
+    ("a deep index", index('{"a":' * 3000), ["index.json is damaged"]),
+    ("index leads up", index('{"a": ".."}'), ["no weight_map with names of .safetensors files beside it"]),
+    ("index leads away", index('{"a": "/etc/x.safetensors"}'), ["no weight_map"]),
+    ("index with a zero byte", index('{"a": "a\\u0000.safetensors"}'), ["no weight_map"]),
+    ("index of half a character", index('{"a": "\\ud800.safetensors"}'), ["no weight_map"]),
+    ("a pipe", instead("model.safetensors", os.mkfifo), ["model.safetensors is no file"]),
+    ("a link to nothing", instead("tokenizer.json", lambda path: path.symlink_to("gone")), ["tokenizer.json leads nowhere"]),
+    ("an adapter", adapter("adapter_model.safetensors"), ["holds an adapter of 'gpt2'", "merge_and_unload", "python -c '"]),
+    ("an adapter by another name", adapter("model.safetensors"), ["holds an adapter"]),
+    # the tensors
+    ("not a number", spoilt("h.1.ln_1.weight", math.nan), ["model.safetensors: h.1.ln_1.weight has 1 of 20 numbers that are not finite"]),
+    ("infinite", spoilt("wte.weight", -math.inf), ["wte.weight has 1 of 6,000 numbers"]),
+    ("twice", tensors(lambda t: t.update({"module.wpe.weight": t["wpe.weight"]})), ["wpe.weight", "module.wpe.weight", "are both wpe.weight"]),
+    ("another prefix", tensors(lambda t: [t.__setitem__("model." + n, t.pop(n)) for n in list(t)]), ["tensor wte.weight and 39 more is missing", "it has 'model.h."]),
+    ("a layer of no number", tensors(lambda t: t.__setitem__(f"h.{'9' * 5000}.ln_1.bias", t.pop("h.1.ln_1.bias"))), ["tensor h.1.ln_1.bias is missing"]),
+    ("a long name", tensors(lambda t: t.update({LONG: t["wpe.weight"]})), ["xxx... is no tensor"]),
+    # tokens that are looked for in a text before all else
+    ("padding", added({"id": 300, "content": "[PAD]", "special": True}), ["added_tokens has the added token '[PAD]'"]),
+    ("a long word", added({"id": 300, "content": LONG, "special": False}), ["has the added token 'xxx"]),
+    ("two ends", added({**END, "id": 5}), ["the id of <|endoftext|> is not one and the same"]),
+    ("an id in letters", tokenizer_json(lambda t: t["added_tokens"][0].update(id="299")), ["a token has the id '299'"]),
+    ("no tokens", tokenizer_json(lambda t: t.update(added_tokens=[None])), ["its added_tokens are [None]"]),
+    ("takes spaces", tokenizer_json(lambda t: t["added_tokens"][0].update(lstrip=True)), ["<|endoftext|> with lstrip"]),
+    ("added beside", written("added_tokens.json", '{"<sep>": 300}'), ["added_tokens.json: it has the added token '<sep>'"]),
+    ("mapped beside", written("special_tokens_map.json", '{"pad_token": {"content": "[PAD]"}}'), ["special_tokens_map.json: pad_token has"]),
+    ("more beside", written("special_tokens_map.json", '{"additional_special_tokens": ["<a>"]}'), ["additional_special_tokens has"]),
+    ("decoded beside", edit("tokenizer_config.json", added_tokens_decoder={"299": END, "300": {"content": "<b>"}}), ["added_tokens_decoder has the added token '<b>'"]),
+    ("another id beside", edit("tokenizer_config.json", added_tokens_decoder={"7": END}), ["not one and the same"]),
+    ("a list beside", edit("tokenizer_config.json", added_tokens_decoder=[7]), ["added_tokens_decoder is no object"]),
+    ("a beginning of text", edit("tokenizer_config.json", add_bos_token=True), ["add_bos_token is true"]),
+    ("another kind", edit("tokenizer_config.json", tokenizer_class="RobertaTokenizerFast"), ["tokenizer_class is 'RobertaTokenizerFast'"]),
+    ("deep beside", deep("tokenizer_config.json"), ["tokenizer_config.json is damaged"]),
+    # steps before and after
+    ("a template", tokenizer_json(lambda t: t.update(post_processor=BEGINS)), ["post_processor", "adds tokens to each text"]),
+    ("RoBERTa's", tokenizer_json(lambda t: t.update(post_processor={"type": "RobertaProcessing"})), ["adds tokens"]),
+    ("normalized inside", tokenizer_json(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]})), ["it normalizes text"]),
+    ("digits first", tokenizer_json(lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, t["pre_tokenizer"]]})), ["its pre_tokenizer is"]),
+    ("no pattern", tokenizer_json(lambda t: t["pre_tokenizer"].update(use_regex=False)), ["its pre_tokenizer is"]),
+    ("another decoder", tokenizer_json(lambda t: t.update(decoder={"type": "WordPiece"})), ["its decoder is {'type': 'WordPiece'}"]),
+    # the vocabulary
+    ("three in a merge", tokenizer_json(lambda t: t["model"]["merges"].insert(3, ["a", "b", "c"])), ["merge 3, ['a', 'b', 'c'], is not of two tokens"]),
+    ("numbers in a merge", tokenizer_json(lambda t: t["model"]["merges"].insert(3, [1, 2])), ["merge 3, [1, 2]"]),
+    ("a long merge", tokenizer_json(lambda t: t["model"]["merges"].insert(3, LONG)), ["merge 3, 'xxx"]),
+    ("no list of merges", tokenizer_json(lambda t: t["model"].update(merges="a b")), ["no list of merges"]),
+    ("an id twice", tokenizer_json(lambda t: t["model"]["vocab"].update(a=5)), ["are not 0 to 299"]),
+    ("an id that is none", tokenizer_json(lambda t: t["model"]["vocab"].update(a={})), ["a token has the id {}"]),
+    ("a long token", tokenizer_json(lambda t: t["model"]["vocab"].update({LONG: 300})), ["1 have none"]),
+    ("no end beside", pair_of_files(lambda v: v.pop("<|endoftext|>")), ["vocab.json: it has no <|endoftext|>"]),
+    ("three in a line", pair_of_files(lambda v: None, b"#version: 0.2\na b c\n"), ["merges.txt: merge 0, 'a b c'"]),
+    ("merges of no text", pair_of_files(lambda v: None, b"\xff\xfe"), ["merges.txt is damaged: it is no UTF-8 text"]),
+    ("a deep vocabulary", lambda f: (without("tokenizer.json")(f), deep("vocab.json")(f)), ["vocab.json is damaged"]),
 ]  # fmt: skip
 
 
@@ -397,9 +716,12 @@ WRONG_MODELS = [
 def test_wrong_models(place, tmp_path, capsys, spoil, message):
     folder = shutil.copytree(place / "hf", tmp_path / "hf")
     spoil(folder)
+    start = time.monotonic()
     assert command("import-hf", folder, tmp_path / "run") == 2
+    assert time.monotonic() - start < 20, "no matter what it says, it is found soon"
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
+    assert len(shown) < 1200
     for word in message:
         assert word in shown
     assert not (tmp_path / "run").exists()
@@ -420,6 +742,15 @@ WRONG_COMMANDS = [
     ("no run", "export-hf gone new", ["gone is not a run directory"]),
     ("a directory with files", "export-hf run home", ["home is not empty", "--overwrite"]),
     ("onto a run", "export-hf run run --overwrite", ["run is a run directory"]),
+    ("onto its tokenizer", "export-hf run run/tokenizer --overwrite", ["run/tokenizer is inside a run directory"]),
+    ("among its checkpoints", "export-hf run run/checkpoints/x.gguf", ["is inside a run directory"]),
+    ("below a file", "export-hf run text.txt/new", ["cannot write text.txt/new: Not a directory"]),
+    ("gguf below a file", "export-hf run text.txt/new.gguf", ["cannot write text.txt/new.gguf: Not a directory"]),
+    ("a run below a file", "import-hf hf text.txt/new", ["cannot write text.txt/new: Not a directory"]),
+    ("a pipe", "export-hf run pipe.gguf --overwrite", ["pipe.gguf is a device or a pipe"]),
+    ("a device", "export-hf run null.gguf --overwrite", ["null.gguf is a device or a pipe"]),
+    ("a name without end", f"import-hf {'x' * 300} new", ["no file or directory xxx"]),
+    ("a file of an adapter", "import-hf adapter_model.safetensors new", ["holds an adapter"]),
     ("a file", "export-hf run text.txt", ["text.txt is a file"]),
     ("gguf exists", "export-hf run old.gguf", ["old.gguf exists", "--overwrite"]),
     ("no checkpoint", "export-hf run new --checkpoint 7", ["run has no checkpoint 7; it has 0"]),
@@ -432,10 +763,13 @@ def test_wrong_commands(place, monkeypatch, capsys, line, message):
     (place / "home").mkdir(exist_ok=True)
     (place / "home" / "thesis.txt").write_text("mine")
     (place / "gpt2").mkdir(exist_ok=True)
-    for name in ("model.bin", "text.txt", "old.gguf"):
+    for name in ("model.bin", "text.txt", "old.gguf", "adapter_model.safetensors"):
         (place / name).write_text("x")
+    if not (place / "pipe.gguf").exists():
+        os.mkfifo("pipe.gguf")
+        (place / "null.gguf").symlink_to("/dev/null")
     if "tokenizer gpt2" in line:
-        for name, text in vocabulary.tokenizer_files(GPT2, 64).items():
+        for name, text in files_of(GPT2).items():
             (place / "gpt2" / name).write_text(text, encoding="utf-8")
     else:
         shutil.rmtree(place / "gpt2")
@@ -444,6 +778,8 @@ def test_wrong_commands(place, monkeypatch, capsys, line, message):
     for word in message:
         assert word in shown
     assert not (place / "new").exists()
+    assert not list(place.glob(".*"))
+    assert (place / "pipe.gguf").is_fifo()
     assert (place / "home" / "thesis.txt").read_text() == "mine"
 
 
@@ -456,25 +792,99 @@ def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys, end_of
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_a_full_disk_is_told_and_leaves_the_files_of_before(place, tmp_path, clean_env):
-    """A limit on the size of files stands in for it: the tokenizer can be written, the weights cannot."""
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A limit on the size of files stands in for it: small ones can be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [500, 13_000])
+@pytest.mark.parametrize("line", ["import-hf hf new", "export-hf run new", "export-hf run new.gguf"])
+def test_a_full_disk_is_told_and_leaves_nothing(place, tmp_path, monkeypatch, capsys, line, size):
+    """The same command goes on to the end when there is room."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "run"):
+        (tmp_path / name).symlink_to(place / name)
+    with full_disk(size):
+        assert command(*line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "File too large" in said or "OUT_OF_RANGE" in said  # tensorstore's word for it
+    assert not {p.name for p in tmp_path.iterdir()} - {"hf", "run"}
+    assert command(*line.split()) == 0
+
+
+def test_a_full_disk_leaves_the_files_of_before(place, tmp_path, capsys):
     shutil.copytree(place / "out", tmp_path / "out")
-    limited = f"""
-import resource, signal, sys
-from nanogpt_jax import cli
-from nanogpt_jax.tools import hub
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
-sys.exit(cli.guarded(hub.main_export, [{str(place / "run")!r}, "out", "--overwrite", "--no-compare"]))
-"""
-    command = [sys.executable, "-c", limited]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "error: cannot write out: " in done.stderr
-    assert "File too large" in done.stderr
+    with full_disk(40_000):
+        assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 2
+    assert f"error: cannot write {tmp_path / 'out'}: " in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in (place / "out").iterdir())
     for path in (place / "out").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+KILLS = """
+import os
+import safetensors.numpy
+from nanogpt_jax import cli
+from nanogpt_jax.interop import gguf_file, transformers_files, vocabulary
+from nanogpt_jax.tools import hub
+from nanogpt_jax.training import checkpoint
+
+def kill_after(module, name, calls=1):
+    original, left = getattr(module, name), [calls]
+    def call(*args, **options):
+        original(*args, **options)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), 9)
+    setattr(module, name, call)
+
+for line, module, name, calls in (
+    ("import-hf hf new", checkpoint, "save_params", 1),
+    ("export-hf run out", safetensors.numpy, "save_file", 1),
+    ("export-hf run empty", os, "replace", 9),  # 8 for the texts in the temporary folder, 1 to its place
+    ("export-hf run old --overwrite", os, "replace", 10),
+):
+    if not (child := os.fork()):
+        kill_after(module, name, calls)
+        command, *words = line.split()
+        os._exit(cli.guarded({"import-hf": hub.main_import, "export-hf": hub.main_export}[command], [*words, "--no-compare"]))
+    print(line, os.waitpid(child, 0)[1])
+"""
+
+
+def test_after_a_kill_the_same_command_goes_to_the_end(place, tmp_path, monkeypatch, clean_env):
+    """Whatever it had begun, beside its target or inside, is cleared away by the next start, and nothing else is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "run"):
+        (tmp_path / name).symlink_to(place / name)
+    for name in ("empty", "old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "old/config.json").write_text("old")
+    (tmp_path / "old/thesis.txt").write_text("mine")
+    before = {p.name for p in tmp_path.iterdir()}
+    script = [sys.executable, "-W", "ignore", "-c", KILLS]
+    said = subprocess.run(script, env=clean_env, capture_output=True, text=True).stdout
+    ends = dict(line.rsplit(" ", 1) for line in said.splitlines() if line[-2:] == " 9")
+    assert len(ends) == 4, said
+    left = [p.name for p in tmp_path.rglob(".*.tmp")]
+    assert sorted(name.split(".")[1] for name in left) == ["export", "new", "out", "overwrite"]
+    assert (tmp_path / "empty/model.safetensors").exists()
+    for line in ends:
+        assert command(*line.split()) == 0, line
+    assert not list(tmp_path.rglob(".*"))
+    assert {p.name for p in tmp_path.iterdir()} == before | {"new", "out"}
+    assert (tmp_path / "old/thesis.txt").read_text() == "mine"
+    for name in ("out", "empty", "old"):
+        for path in (place / "out").iterdir():
+            assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
 
 
 def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):
@@ -485,6 +895,77 @@ def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["n_layer"] == 3
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_overwrite_follows_no_link_in_a_directory(place, tmp_path):
+    shutil.copytree(place / "out", tmp_path / "out")
+    (tmp_path / "out/config.json").unlink()
+    (tmp_path / "out/config.json").symlink_to(tmp_path / "elsewhere.json")
+    (tmp_path / "elsewhere.json").write_text("mine")
+    assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 0
+    assert (tmp_path / "elsewhere.json").read_text() == "mine"
+    assert not (tmp_path / "out/config.json").is_symlink()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == set(hub.EXPORTED)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])
+def test_overwrite_leaves_what_is_no_file(place, tmp_path, capsys, make):
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out/merges.txt")
+    assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 2
+    assert "out/merges.txt is no file" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["merges.txt"]
+
+
+def test_a_link_stays_one_and_leads_to_the_export(place, tmp_path):
+    (tmp_path / "far").mkdir()
+    for name in ("model.gguf", "run", "out"):
+        (tmp_path / name).symlink_to(tmp_path / "far" / name)
+    (tmp_path / "far/model.gguf").write_text("old")
+    assert command("export-hf", place / "run", tmp_path / "model.gguf", "--overwrite") == 0
+    assert command("export-hf", place / "run", tmp_path / "out") == 0
+    assert command("import-hf", place / "hf", tmp_path / "run") == 0
+    assert all((tmp_path / name).is_symlink() for name in ("model.gguf", "run", "out"))
+    assert (tmp_path / "far/model.gguf").read_bytes()[:4] == b"GGUF"
+    assert sorted(p.name for p in (tmp_path / "far").iterdir()) == ["model.gguf", "out", "run"]
+
+
+def test_an_import_is_not_made_of_the_directory_one_is_in(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command("import-hf", place / "hf", ".") == 2
+    assert ". is the directory that you are in" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_exported(place, tmp_path, monkeypatch, capsys):
+    def spoilt_params(*_):
+        params, step = load_params(place / "run", config.read_json(place / "run" / "config.json"))
+        return {**params, "wpe": params["wpe"].at[3, 3].set(math.nan)}, step
+
+    monkeypatch.setattr("nanogpt_jax.training.checkpoint.load_params", spoilt_params)
+    assert command("export-hf", place / "run", tmp_path / "out") == 2
+    assert "step 0 of" in (said := capsys.readouterr().err)
+    assert "is not finite: wpe.weight" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_tokens_than_the_tokenizer_has_are_said(place, tmp_path, capsys):
+    """And what else their config.json holds is kept as JSON, whatever it is."""
+    folder = write_model(tmp_path / "hf", vocab_size=V, task={"threshold": math.nan, "most": math.inf})
+    about = (folder / "config.json").read_text()
+    assert "NaN" in about
+    (folder / "config.json").write_text(about.replace("Infinity", "1e999"))
+    for name, text in vocabulary.tokenizer_files(own_tokenizer(290), 19).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    assert command("import-hf", folder, tmp_path / "run") == 0
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    kept = json.loads((tmp_path / "run/import.json").read_text(), parse_constant=refuse)
+    assert kept["config"]["task"] == {"threshold": None, "most": None}
+    assert command("export-hf", tmp_path / "run", tmp_path / "out") == 0
+    assert "the model has 300 tokens, its tokenizer 290: no text for the ids 290 to 299" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == V
 
 
 def test_without_transformers_it_says_that_nothing_was_compared(place, tmp_path, capsys, monkeypatch):

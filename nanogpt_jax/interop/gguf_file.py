@@ -2,14 +2,16 @@
 
 # C channels, V vocabulary, T positions
 
-import os
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.data.tokenizer import GPT2Tokenizer, Tokenizer
-from nanogpt_jax.interop.vocabulary import END_OF_TEXT, tokens_and_merges
+from nanogpt_jax.data.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
+from nanogpt_jax.host import files
+from nanogpt_jax.interop.vocabulary import tokens_and_merges
 from nanogpt_jax.model.layers import EPSILON
 
 # Hugging Face's names, in a layer and outside, to llama.cpp's. Its matrices are [out, in], as the embeddings are.
@@ -27,7 +29,7 @@ NAMES = {
 
 
 def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.ndarray], tokenizer: Tokenizer) -> None:
-    """`tensors` as `to_hugging_face` gives them -> the file at `path`, whole or not at all."""
+    """`tensors` as `to_hugging_face` gives them -> the file at `path`, whole or not at all. OSError."""
     try:
         import gguf
     except ImportError:
@@ -37,9 +39,8 @@ def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.nd
             f"{path} cannot be written: llama.cpp has no tokenizer of characters"
             "\n       export to a directory, for transformers, or train with --data.tokenizer=gpt2"
         )
-    partial = path.with_name(f".{path.name}.tmp")
-    writer = gguf.GGUFWriter(partial, "gpt2")
-    writer.add_name(name)
+    writer = gguf.GGUFWriter(None, "gpt2")
+    writer.add_name(name.encode("utf-8", "replace").decode())
     writer.add_block_count(cfg.n_layer)
     writer.add_context_length(cfg.block_size)
     writer.add_embedding_length(cfg.n_embd)
@@ -72,14 +73,23 @@ def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.nd
             _, index, layer = module.split(".", 2)
             block = f"blk.{index}."
         matrix = tensor.ndim == 2 and layer not in ("wte", "wpe")
-        writer.add_tensor(f"{block}{NAMES[layer]}.{leaf}", np.ascontiguousarray(tensor.T if matrix else tensor))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        writer.add_tensor(
+            f"{block}{NAMES[layer]}.{leaf}", np.ascontiguousarray(tensor.T if matrix else tensor).view(_Told)
+        )
+    with files.replacing(files.target(path)) as partial:
+        try:
+            writer.write_header_to_file(partial)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        finally:
+            with contextlib.suppress(OSError):  # of what the file did not take: told already
+                writer.close()
+
+
+class _Told(np.ndarray):
+    """An array that is written as bytes are, so that a full disk says so; numpy says "8 requested and 0 written"."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        assert not sep
+        fid.write(self.view(np.uint8).data)

@@ -3,7 +3,9 @@
 Only safetensors: a pickled file (pytorch_model.bin) runs whatever code its author put into it.
 """
 
-import json
+import os
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.interop.weights import their_shapes
+from nanogpt_jax.interop.json_file import cut, first_line, is_file, read_object, shown
+from nanogpt_jax.interop.weights import expected_tensors, is_tensor, n_tensors, their_shapes
 from nanogpt_jax.model.layers import EPSILON
 
 WIDE = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -27,25 +30,55 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
+# Their other names for four of the sizes, which transformers takes too.
+ALIASES = {
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
+LARGEST = 1 << 31  # of a size in config.json
+
+# What torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def short_name(name: str) -> str:
+    """GPT2Model's name of a tensor: without GPT2LMHeadModel's "transformer.", and without the marks of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("transformer.")
 
 
 class Weights:
-    """The tensors of some safetensors files, by GPT2Model's names: without the "transformer." of GPT2LMHeadModel."""
+    """The tensors of some safetensors files, by GPT2Model's names."""
 
     def __init__(self, files: list[Path]):
         self._places: dict[str, tuple[Any, str]] = {}
         self.file_of: dict[str, Path] = {}
         for path in files:
+            if not is_file(path):
+                raise UserError(f"{path} is missing\n       its index names it; download the model again")
             try:
                 opened = safe_open(path, "numpy")  # pyright: ignore[reportArgumentType]
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    short = name.removeprefix("transformer.")
-                    self._places[short] = opened, name
-                    self.file_of[short] = path
-            except FileNotFoundError:
-                raise UserError(f"{path} is missing\n       its index names it; download the model again") from None
-            except (SafetensorError, OSError) as e:
-                raise UserError(f"{path} is cut short or no safetensors file ({e})\n       download it again") from None
+                names = list(opened.keys())
+            except (SafetensorError, OSError, ValueError) as e:
+                raise UserError(
+                    f"{path} is cut short or no safetensors file ({first_line(e)})\n       download it again"
+                ) from None
+            for name in names:
+                short = short_name(name)
+                if short in self._places:
+                    raise UserError(
+                        f"{path}: {cut(name)} and {cut(self._places[short][1])} in {self.file_of[short]} are both "
+                        f"{cut(short)}\n       one of the two must go"
+                    )
+                self._places[short] = opened, name
+                self.file_of[short] = path
+
+    @property
+    def wrappers(self) -> list[str]:
+        """The marks of wrappers in the names, which were taken off."""
+        found = {part for _, name in self._places.values() for part in name.split(".")}
+        return [wrapper for wrapper in WRAPPERS if wrapper in found]
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -63,11 +96,16 @@ class Weights:
         try:
             array = opened.get_tensor(theirs)
         except (SafetensorError, TypeError, OSError) as e:
-            raise UserError(f"{self.file_of[name]}: cannot read {name} ({e})") from None
+            raise UserError(f"{self.file_of[name]}: cannot read {name} ({first_line(e)})") from None
         if array.dtype not in WIDE:
             raise UserError(
                 f"{self.file_of[name]}: {name} is {array.dtype}; only float32, float16 and bfloat16 are taken\n"
                 "       save the model in one of them first"
+            )
+        if bad := array.size - np.count_nonzero(np.isfinite(array)):
+            raise UserError(
+                f"{self.file_of[name]}: {name} has {bad:,} of {array.size:,} numbers that are not finite\n"
+                "       its training went wrong, or the file is damaged: take an earlier one, or download it again"
             )
         return array
 
@@ -86,51 +124,87 @@ class Model:
 
 def open_model(path: Path) -> Model:
     """The GPT-2 in a directory, or in one safetensors file; UserError if it is none, or not one that we compute."""
-    folder = path if path.is_dir() else path.parent
-    files = _files_in(path) if path.is_dir() else [_checked_file(path)]
+    is_folder = os.path.isdir(path)
+    folder = path if is_folder else path.parent
+    files = _files_in(path) if is_folder else [_checked_file(path)]
+    if is_folder and is_file(folder / "adapter_config.json"):
+        raise _adapter(folder)
     weights = Weights(files)
-    about, note = folder / "config.json", ""
-    if about.is_file():
-        config = _read_json(about)
-    elif path.is_dir():
+    if any(re.search(r"\blora_", name) for name in weights.names):
+        raise _adapter(folder)
+    about, notes = folder / "config.json", []
+    if is_file(about):
+        config = read_object(about)
+    elif is_folder:
         raise UserError(f"{path} has no config.json; to have the sizes read off the weights, name the file {files[0]}")
     else:
         config, about = _inferred(weights, path), path
-        note = (
+        notes.append(
             f"{path} has no config.json beside it: its tensors tell the sizes, and n_head={config['n_head']} is "
             f"n_embd={config['n_embd']} / 64, as in all of GPT-2's"
         )
+    if weights.wrappers:
+        notes.append(f"taken off the names of the tensors: {', '.join(weights.wrappers)} (what wrapped the model)")
     cfg = model_config(config, about)
-    _check_tensors(cfg, weights, about)
-    return Model(cfg, config, weights, files, folder, note)
+    _check_tensors(cfg, config, weights, about)
+    return Model(cfg, config, weights, files, folder, "\n      ".join(notes))
 
 
 def _checked_file(path: Path) -> Path:
-    if path.suffix in PICKLED:
+    if path.suffix.lower() in PICKLED:
         raise _pickled(path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise UserError(f"{path} is no .safetensors file; give one, or a directory with one and its config.json")
+    if path.name.startswith("adapter_model"):
+        raise _adapter(path.parent)
+    is_file(path)
     return path
 
 
+def _python(code: str) -> str:
+    return f"       python -c {shlex.quote(code)}"
+
+
+def _beside(folder: Path, ending: str) -> tuple[str, str]:
+    """The folder, and a new one beside it, as Python writes them."""
+    full = Path(os.path.abspath(folder))
+    return repr(str(full)), repr(str(full.with_name(f"{full.name}-{ending}")))
+
+
 def _pickled(path: Path) -> UserError:
+    folder, new = _beside(path.parent, "safetensors")
     return UserError(
         f"{path} is a pickled file, and reading one runs whatever code is in it: only safetensors is taken\n"
         "       most models have a model.safetensors beside it; else convert it where you trust it:\n"
-        '       python -c "from transformers import GPT2LMHeadModel as M; '
-        "M.from_pretrained('DIR').save_pretrained('NEW')\""
+        + _python(f"from transformers import GPT2LMHeadModel as M; M.from_pretrained({folder}).save_pretrained({new})")
+    )
+
+
+def _adapter(folder: Path) -> UserError:
+    about, of = folder / "adapter_config.json", ""
+    if is_file(about) and (base := read_object(about).get("base_model_name_or_path")):
+        of = f" of {shown(base)}"
+    old, new = _beside(folder, "merged")
+    load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({old})"
+    return UserError(
+        f"{folder} holds an adapter{of} (LoRA or the like): changes to a model, which are no model without it\n"
+        f"       merge it into its model with peft, and import {new}:\n"
+        + _python(f"{load}.merge_and_unload().save_pretrained({new})")
+        + "\n       if it is merged already, remove its adapter_config.json"
     )
 
 
 def _files_in(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
+    if is_file(single):
         return [single]
-    if index.is_file():
-        places = _read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(n, str) and Path(n).name == n for n in places.values()):
-            raise UserError(f"{index} is damaged: it has no weight_map with names of files")
+    if is_file(index):
+        places = read_object(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(_is_name(name) for name in places.values()):
+            raise UserError(f"{index} is damaged: it has no weight_map with names of .safetensors files beside it")
         return [folder / name for name in sorted(set(places.values()))]
+    if any(folder.glob("adapter_*")):
+        raise _adapter(folder)
     for pattern in ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth"):
         for path in sorted(folder.glob(pattern)):
             raise _pickled(path)
@@ -141,16 +215,9 @@ def _files_in(folder: Path) -> list[Path]:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path} is no JSON: {e}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no settings")
-    return found
+def _is_name(name: Any) -> bool:
+    """Whether `name` is that of a safetensors file, and of one in the same folder."""
+    return isinstance(name, str) and re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors", name) is not None
 
 
 def _inferred(weights: Weights, path: Path) -> dict[str, Any]:
@@ -173,15 +240,20 @@ def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
     """Our settings from theirs; UserError that names the setting of theirs that we cannot compute."""
     kind = config.get("model_type")
     if kind != "gpt2":
-        raise UserError(f"{where}: model_type={kind!r}; this is no GPT-2, and only GPT-2 can be imported")
-    if "quantization_config" in config:
+        raise UserError(f"{where}: model_type={shown(kind)}; this is no GPT-2, and only GPT-2 can be imported")
+    if config.get("auto_map"):
+        raise UserError(f"{where}: auto_map={shown(config['auto_map'])}; a model with code of its own is no GPT-2")
+    if config.get("quantization_config") is not None:
         raise UserError(f"{where}: the weights are quantized; import the model that they were made from")
     sizes = {}
     defaults = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
     for name, default in defaults.items():
-        sizes[name] = config.get(name, default)
-        if type(sizes[name]) is not int or sizes[name] < 1:
-            raise UserError(f"{where}: {name}={sizes[name]!r} must be a whole number, at least 1")
+        alias = ALIASES.get(name, name)
+        sizes[name] = config.get(name, config.get(alias, default))
+        if type(sizes[name]) is not int or not 1 <= sizes[name] < LARGEST:
+            raise UserError(f"{where}: {name}={shown(sizes[name])} must be a whole number, 1 to {LARGEST - 1:,}")
+        if config.get(alias, sizes[name]) != sizes[name]:
+            raise UserError(f"{where}: {name}={sizes[name]}, but {alias}={shown(config[alias])}, which is the same")
     C, H = sizes["n_embd"], sizes["n_head"]
     if C % H:
         raise UserError(f"{where}: n_embd={C} is no multiple of n_head={H}")
@@ -189,7 +261,8 @@ def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
         value = config.get(name, good[0])
         if value not in good:
             raise UserError(
-                f"{where}: {name}={value!r}, but this GPT-2 has {name}={good[0]!r} only: its text would be another one"
+                f"{where}: {name}={shown(value)}, but this GPT-2 has {name}={good[0]!r} only: "
+                "its text would be another one"
             )
     return ModelConfig(
         block_size=sizes["n_positions"],
@@ -201,14 +274,18 @@ def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
     )
 
 
-def _check_tensors(cfg: ModelConfig, weights: Weights, about: Path) -> None:
-    """Every tensor of a GPT-2 of that size is there in that shape, and nothing else but what may be left out."""
+def _check_tensors(cfg: ModelConfig, config: dict[str, Any], weights: Weights, about: Path) -> None:
+    """Every tensor of a GPT-2 of that size is there in that shape, and nothing else but what may be left out.
+
+    Sizes that the files do not bear out cost nothing: the names are counted, and compared until one is missing.
+    """
+    n_missing = n_tensors(cfg) - sum(is_tensor(cfg, name) for name in weights.names)
+    if n_missing:
+        first = next(name for name, _ in expected_tensors(cfg) if name not in weights)
+        more = f" and {n_missing - 1:,} more" if n_missing > 1 else ""
+        has = f"; it has {shown(weights.names[0])}" if "wte.weight" not in weights and weights.names else ""
+        raise UserError(f"tensor {first}{more} is missing from {_names(weights)} ({about}: n_layer={cfg.n_layer}){has}")
     expected = their_shapes(cfg)
-    missing = [name for name in expected if name not in weights]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        layers = f"n_layer={cfg.n_layer}"
-        raise UserError(f"tensor {missing[0]}{more} is missing from {_names(weights)} ({about}: {layers})")
     for name, shape in expected.items():
         if weights.shape(name) != shape:
             raise UserError(
@@ -220,8 +297,13 @@ def _check_tensors(cfg: ModelConfig, weights: Weights, about: Path) -> None:
     extra = [n for n in weights.names if n not in expected and n != "lm_head.weight" and not n.endswith(masks)]
     if extra:
         raise UserError(
-            f"{weights.file_of[extra[0]]}: {extra[0]} is no tensor of a GPT-2 of n_layer={cfg.n_layer} ({about})\n"
+            f"{weights.file_of[extra[0]]}: {cut(extra[0])} is no tensor of a GPT-2 of n_layer={cfg.n_layer} ({about})\n"
             "       only GPT2LMHeadModel and GPT2Model can be imported"
+        )
+    if "lm_head.weight" not in weights and config.get("tie_word_embeddings", True) is False:
+        raise UserError(
+            f"{about}: tie_word_embeddings=False, but {_names(weights)} has no lm_head.weight\n"
+            "       here, as in GPT-2, the output head is the token embedding: if it is, set that to true"
         )
     if "lm_head.weight" in weights:
         head, wte = weights.read("lm_head.weight"), weights.read("wte.weight")

@@ -8,7 +8,8 @@ a reshape is all there is to a tensor; our layers are stacked and our vocabulary
 
 import functools
 import operator
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -45,11 +46,26 @@ def table(cfg: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def their_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Each tensor of a GPT2Model of this size: {"h.0.attn.c_attn.weight": (C, 3C)}."""
-    found = {}
+    return dict(expected_tensors(cfg))
+
+
+def expected_tensors(cfg: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same, one after the other."""
     for path, (name, shape) in table(cfg).items():
         for layer in range(cfg.n_layer if path.startswith("h/") else 1):
-            found[name.format(layer)] = shape
-    return found
+            yield name.format(layer), shape
+
+
+def n_tensors(cfg: ModelConfig) -> int:
+    return sum(cfg.n_layer if path.startswith("h/") else 1 for path in table(cfg))
+
+
+def is_tensor(cfg: ModelConfig, name: str) -> bool:
+    """Whether `name` is among the expected ones, of which there may be more than can be listed."""
+    layer = re.match(r"h\.(0|[1-9][0-9]{0,9})\.", name)
+    if layer and int(layer[1]) < cfg.n_layer:
+        name = "h.{}." + name[layer.end() :]
+    return name in {theirs for theirs, _ in table(cfg).values()} and bool(layer) == name.startswith("h.")
 
 
 def from_hugging_face(cfg: ModelConfig, read: Read) -> gpt2.Params:
@@ -92,6 +108,11 @@ def to_hugging_face(cfg: ModelConfig, params: gpt2.Params) -> dict[str, np.ndarr
                 theirs = ours[: shape[0]]  # without the padding of the vocabulary
             found[name.format(layer)] = theirs
     return found
+
+
+def not_finite(tensors: dict[str, np.ndarray]) -> list[str]:
+    """The names of those that hold numbers that are not finite."""
+    return [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
 
 
 def _at(tree: gpt2.Params, path: str) -> Any:

@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
-import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, ModelConfig, UserError
+from nanogpt_jax.host import files
 
 IMPORT_USAGE = """usage: nanogpt-jax import-hf MODEL RUN [--tokenizer DIR] [--no-compare]
 
@@ -32,8 +33,14 @@ Writes a run as transformers reads it (config.json, model.safetensors, tokenizer
   --overwrite      write over the files in DIR, or over FILE.gguf
   --no-compare     no comparison with transformers where that is installed; it takes the memory of a second model"""
 
-DOWNLOADED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+DOWNLOADED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json"]
 DOWNLOADED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+DOWNLOADED += ["added_tokens.json", "special_tokens_map.json"]
+# what an export writes into DIR
+WEIGHTS = "model.safetensors"
+EXPORTED = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+EXPORTED += ("vocab.json", "merges.txt", "special_tokens_map.json")
+BEGUN, OVER = "export", "overwrite"  # the temporary folder in DIR: where none of these was, and where some were
 TOKENS_COMPARED = 256
 ARGUMENTS = {  # the two words, the flags with a value, those without
     "import-hf": ("MODEL RUN", ("tokenizer",), ("no_compare",)),
@@ -48,9 +55,7 @@ def main_import(argv: list[str]) -> int:
     (name, target), flags = arguments("import-hf", argv)
     run = Path(target)
     _refuse_existing(run)
-    path = Path(name)
-    if not path.exists():
-        path = _download(name)
+    path = Path(name) if os.path.exists(name) else _download(name)
 
     from nanogpt_jax.data import tokenizer as tokenizers
     from nanogpt_jax.interop import transformers_files, vocabulary, weights
@@ -59,7 +64,7 @@ def main_import(argv: list[str]) -> int:
     if model.note:
         print(f"note: {model.note}")
     folder = Path(flags.get("tokenizer", model.folder))
-    tokenizer = vocabulary.read_tokenizer(folder)
+    tokenizer = vocabulary.read_tokenizer(folder, lambda left_out: print(f"note: {left_out}"))
     if tokenizer is None and "tokenizer" in flags:
         raise UserError(f"--tokenizer={folder} has neither tokenizer.json nor vocab.json and merges.txt")
     if tokenizer is None and model.cfg.vocab_size == tokenizers.GPT2_VOCAB_SIZE:
@@ -88,21 +93,23 @@ def main_import(argv: list[str]) -> int:
 
         params = weights.from_hugging_face(model.cfg, read)
     cfg = Config(model=model.cfg, data=config.DataConfig(tokenizer=target))
-    partial = run.resolve().with_name(f".{run.resolve().name}.{secrets.token_hex(4)}.tmp")
+    origin = {"from": name, "files": [str(path) for path in model.files], "config": model.config}
+    place = files.target(run)
     try:
-        partial.mkdir(parents=True)
-        tokenizer.save(partial / "tokenizer")
-        origin = {"from": name, "files": [str(path) for path in model.files], "config": model.config}
-        (partial / run_dir.IMPORTED).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-        (partial / "config.json").write_text(config.to_json(cfg), encoding="utf-8")
-        save_params(partial, params)
-        if run.is_dir():
-            run.rmdir()  # empty
-        os.rename(partial, run)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with files.folder_beside(place) as partial:
+            tokenizer.save(partial / "tokenizer")
+            files.write(partial / run_dir.IMPORTED, json.dumps(origin, indent=2, allow_nan=False) + "\n")
+            files.write(partial / "config.json", config.to_json(cfg))
+            try:
+                save_params(partial, params)
+            except UserError as e:  # it names the place that was not to be seen
+                raise UserError(str(e).replace(str(partial), str(run))) from None
+            if place.is_dir():
+                place.rmdir()  # empty
+            os.rename(partial, place)
     except OSError as e:
         raise UserError(f"cannot write {run}: {e.strerror or e}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     m = cfg.model
     print(
         f"{run}: GPT-2 of {gpt2.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
@@ -111,9 +118,10 @@ def main_import(argv: list[str]) -> int:
     ours = _own_logits(m, params, flags)
     del params  # room for theirs
     print(_compared(ours, model.config, model.files))
+    quoted = shlex.quote(str(run))
     print(
-        f"next: {config.program('sample')} {run} --prompt 'Once upon a time'\n"
-        f"      or train from it: {config.program('train')} --init-from {run} --data.source=FILE --run-dir NEW"
+        f"next: {config.program('sample')} {quoted} --prompt 'Once upon a time'\n"
+        f"      or train from it: {config.program('train')} --init-from {quoted} --data.source=FILE --run-dir NEW"
     )
     return 0
 
@@ -126,17 +134,7 @@ def main_export(argv: list[str]) -> int:
     run, out = Path(name), Path(target)
     settings = config.read_json(run / "config.json")
     cfg = settings.model
-    if out.suffix == ".gguf":
-        if out.is_dir() or (out.exists() and "overwrite" not in flags):
-            raise UserError(f"{out} exists\n       choose another name, or write over it with --overwrite")
-    elif out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a new directory, or a name that ends with .gguf")
-    elif out.is_dir() and any(out.iterdir()) and "overwrite" not in flags:
-        raise UserError(
-            f"{out} is not empty\n       choose another directory, or write over its files with --overwrite"
-        )
-    if (out / "config.json").is_file() and (out / "checkpoints").is_dir():
-        raise UserError(f"{out} is a run directory; choose another one for the export")
+    _refuse_target(out, "overwrite" in flags)
 
     from nanogpt_jax.data import tokenizer as tokenizers
 
@@ -149,20 +147,30 @@ def main_export(argv: list[str]) -> int:
 
     params, step = load_params(run, settings, flags.get("checkpoint", "best"))
     tensors = weights.to_hugging_face(cfg, params)
+    if bad := weights.not_finite(tensors):
+        raise UserError(
+            f"step {step} of {run} is not finite: {bad[0]} and {len(bad) - 1} other tensors hold such numbers\n"
+            "       export an earlier one: --checkpoint STEP"
+        )
     if not cfg.bias:
         print("note: the model has no biases; GPT-2's files have, so they are written as zeros")
+    if tokenizer.n_vocab < cfg.vocab_size:
+        first, last = tokenizer.n_vocab, cfg.vocab_size - 1
+        print(
+            f"note: the model has {cfg.vocab_size} tokens, its tokenizer {first}: no text for the ids {first} to {last}"
+        )
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".gguf":
+        files.target(out).parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix.lower() == ".gguf":
             gguf_file.write_gguf(out, run.resolve().name, cfg, tensors, tokenizer)
             print(f"{out}: step {step} of {run}, {out.stat().st_size:,} bytes, for llama.cpp")
             return 0
         about = transformers_files.config_json(cfg, tokenizer.end_of_text)
-        files = vocabulary.tokenizer_files(tokenizer, cfg.block_size)
-        files["config.json"] = json.dumps(about, indent=2) + "\n"
+        texts = vocabulary.tokenizer_files(tokenizer, cfg.block_size)
+        texts["config.json"] = json.dumps(about, indent=2) + "\n"
         ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-        files["generation_config.json"] = json.dumps(ends, indent=2) + "\n"
-        _write(out, files, tensors)
+        texts["generation_config.json"] = json.dumps(ends, indent=2) + "\n"
+        _write(files.target(out), texts, tensors)
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     print(f"{out}: step {step} of {run}, as transformers reads it")
@@ -188,13 +196,66 @@ def arguments(command: str, argv: list[str]) -> tuple[list[str], dict[str, str]]
 
 
 def _refuse_existing(run: Path) -> None:
-    if run.exists() and not run.is_dir():
+    if os.path.exists(run) and not run.is_dir():
         raise UserError(f"{run} is a file; give a new directory for the run")
+    if _names_in(run):
+        raise UserError(f"{run} exists and is not empty\n       choose a new directory for the run")
+    place = files.target(run)
+    if place == Path.cwd():
+        raise UserError(f"{run} is the directory that you are in\n       choose a new directory for the run")
+    _check_writable(place, run)
+
+
+def _names_in(folder: Path) -> set[str]:
     try:
-        if run.is_dir() and any(run.iterdir()):
-            raise UserError(f"{run} exists and is not empty\n       choose a new directory for the run")
+        return {p.name for p in folder.iterdir()} if os.path.isdir(folder) else set()
     except OSError as e:
-        raise UserError(f"cannot read {run}: {e.strerror}") from None
+        raise UserError(f"cannot read {folder}: {e.strerror}") from None
+
+
+def _check_writable(place: Path, shown: Path) -> None:
+    """UserError, before the work, where nothing could be made at `place`."""
+    try:
+        there = next(folder for folder in place.parents if os.path.lexists(folder))
+        with files.folder_beside(there / place.name):
+            pass
+    except OSError as e:
+        raise UserError(f"cannot write {shown}: {e.strerror}") from None
+
+
+def _refuse_target(out: Path, overwrite: bool) -> None:
+    """UserError where an export to `out` would fall on what is not its own, or could not be written."""
+    place = files.target(out)
+    if out.suffix.lower() == ".gguf":
+        if files.is_special(out):
+            raise UserError(f"{out} is a device or a pipe, and a GGUF needs a file\n       choose another name")
+        if os.path.isdir(out) or (os.path.exists(out) and not overwrite):
+            raise UserError(f"{out} exists\n       choose another name, or write over it with --overwrite")
+        _check_writable(place, out)
+    elif os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"{out} is a file; give a new directory, or a name that ends with .gguf")
+    elif os.path.isdir(out):
+        names = _names_in(out)
+        begun = {name: found[1] for name in names if (found := files.LEFTOVER.fullmatch(name))}
+        others = {name for name in names if begun.get(name) not in (BEGUN, OVER)}
+        # a killed export into an empty directory goes on: what it had moved to its place is its own
+        if others and not overwrite and not (BEGUN in begun.values() and others <= set(EXPORTED)):
+            raise UserError(
+                f"{out} is not empty\n       choose another directory, or write over its files with --overwrite"
+            )
+        for name in EXPORTED:
+            if os.path.isdir(out / name) or files.is_special(out / name):
+                raise UserError(f"{out / name} is no file, and is left alone\n       choose another directory")
+        _check_writable(place / OVER, out)
+    else:
+        _check_writable(place, out)
+    for run in (place, *place.parents):
+        inside = place.relative_to(run).parts[:1]
+        if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
+            if not inside and out.suffix.lower() != ".gguf":
+                raise UserError(f"{out} is a run directory; choose another one for the export")
+            if inside and inside[0] in ("checkpoints", "tokenizer"):
+                raise UserError(f"{out} is inside a run directory; choose another one for the export")
 
 
 def _download(name: str) -> Path:
@@ -212,32 +273,41 @@ def _download(name: str) -> Path:
         raise UserError(
             f"no file or directory {name}, and it cannot be downloaded from the Hugging Face Hub "
             f"({str(e).splitlines()[0][:120]})\n"
-            f"       where there is a network: hf download {name} --local-dir DIR; then give DIR here"
+            f"       where there is a network: hf download {shlex.quote(name)} --local-dir DIR; then give DIR here"
         ) from None
 
 
 def _write(out: Path, texts: dict[str, str], tensors: dict[str, Any]) -> None:
-    """All files under temporary names, then each to its own: a file is the old one or the new one, whole."""
+    """All files under temporary names, then each to its own: a file is the old one or the new one, whole.
+
+    A new directory comes to its place in one piece. Links in an old one are replaced, not followed.
+    """
+    if not out.is_dir():
+        with files.folder_beside(out) as partial:
+            _write_into(partial, texts, tensors)
+            os.rename(partial, out)
+        return
+    with files.folder_beside(out / (OVER if set(EXPORTED) & _names_in(out) else BEGUN)) as partial:
+        _write_into(partial, texts, tensors)
+        for path in sorted(partial.iterdir(), key=lambda p: p.name != WEIGHTS):
+            os.replace(path, out / path.name)
+    for name in (BEGUN, OVER):
+        files.remove_leftovers(out / name)
+
+
+def _write_into(folder: Path, texts: dict[str, str], tensors: dict[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    out.mkdir(exist_ok=True)
-    partial = out / f".export.{secrets.token_hex(4)}.tmp"
-    partial.mkdir()
+    for name, text in texts.items():
+        files.write(folder / name, text)
+    # transformers asks for the format; the prefix is GPT2LMHeadModel's
+    named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
     try:
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        # transformers asks for the format; the prefix is GPT2LMHeadModel's
-        named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-        try:
-            save_file(named, partial / "model.safetensors", {"format": "pt"})
-        except SafetensorError as e:  # its word for a full disk
-            raise OSError(str(e)) from None
-        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # it was for the owner alone
-        for path in sorted(partial.iterdir(), key=lambda p: p.name != "model.safetensors"):
-            os.replace(path, out / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        save_file(named, folder / WEIGHTS, {"format": "pt"})
+    except SafetensorError as e:  # its word for a full disk
+        raise OSError(str(e)) from None
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)  # it was for the owner alone
 
 
 @contextlib.contextmanager
@@ -285,14 +355,16 @@ def _compared(ours: Any, about: dict[str, Any], files: list[Path]) -> str:
     from safetensors.torch import load_file
     from transformers import GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
 
+    from nanogpt_jax.interop.transformers_files import short_name
+
     theirs_about = GPT2Config.from_dict({**about, "attn_implementation": "eager"})
     with torch.device("meta"):
         model = GPT2LMHeadModel(theirs_about).train(False)
     state = {}
     for path in files:
         for name, tensor in load_file(path).items():
-            name = name if name.startswith("lm_head.") else "transformer." + name.removeprefix("transformer.")
-            state[name] = tensor.float()
+            name = short_name(name)
+            state[name if name.startswith("lm_head.") else f"transformer.{name}"] = tensor.float()
     state.setdefault("lm_head.weight", state["transformer.wte.weight"])
     left = model.load_state_dict(state, strict=False, assign=True)
     assert not left.missing_keys, f"transformers misses {left.missing_keys}"

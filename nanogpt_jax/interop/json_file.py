@@ -1,0 +1,72 @@
+"""JSON that a stranger wrote: read with limits, and shown in messages that stay short."""
+
+import json
+import math
+import os
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from nanogpt_jax.config import UserError
+
+DEEPEST = 100  # objects and lists inside each other
+LARGEST = 1 << 28  # bytes
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 6, 6, 4
+
+
+def shown(value: Any) -> str:
+    """`value` in a message: its beginning and its end if it is long."""
+    return _short.repr(value)
+
+
+def cut(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    return cut((str(error).strip() or type(error).__name__).splitlines()[0], 200)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is at `path`. UserError for anything else there: what is left out in silence would be missed."""
+    if os.path.isfile(path) or not os.path.lexists(path):
+        return os.path.isfile(path)
+    what = "leads nowhere" if not os.path.exists(path) else "is a directory" if os.path.isdir(path) else "is no file"
+    raise UserError(f"{path} {what}\n       remove it, or download it again")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Numbers that are not finite, which are no JSON, are read as null."""
+    try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path} is damaged: {size:,} bytes are more than any file of settings has")
+        found = json.loads(path.read_bytes(), parse_constant=lambda _: None, parse_float=_finite)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except RecursionError:
+        raise _too_deep(path) from None
+    except ValueError as e:
+        raise UserError(
+            f"{path} is no JSON ({first_line(e)})\n       {path.name} is damaged: download it again"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    level: list[Any] = [found]
+    for _ in range(DEEPEST):
+        inside = [x for outer in level for x in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [x for x in inside if isinstance(x, dict | list)]
+        if not level:
+            return found
+    raise _too_deep(path)
+
+
+def _too_deep(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: its lists and objects are more than {DEEPEST} deep in each other")
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
