@@ -1,7 +1,6 @@
 """`nanogpt-jax classify train|eval|predict`: name the label of a text with GPT-2 and a head over its last token."""
 
 import functools
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from nanogpt_jax.config import ClassifierConfig, UserError
 from nanogpt_jax.data import labelled, tokenizer
 from nanogpt_jax.data.labelled import LabelledData, Texts, shown
 from nanogpt_jax.evaluation import classification
+from nanogpt_jax.host import terminal
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
@@ -187,12 +187,11 @@ def _log_probabilities(
     predict: Callable[..., Any], params: Any, texts: Texts, width: int, batch_size: int, bar: bool = False
 ) -> np.ndarray:
     """[N, K] float32, in batches of one shape. With `bar`, progress on a terminal's standard error."""
-    from rich.console import Console
     from rich.progress import track
 
     starts = range(0, len(texts), batch_size)
     watched = track(
-        starts, "texts", console=Console(stderr=True), transient=True, disable=not (bar and sys.stderr.isatty())
+        starts, "texts", console=terminal.console(), transient=True, disable=not (bar and sys.stderr.isatty())
     )
     found = [
         predict(params, texts.rows(np.minimum(np.arange(i, i + batch_size), len(texts) - 1), width)) for i in watched
@@ -349,8 +348,6 @@ def predict(argv: list[str]) -> int:
     model.load()
     for note in encoder.notes():
         print(f"note: {note}", file=sys.stderr)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     for p in np.exp(model.log_probabilities(Texts(texts, np.zeros(len(texts), np.int32), tokens, starts))):
         best = int(p.argmax())
         if "json" in flags:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, ModelConfig, UserError
+from nanogpt_jax.host import terminal
 
 IMPORT_USAGE = """usage: nanogpt-jax import-hf MODEL RUN [--tokenizer DIR] [--no-compare]
 
@@ -242,10 +243,9 @@ def _write(out: Path, texts: dict[str, str], tensors: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Any]:
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console = terminal.console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
