@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -169,6 +170,7 @@ class ClassifierConfig(Config):
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
 
 
+MOST_STEPS = 2**31 - 1  # that an int32 counts
 Settings = TypeVar("Settings", bound=Config)
 Kind = type[Config]  # Config: a language model's; ClassifierConfig
 COMMANDS = {Config: "train", ClassifierConfig: "classify train"}  # what trains one
@@ -215,8 +217,14 @@ def program(name: str) -> str:
     """How a person here types the command `name`: as they typed this one, "python train.py" or "nanogpt-jax train"."""
     typed = Path(sys.argv[0])
     if typed.name in DOORS and f"{name}.py" in DOORS:
-        return f"python {typed.with_name(f'{name}.py')}"
+        return f"python {word(typed.with_name(f'{name}.py'))}"
     return f"nanogpt-jax {name}"
+
+
+def word(value: str | Path) -> str:
+    """A path as one word of a command that a person may copy into a shell."""
+    text = str(value)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def suggestion(word: str, known: Any) -> str:
@@ -368,6 +376,7 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
     check(0 < cfg.data.val_fraction < 1, "data.val_fraction", "must lie between 0 and 1", "0.1 keeps a tenth")
     check(0 <= cfg.optim.min_learning_rate <= 1, "optim.min_learning_rate", "must lie in [0, 1]: a share of the peak")
     check(cfg.optim.learning_rate > 0, "optim.learning_rate", "must be above 0")
+    check(cfg.optim.learning_rate < 1e38, "optim.learning_rate", "must be below 1e38: a float32 number")
     if isinstance(cfg, ClassifierConfig):
         check(value["train.steps"] >= 0, "train.steps", "must not be negative")
         check(value["classify.epochs"] >= 1, "classify.epochs", "must be at least 1")
@@ -386,6 +395,7 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
         check(value["train.steps"] >= 1, "train.steps", "must be at least 1")
         either = not cfg.data.mixture or cfg.data.source == DataConfig.source
         check(either, "data.source", "and data.mixture exclude each other", "leave one out")
+    check(cfg.train.steps <= MOST_STEPS, "train.steps", f"must be at most {MOST_STEPS}", "they are counted in 32 bits")
     check(cfg.train.seed < 2**32, "train.seed", "must be below 2**32")
 
     m, t = cfg.model, cfg.train
@@ -461,6 +471,11 @@ def with_labels(cfg: ClassifierConfig, n_labels: int, n_texts: int, origin: Orig
             "labels; leave it out"
         )
     epoch, t = -(-n_texts // cfg.train.batch_size), cfg.train
+    if not t.steps and cfg.classify.epochs * epoch > MOST_STEPS:
+        raise UserError(
+            f"classify.epochs={cfg.classify.epochs} are {cfg.classify.epochs * epoch} steps "
+            f"({origin['classify.epochs']}), and must be at most {MOST_STEPS}: at most {MOST_STEPS // epoch} epochs"
+        )
     return dataclasses.replace(
         cfg,
         classify=dataclasses.replace(cfg.classify, n_labels=n_labels),

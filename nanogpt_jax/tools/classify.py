@@ -239,7 +239,10 @@ class _Classifier:
 
         predict = make_predict_step(self.cfg, make_mesh(config.MeshConfig()))
         width, rows = labelled.width_for([texts], self.cfg.model.block_size), min(32, -(-len(texts) // 8) * 8)
-        return _log_probabilities(predict, self.params, texts, width, rows, bar=True)
+        found = _log_probabilities(predict, self.params, texts, width, rows, bar=True)
+        if not np.isfinite(found).all():
+            raise UserError(f"{self.run} at step {self.step} gives probabilities that are not finite: it has diverged")
+        return found
 
 
 FLAGS = {
