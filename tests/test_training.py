@@ -341,7 +341,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 
 
 @pytest.mark.parametrize("reader", ["there", "gone"])  # as `2>&1 | tee log`, where Ctrl-C ends tee too
-def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader):
+def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader, popen):
     deep = (
         "import hashlib; from nanogpt_jax.training.signals import stop_on_signals\n"
         "with stop_on_signals():\n"
@@ -349,25 +349,47 @@ def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reade
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # minutes, in which Python calls no handler
     )
     command = [sys.executable, "-c", deep]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline() == "inside\n"
-        if reader == "gone":
-            process.stderr.close()
-        process.send_signal(signal.SIGINT)
-        if reader == "there":
-            said = process.stderr.readline()
-            assert said.startswith("SIGINT: saves and ends when the step under way is done; once more ends at once")
-        else:
-            time.sleep(signals.PATIENCE + 1)  # until it would have spoken
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-        if reader == "there":
-            assert (
-                process.stderr.read()
-                == "ended at once; the same command goes on from the last checkpoint, or starts over if there is none\n"
-            )
+    process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "inside\n"
+    if reader == "gone":
+        process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    if reader == "there":
+        said = process.stderr.readline()
+        assert said.startswith("SIGINT: saves and ends when the step under way is done; once more ends at once")
+    else:
+        time.sleep(signals.PATIENCE + 1)  # until it would have spoken
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    if reader == "there":
+        assert (
+            process.stderr.read()
+            == "ended at once; the same command goes on from the last checkpoint, or starts over if there is none\n"
+        )
+
+
+def test_a_closed_terminal_is_one_signal_however_often_it_comes(monkeypatch):
+    """Its shell sends one and the kernel another; and what whoever started us has us ignore stays ignored."""
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+    before = {s: signal.signal(s, signal.SIG_DFL) for s in signals.LISTENED}
+    try:
+        with stop_on_signals() as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+                time.sleep(0.01)
+            assert stop.received == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        for number in signals.LISTENED:
+            signal.signal(number, signal.SIG_IGN)
+        with stop_on_signals() as stop:
+            for number in signals.LISTENED:
+                os.kill(os.getpid(), number)
+                assert signal.getsignal(number) == signal.SIG_IGN
+            time.sleep(0.01)
+            assert stop.received is None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):
