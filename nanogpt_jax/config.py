@@ -213,11 +213,15 @@ def differences(old: Config, new: Config, keys: frozenset[str]) -> list[tuple[st
 DOORS = ("train.py", "sample.py")
 
 
-def program(name: str) -> str:
-    """How a person here types the command `name`: as they typed this one, "python train.py" or "nanogpt-jax train"."""
+def program(name: str, briefly: bool = False) -> str:
+    """How a person here types the command `name`: as they typed this one, "python train.py" or "nanogpt-jax train".
+
+    `briefly`: to be read, and not to be copied; without the folder.
+    """
     typed = Path(sys.argv[0])
     if typed.name in DOORS and f"{name}.py" in DOORS:
-        return f"python {word(typed.with_name(f'{name}.py'))}"
+        path = typed.with_name(f"{name}.py")
+        return f"python {path.name if briefly else word(path)}"
     return f"nanogpt-jax {name}"
 
 
@@ -536,11 +540,11 @@ def read_json(path: Path, kind: type[Settings] = Config) -> Settings:
 
 def _other_kind(run: Path, wanted: Kind) -> str:
     if wanted is Config:
-        ask, measure = (f"{program(f'classify {command}')} {run}" for command in ("predict", "eval"))
+        ask, measure = (f"{program(f'classify {command}')} {word(run)}" for command in ("predict", "eval"))
         return f"{run} is a classifier, not a language model\n       ask it: {ask} TEXT; measure it: {measure}"
     return (
         f"{run} is a language model, not a classifier\n       "
-        f"train one from it: {program('classify train')} --train.init-from {run} --data.source FILE"
+        f"train one from it: {program('classify train')} --train.init-from {word(run)} --data.source FILE"
     )
 
 
@@ -720,7 +724,7 @@ def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) ->
         before, source = read_json(first / "config.json"), first
     else:
         near = suggestion(str(first), [str(p.parent.parent) for p in first.parent.glob("*/checkpoints/[0-9]*")])
-        hint = f"\n       train one first, or import one: {program('import-hf')} gpt2 {first}"
+        hint = f"\n       train one first, or import one: {program('import-hf')} gpt2 {word(first)}"
         raise UserError(f"train.init_from={first} is no run directory ({where}){near}{hint}")
     given, old = dict(items(cfg)), dict(items(before))
     taken: dict[str, Any] = {}
@@ -773,7 +777,7 @@ def help_text(kind: Kind = Config) -> str:
     usage = TRAIN_USAGE if kind is Config else CLASSIFY_USAGE
     page = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
-        description=usage.format(program=program(COMMANDS[kind]), shipped=shipped),
+        description=usage.format(program=program(COMMANDS[kind], briefly=True), shipped=shipped),
         add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
     )

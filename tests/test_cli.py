@@ -70,6 +70,8 @@ WRONG_SETTINGS = [
     ("not a bool", "--model.bias maybe", ["must be true or false"]),
     ("not a choice", "--model.dtype flaot32", ["not one of float32, bfloat16", "did you mean float32?"]),
     ("negative", "--train.steps -3", ["train.steps=-3 must be at least 1"]),
+    ("more steps than are counted", "--train.steps 3000000000", ["train.steps=3000000000 must be at most 2147483647"]),
+    ("a rate beyond float32", "--optim.learning-rate 1e39", ["optim.learning_rate=1e+39 must be below 1e38"]),
     ("zero", "--train.batch-size 0", ["train.batch_size=0 must be at least 1"]),
     ("heads", "--model.n-embd 100 --model.n-head 12", ["model.n_embd=100 must be a multiple of model.n_head=12", "nearest: 96 or 108"]),
     ("dropout", "--model.dropout 1.0", ["model.dropout=1.0 must lie in [0, 1)"]),
@@ -172,6 +174,14 @@ def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, cle
     assert re.sub("#.*", "", again) == re.sub("#.*", "", shown.stdout)
     code = "import sys; from nanogpt_jax import cli, config; config.load(['gpt2']); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
+
+
+def test_a_program_in_any_folder_is_a_word_of_a_shell_and_its_help_has_its_name_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/ä b/x/train.py"])
+    assert shlex.split(config.program("sample")) == ["python", "/home/ä b/x/sample.py"]
+    assert config.help_text().startswith("usage: python train.py [CONFIG.toml]")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert config.program("train") == "python train.py"
 
 
 @pytest.fixture

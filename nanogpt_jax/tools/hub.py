@@ -113,8 +113,8 @@ def main_import(argv: list[str]) -> int:
     del params  # room for theirs
     print(_compared(ours, model.config, model.files))
     print(
-        f"next: {config.program('sample')} {run} --prompt 'Once upon a time'\n"
-        f"      or train from it: {config.program('train')} --init-from {run} --data.source=FILE --run-dir NEW"
+        f"next: {config.program('sample')} {config.word(run)} --prompt 'Once upon a time'\n"
+        f"      or train from it: {config.program('train')} --init-from {config.word(run)} --data.source=FILE --run-dir NEW"
     )
     return 0
 
