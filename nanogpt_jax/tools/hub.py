@@ -112,9 +112,10 @@ def main_import(argv: list[str]) -> int:
     ours = _own_logits(m, params, flags)
     del params  # room for theirs
     print(_compared(ours, model.config, model.files))
+    shown = config.word(run)
     print(
-        f"next: {config.program('sample')} {config.word(run)} --prompt 'Once upon a time'\n"
-        f"      or train from it: {config.program('train')} --init-from {config.word(run)} --data.source=FILE --run-dir NEW"
+        f"next: {config.program('sample')} {shown} --prompt 'Once upon a time'\n"
+        f"      or train from it: {config.program('train')} --init-from {shown} --data.source=FILE --run-dir NEW"
     )
     return 0
 
