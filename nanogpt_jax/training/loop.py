@@ -2,7 +2,6 @@
 
 import math
 import operator
-import shlex
 import signal
 import time
 from collections import deque
@@ -240,12 +239,8 @@ def not_finite(cfg: Config, start: int, step: int, checkpoints: Checkpointer, wh
     if 0 < start == step - 1:
         remedy = f"the first step after checkpoint {start}: if that is damaged, delete its folder {saved[-1]}"
     elif saved:
-        run = shlex.quote(str(saved[0].parent.parent))
-        steps = " and ".join(path.name for path in saved)
-        remedy = (
-            f"checkpoint {steps}, from before, is kept in {saved[0].parent}\n"
-            f"       {remedy}, in another --run-dir; --init-from {run} begins with the best weights so far"
-        )
+        kept = " and ".join(path.name for path in saved)
+        remedy = f"kept in {saved[0].parent} from before: {kept}\n       {remedy}, in another --run-dir"
     else:
         remedy = f"nothing was saved before\n       {remedy}"
     return UserError(f"step {step}: {what}; the run stops here, and this is not saved\n       {remedy}")
