@@ -3,7 +3,6 @@
 Text goes to stdout as it comes, notes and errors to stderr.
 """
 
-import io
 import sys
 from pathlib import Path
 
@@ -43,8 +42,6 @@ def main(argv: list[str]) -> int:
     if not wish.run:
         print(f"from {run}, step {step}:", file=sys.stderr)
     rules = Rules(wish.temperature, wish.top_k, wish.top_p, wish.min_p, wish.repetition_penalty)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     alone = wish.num_samples == 1
     if alone:
         print(prompt, end="", flush=True)

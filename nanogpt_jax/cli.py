@@ -13,7 +13,7 @@ from types import ModuleType
 
 from nanogpt_jax import runtime
 from nanogpt_jax.config import UserError, suggestion
-from nanogpt_jax.host import files
+from nanogpt_jax.host import files, terminal
 
 Main = Callable[[list[str]], int]
 
@@ -39,19 +39,23 @@ def check_file(flag: str, place: str) -> None:
 
 def guarded(main: Main, argv: list[str] | None = None) -> int:
     """`main` with errors as a person wants them: the message and what to do on stderr, exit code 2, no traceback."""
+    terminal.set_up()
     runtime.set_up()
-    code = _answer(main, argv)
-    if any(thread.name.startswith(runtime.SPARE) for thread in threading.enumerate()):
-        # Python would wait for it
-        with contextlib.suppress(OSError):  # whoever read it has gone
+    try:
+        code = _answer(main, argv)
+    finally:
+        with contextlib.suppress(OSError):  # Python would complain at exit
             sys.stdout.flush()
-        os._exit(code)
+    if any(thread.name.startswith(runtime.SPARE) for thread in threading.enumerate()):
+        os._exit(code)  # Python would wait for it
     return code
 
 
 def _answer(main: Main, argv: list[str] | None) -> int:
     try:
-        return main(sys.argv[1:] if argv is None else argv)
+        code = main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -63,8 +67,10 @@ def _answer(main: Main, argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `sample.py | head`; the reader has gone, and Python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except terminal.OutputError as e:
+        print(f"error: cannot write to standard output: {e.strerror}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `sample.py | head`: the reader has gone
         return 141
 
 

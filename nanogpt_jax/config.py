@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -169,6 +170,7 @@ class ClassifierConfig(Config):
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
 
 
+MOST_STEPS = 2**31 - 1  # that an int32 counts
 Settings = TypeVar("Settings", bound=Config)
 Kind = type[Config]  # Config: a language model's; ClassifierConfig
 COMMANDS = {Config: "train", ClassifierConfig: "classify train"}  # what trains one
@@ -211,12 +213,22 @@ def differences(old: Config, new: Config, keys: frozenset[str]) -> list[tuple[st
 DOORS = ("train.py", "sample.py")
 
 
-def program(name: str) -> str:
-    """How a person here types the command `name`: as they typed this one, "python train.py" or "nanogpt-jax train"."""
+def program(name: str, briefly: bool = False) -> str:
+    """How a person here types the command `name`: as they typed this one, "python train.py" or "nanogpt-jax train".
+
+    `briefly`: to be read, and not to be copied; without the folder.
+    """
     typed = Path(sys.argv[0])
     if typed.name in DOORS and f"{name}.py" in DOORS:
-        return f"python {typed.with_name(f'{name}.py')}"
+        path = typed.with_name(f"{name}.py")
+        return f"python {path.name if briefly else word(path)}"
     return f"nanogpt-jax {name}"
+
+
+def word(value: str | Path) -> str:
+    """A path as one word of a command that a person may copy into a shell."""
+    text = str(value)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def suggestion(word: str, known: Any) -> str:
@@ -368,6 +380,7 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
     check(0 < cfg.data.val_fraction < 1, "data.val_fraction", "must lie between 0 and 1", "0.1 keeps a tenth")
     check(0 <= cfg.optim.min_learning_rate <= 1, "optim.min_learning_rate", "must lie in [0, 1]: a share of the peak")
     check(cfg.optim.learning_rate > 0, "optim.learning_rate", "must be above 0")
+    check(cfg.optim.learning_rate < 1e38, "optim.learning_rate", "must be below 1e38: a float32 number")
     if isinstance(cfg, ClassifierConfig):
         check(value["train.steps"] >= 0, "train.steps", "must not be negative")
         check(value["classify.epochs"] >= 1, "classify.epochs", "must be at least 1")
@@ -386,6 +399,7 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
         check(value["train.steps"] >= 1, "train.steps", "must be at least 1")
         either = not cfg.data.mixture or cfg.data.source == DataConfig.source
         check(either, "data.source", "and data.mixture exclude each other", "leave one out")
+    check(cfg.train.steps <= MOST_STEPS, "train.steps", f"must be at most {MOST_STEPS}", "they are counted in 32 bits")
     check(cfg.train.seed < 2**32, "train.seed", "must be below 2**32")
 
     m, t = cfg.model, cfg.train
@@ -461,6 +475,11 @@ def with_labels(cfg: ClassifierConfig, n_labels: int, n_texts: int, origin: Orig
             "labels; leave it out"
         )
     epoch, t = -(-n_texts // cfg.train.batch_size), cfg.train
+    if not t.steps and cfg.classify.epochs * epoch > MOST_STEPS:
+        raise UserError(
+            f"classify.epochs={cfg.classify.epochs} are {cfg.classify.epochs * epoch} steps "
+            f"({origin['classify.epochs']}), and must be at most {MOST_STEPS}: at most {MOST_STEPS // epoch} epochs"
+        )
     return dataclasses.replace(
         cfg,
         classify=dataclasses.replace(cfg.classify, n_labels=n_labels),
@@ -521,11 +540,11 @@ def read_json(path: Path, kind: type[Settings] = Config) -> Settings:
 
 def _other_kind(run: Path, wanted: Kind) -> str:
     if wanted is Config:
-        ask, measure = (f"{program(f'classify {command}')} {run}" for command in ("predict", "eval"))
+        ask, measure = (f"{program(f'classify {command}')} {word(run)}" for command in ("predict", "eval"))
         return f"{run} is a classifier, not a language model\n       ask it: {ask} TEXT; measure it: {measure}"
     return (
         f"{run} is a language model, not a classifier\n       "
-        f"train one from it: {program('classify train')} --train.init-from {run} --data.source FILE"
+        f"train one from it: {program('classify train')} --train.init-from {word(run)} --data.source FILE"
     )
 
 
@@ -705,7 +724,7 @@ def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) ->
         before, source = read_json(first / "config.json"), first
     else:
         near = suggestion(str(first), [str(p.parent.parent) for p in first.parent.glob("*/checkpoints/[0-9]*")])
-        hint = f"\n       train one first, or import one: {program('import-hf')} gpt2 {first}"
+        hint = f"\n       train one first, or import one: {program('import-hf')} gpt2 {word(first)}"
         raise UserError(f"train.init_from={first} is no run directory ({where}){near}{hint}")
     given, old = dict(items(cfg)), dict(items(before))
     taken: dict[str, Any] = {}
@@ -758,7 +777,7 @@ def help_text(kind: Kind = Config) -> str:
     usage = TRAIN_USAGE if kind is Config else CLASSIFY_USAGE
     page = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
-        description=usage.format(program=program(COMMANDS[kind]), shipped=shipped),
+        description=usage.format(program=program(COMMANDS[kind], briefly=True), shipped=shipped),
         add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
     )

@@ -6,9 +6,14 @@ a CPU faster (README, "Speed"), and an XLA that does not know a flag ends the pr
 
 import contextlib
 import gc
+import glob
 import os
+import re
+import sys
+import warnings
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 SPARE = "spare"  # the name of threads that nobody waits for when a command has ended
 
@@ -33,6 +38,10 @@ def set_up() -> None:
         Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
     except OSError:  # no home to write in: JAX would say so at each program
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    _complete_cache()
+    warnings.filterwarnings("always", CACHE_ERROR)  # and not each text once
+    if getattr(warnings.showwarning, "__module__", "") != __name__:
+        warnings.showwarning = _mending_cache(warnings.showwarning)
 
 
 def describe() -> str:
@@ -45,6 +54,54 @@ def _cache_folder() -> Path:
     """~/.cache/nanogpt_jax/PROCESSOR: a home directory may be shared by machines with unlike instruction sets."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "nanogpt_jax" / processor()
+
+
+CACHE_ERROR = "Error (reading|writing) persistent compilation cache entry for '(.*?)'"
+
+
+def _mending_cache(show: Any) -> Any:
+    """A warnings.showwarning that throws away an entry of the compile cache that cannot be used, without a word.
+
+    JAX warns before it compiles anew and keeps the result, unless there is still a file of that name. A cache that
+    cannot be written (a full disk) is not worth a word either.
+    """
+
+    def show_others(message: Any, *where: Any, **more: Any) -> None:
+        if not (error := re.match(CACHE_ERROR, str(message))):
+            show(message, *where, **more)
+        elif error[1] == "writing":
+            _complete_cache()
+        elif not isinstance(sys.exception(), OSError):  # that was no damage: a lock held for long, a disk
+            _discard(error[2])
+
+    return show_others
+
+
+def _discard(name: str) -> None:
+    """Remove the entry of the program `name` that was read last: JAX has just noted when."""
+    folder, begin = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), glob.escape(name)
+    with contextlib.suppress(OSError):  # another process has removed it
+        noted = sorted(folder.glob(f"{begin}-*atime"), key=lambda path: path.stat().st_mtime_ns)
+        for path in noted[-1:] or folder.glob(f"{begin}-*cache"):  # a cache without limit notes nothing
+            for suffix in ("cache", "atime"):
+                path.with_name(path.name[:-5] + suffix).unlink(missing_ok=True)
+
+
+def _complete_cache() -> None:
+    """Note when an entry was last used where that is missing: with a single one, JAX keeps no entry any more.
+
+    A process that was killed leaves such entries, a full disk, and a program that sets no limit to this cache.
+    """
+    if os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "-1":
+        return
+    with contextlib.suppress(OSError):  # no such folder, or not ours to write in
+        folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+        names = set(os.listdir(folder))
+        for name in names:
+            note = f"{name[:-5]}atime"
+            if name.endswith("-cache") and note not in names:
+                used = (folder / name).stat().st_mtime_ns
+                (folder / note).write_bytes(used.to_bytes(8, "little"))
 
 
 def cores() -> int:

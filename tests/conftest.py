@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import signal
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -20,6 +23,10 @@ OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"nanogpt_jax-{os.getpid()}"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+# A shell script's background jobs ignore Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 settings.register_profile("repeatable", max_examples=8, deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
@@ -33,3 +40,18 @@ def pytest_unconfigure() -> None:
 def clean_env() -> dict[str, str]:
     """An environment for a subprocess, which sees the one device that a user would."""
     return {**os.environ, "XLA_FLAGS": QUICK}
+
+
+@pytest.fixture
+def popen() -> Iterator[Callable[..., subprocess.Popen]]:
+    """subprocess.Popen, but no process outlives the test, however that ends."""
+    started: list[subprocess.Popen] = []
+
+    def start(*arguments, **options) -> subprocess.Popen:
+        started.append(subprocess.Popen(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -69,6 +70,8 @@ WRONG_SETTINGS = [
     ("not a bool", "--model.bias maybe", ["must be true or false"]),
     ("not a choice", "--model.dtype flaot32", ["not one of float32, bfloat16", "did you mean float32?"]),
     ("negative", "--train.steps -3", ["train.steps=-3 must be at least 1"]),
+    ("more steps than are counted", "--train.steps 3000000000", ["train.steps=3000000000 must be at most 2147483647"]),
+    ("a rate beyond float32", "--optim.learning-rate 1e39", ["optim.learning_rate=1e+39 must be below 1e38"]),
     ("zero", "--train.batch-size 0", ["train.batch_size=0 must be at least 1"]),
     ("heads", "--model.n-embd 100 --model.n-head 12", ["model.n_embd=100 must be a multiple of model.n_head=12", "nearest: 96 or 108"]),
     ("dropout", "--model.dropout 1.0", ["model.dropout=1.0 must lie in [0, 1)"]),
@@ -173,6 +176,14 @@ def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, cle
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
 
 
+def test_a_program_in_any_folder_is_a_word_of_a_shell_and_its_help_has_its_name_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/ä b/x/train.py"])
+    assert shlex.split(config.program("sample")) == ["python", "/home/ä b/x/sample.py"]
+    assert config.help_text().startswith("usage: python train.py [CONFIG.toml]")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert config.program("train") == "python train.py"
+
+
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """A directory with the settings of the runs that configs and README commands start from."""
@@ -238,47 +249,92 @@ def test_a_finished_run_is_left_alone(place, clean_env):
     assert {p: p.stat().st_mtime_ns for p in (place / "runs/done/checkpoints").rglob("*")} == before
 
 
-def start(place: Path, env: dict, *arguments: str) -> subprocess.Popen:
+def start(popen, place: Path, env: dict, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--train.steps", "100000", *arguments]
-    process = subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = place / arguments[-1] / "metrics.jsonl"
+    process = popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(process, place, arguments[-1])
+    return process
+
+
+def wait_for_steps(process: subprocess.Popen, place: Path, run_dir: str, terminal: int | None = None) -> None:
+    metrics = place / run_dir / "metrics.jsonl"
     before = metrics.read_text().count("\n") if metrics.exists() else 0
     deadline = time.monotonic() + 100
     while not (metrics.exists() and metrics.read_text().count("\n") > before + 20):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
+        if terminal is not None:  # one that nobody reads fills up
+            with contextlib.suppress(BlockingIOError):
+                os.read(terminal, 65536)
         time.sleep(0.05)
-    return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on_and_a_second_process_is_refused(place, clean_env, number):
-    run_dir = f"runs/{number.name}"
-    process = start(place, clean_env, "--run-dir", run_dir)
-    if number == signal.SIGINT:
-        second = run(place, clean_env, "train.py", *SMALL, "--train.steps", "100000", "--run-dir", run_dir)
-        refused(second, f"another process is training in {run_dir}")
-    process.send_signal(number)
+def test_a_signal_saves_and_says_how_to_go_on_and_a_second_process_is_refused(place, clean_env, popen):
+    process = start(popen, place, clean_env, "--run-dir", "runs/cut")
+    second = run(place, clean_env, "train.py", *SMALL, "--train.steps", "100000", "--run-dir", "runs/cut")
+    refused(second, "another process is training in runs/cut")
+    process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    step = int(re.search(rf"{number.name}: saved step (\d+) of 100000", out)[1])
-    assert (place / run_dir / "checkpoints" / str(step)).is_dir()
-    assert f"go on with the same command: python {ROOT / 'train.py'} --data.source text.txt" in out
-    if number == signal.SIGTERM:
-        return
+    assert process.returncode == 130
+    step = int(re.search(r"SIGINT: saved step (\d+) of 100000", out)[1])
+    assert (place / "runs/cut/checkpoints" / str(step)).is_dir()
+    program = shlex.quote(str(ROOT / "train.py"))
+    assert f"go on with the same command: python {program} --data.source text.txt" in out
     # the lock of a process that is gone does not count, and the same command goes on
-    process = start(place, clean_env, "--run-dir", run_dir)
+    process = start(popen, place, clean_env, "--run-dir", "runs/cut")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert f"going on in {run_dir} from step {step}" in out
+    assert f"going on in runs/cut from step {step}" in out
+    assert "SIGTERM: saved step" in out
+    assert process.returncode == 143
 
 
-def test_a_signal_before_the_first_step_ends_the_process_without_a_traceback(place, clean_env):
+ON_ITS_OWN_TERMINAL = f"""
+import fcntl, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that it hears SIGHUP when the terminal goes away
+signal.signal(signal.SIGHUP, signal.{{}})
+sys.path.insert(0, {str(ROOT)!r})
+from nanogpt_jax import cli
+sys.exit(cli.guarded(cli.door("train").main))
+"""
+
+
+@pytest.mark.parametrize(("hangup", "steps", "code"), [("SIG_DFL", 100000, 129), ("SIG_IGN", 100, 0)])
+def test_a_terminal_that_is_closed_saves_the_run_and_under_nohup_ends_nothing(
+    place, clean_env, popen, hangup, steps, code
+):
+    run_dir = f"runs/{hangup}"
+    flags = [*SMALL, "--train.steps", str(steps), "--run-dir", run_dir]
+    command = [sys.executable, "-c", ON_ITS_OWN_TERMINAL.format(hangup), *flags]
+    leader, follower = os.openpty()
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
+    process = popen(command, cwd=place, env=clean_env, start_new_session=True, **terminal)
+    os.close(follower)
+    os.set_blocking(leader, False)
+    wait_for_steps(process, place, run_dir, leader)
+    os.close(leader)
+    assert process.wait(60) == code
+    rows = (place / run_dir / "metrics.jsonl").read_text().splitlines()
+    last = max(int(path.name) for path in (place / run_dir / "checkpoints").iterdir())
+    assert last == json.loads(rows[-1])["step"]
+    if hangup == "SIG_IGN":
+        assert last == steps
+        assert len(rows) == steps + steps // 10
+
+
+def test_a_reader_that_goes_away_and_a_closed_stderr_end_no_run(place, clean_env):
+    words = [sys.executable, str(ROOT / "train.py"), *SMALL, "--train.steps", "20", "--run-dir", "runs/head"]
+    line = f"({shlex.join(words)} 2>&-; echo $? > code) | head -1"
+    shown = subprocess.run(["sh", "-c", line], cwd=place, env=clean_env, capture_output=True, text=True, timeout=120)
+    assert shown.stdout.startswith("training in runs/head: ")
+    assert (place / "code").read_text() == "0\n"
+    assert (place / "runs/head/checkpoints/20").is_dir()
+
+
+def test_a_signal_before_the_first_step_ends_the_process_without_a_traceback(place, clean_env, popen):
     """Ctrl-C while jax is being imported or the step compiled: nothing to lose, and nothing to read but one line."""
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--train.steps", "100000", "--run-dir", "runs/early"]
-    process = subprocess.Popen(
-        command, cwd=place, env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = popen(command, cwd=place, env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (place / "runs/early/config.json").exists():  # written just before jax is imported
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)

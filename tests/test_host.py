@@ -1,5 +1,6 @@
-"""Files that are whole or not there, and that never fall on somebody else's."""
+"""Files that are whole or not there, and that never fall on somebody else's; streams that end nothing."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import threading
 
 import pytest
 
-from nanogpt_jax.host import files
+from nanogpt_jax.host import files, terminal
 
 
 def test_a_file_is_the_old_one_or_the_new_one_and_keeps_its_mode(tmp_path):
@@ -120,3 +121,102 @@ def test_a_leftover_that_is_a_link_is_left_alone(tmp_path):
 def test_the_longest_name_has_a_name_beside_it(tmp_path):
     files.write(tmp_path / ("é" * 127), "text")
     assert (tmp_path / ("é" * 127)).read_text() == "text"
+
+
+# ---- terminal -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Töne\t静けさ\n", "Töne\t静けさ\n"),
+        ("\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"),
+        ("\x9b31m\x7f\x00", "\\x9b31m\\x7f\\x00"),
+        ("one\r\ntwo\rthree", "one\ntwo\\x0dthree"),
+        ("exe\u202egpj.\u2066", "exe\\u202egpj.\\u2066"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown(text, shown):
+    assert terminal.visible(text) == terminal.visible(shown) == shown
+
+
+PROGRAM = """import sys
+from nanogpt_jax import cli
+from nanogpt_jax.host import terminal
+def main(_):
+    {}
+sys.stdin and sys.stdin.readline()
+sys.exit(cli.guarded(main, []))"""
+
+
+def command(body: str, streams: str, **environment: str) -> subprocess.CompletedProcess:
+    """A command whose main is `body`, with its streams as the shell is told."""
+    words = ["sh", "-c", f'exec "$0" -c "$1" {streams}', sys.executable, PROGRAM.format(body)]
+    return subprocess.run(
+        words, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+TALK = "print('Töne' * 9000); print('Fehler', file=sys.stderr); return 5"
+FULL = "error: cannot write to standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("streams", "environment", "code", "out", "err"),
+    [
+        ("2>&-", {}, 5, "Töne" * 9000 + "\n", ""),
+        (">&-", {}, 5, "", "Fehler\n"),
+        ("<&- >&- 2>&-", {}, 5, "", ""),
+        ("2> /dev/full", {}, 5, "Töne" * 9000 + "\n", ""),
+        ("> /dev/full", {}, 2, "", FULL),
+        ("", {"PYTHONIOENCODING": "ascii"}, 5, "T?ne" * 9000 + "\n", "Fehler\n"),
+    ],
+)
+def test_a_stream_that_is_closed_full_or_poor_gives_no_traceback(streams, environment, code, out, err):
+    done = command(TALK, streams, **environment)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+def with_terminal(body: str, watch: bool = True) -> tuple[int, str]:
+    """The code of such a command on a terminal, and what is seen there; without `watch` the terminal goes away."""
+    leader, follower = os.openpty()
+    words = [sys.executable, "-c", PROGRAM.format(body)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=follower, stderr=follower)
+    os.close(follower)
+    if not watch:
+        os.close(leader)
+    assert process.stdin is not None
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    seen = b""
+    if watch:
+        with contextlib.suppress(OSError):  # what reading says on Linux when the other end is closed
+            while piece := os.read(leader, 4096):
+                seen += piece
+        os.close(leader)
+    return process.wait(60), seen.decode()
+
+
+def test_a_terminal_obeys_nobody_but_our_bars():
+    body = r"[print(x, end='') for x in ('\x1b[2J', 'a\r', '\nb\n')]; "
+    body += r"terminal.unfiltered(sys.stderr).write('\x1b[0m'); print('\r50 %\x1b[A', file=sys.stderr)"
+    code, seen = with_terminal(body)
+    assert seen == "\\x1b[2Ja\r\nb\r\n\x1b[0m\r50 %\\x1b[A\r\n"
+    assert code == 0
+
+
+@pytest.mark.parametrize(("body", "code"), [(TALK, 141), (f"with terminal.outlived(): {TALK}", 5)])
+def test_a_terminal_that_goes_away_ends_a_command_quietly_and_training_not_at_all(body, code):
+    assert with_terminal(body, watch=False)[0] == code
+
+
+@pytest.mark.parametrize("python", [[], ["-u"]])
+@pytest.mark.parametrize(("body", "code"), [(TALK, 141), (f"with terminal.outlived(): {TALK}", 5)])
+def test_so_does_a_reader(body, code, python):
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, *python, "-c", PROGRAM.format(body)]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == code
+    assert done.stderr == ("Fehler\n" if code == 5 else "")

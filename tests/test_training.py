@@ -341,7 +341,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 
 
 @pytest.mark.parametrize("reader", ["there", "gone"])  # as `2>&1 | tee log`, where Ctrl-C ends tee too
-def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader):
+def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader, popen):
     deep = (
         "import hashlib; from nanogpt_jax.training.signals import stop_on_signals\n"
         "with stop_on_signals():\n"
@@ -349,25 +349,47 @@ def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reade
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # minutes, in which Python calls no handler
     )
     command = [sys.executable, "-c", deep]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline() == "inside\n"
-        if reader == "gone":
-            process.stderr.close()
-        process.send_signal(signal.SIGINT)
-        if reader == "there":
-            said = process.stderr.readline()
-            assert said.startswith("SIGINT: saves and ends when the step under way is done; once more ends at once")
-        else:
-            time.sleep(signals.PATIENCE + 1)  # until it would have spoken
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-        if reader == "there":
-            assert (
-                process.stderr.read()
-                == "ended at once; the same command goes on from the last checkpoint, or starts over if there is none\n"
-            )
+    process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "inside\n"
+    if reader == "gone":
+        process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    if reader == "there":
+        said = process.stderr.readline()
+        assert said.startswith("SIGINT: saves and ends when the step under way is done; once more ends at once")
+    else:
+        time.sleep(signals.PATIENCE + 1)  # until it would have spoken
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    if reader == "there":
+        assert (
+            process.stderr.read()
+            == "ended at once; the same command goes on from the last checkpoint, or starts over if there is none\n"
+        )
+
+
+def test_a_closed_terminal_is_one_signal_however_often_it_comes(monkeypatch):
+    """Its shell sends one and the kernel another; and what whoever started us has us ignore stays ignored."""
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+    before = {s: signal.signal(s, signal.SIG_DFL) for s in signals.LISTENED}
+    try:
+        with stop_on_signals() as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+                time.sleep(0.01)
+            assert stop.received == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        for number in signals.LISTENED:
+            signal.signal(number, signal.SIG_IGN)
+        with stop_on_signals() as stop:
+            for number in signals.LISTENED:
+                os.kill(os.getpid(), number)
+                assert signal.getsignal(number) == signal.SIG_IGN
+            time.sleep(0.01)
+            assert stop.received is None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):
@@ -669,7 +691,7 @@ def test_newest_and_best_checkpoints_are_kept(train):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train):
     flags = "--train.steps 60 --optim.learning-rate 1e30 --optim.schedule constant --optim.grad-clip 0".split()
-    with pytest.raises(UserError, match=r"step \d+: the loss is .*, the gradient norm nan; the run stops"):
+    with pytest.raises(UserError, match=r"step \d+: the gradient norm is nan; the run stops"):
         train(*flags, "--run-dir", "r")
     assert all(math.isfinite(row.get("train/loss", 0)) for row in rows("r"))
     for step in checkpoint_steps(Path("r")):
@@ -679,12 +701,80 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize(("first", "word"), [(4, "delete its folder"), (5, "longer warm-up")])
-def test_a_first_step_that_is_not_finite_casts_doubt_on_the_checkpoint(first, word):
-    reader = loop._Reader(config.Config(), 4, 1.0, log=None, progress=None)  # pyright: ignore[reportArgumentType]
-    bad = {name: jnp.full(1, math.nan) for name in ("loss", "grad_norm", "learning_rate")}
-    with pytest.raises(UserError, match=rf"step {first + 1}: the loss is nan(.|\n)*{word}"):
-        reader.add(first, 1, bad)
+@pytest.mark.parametrize(
+    ("start", "saved", "words"),
+    [
+        (0, [], "nothing was saved before\n       try a lower optim.learning_rate than 0.02, or more optim.warmup"),
+        (
+            0,
+            [2, 4],
+            "kept in a b/checkpoints from before: 2 and 4\n       try a lower optim.learning_rate than 0.02, or",
+        ),
+        (4, [2, 4], "the first step after checkpoint 4: if that is damaged, delete its folder a b/checkpoints/4"),
+    ],
+)
+def test_a_run_that_diverges_names_the_checkpoints_that_there_are(start, saved, words):
+    class Saved:
+        def saved(self):
+            return [Path("a b/checkpoints") / str(step) for step in saved]
+
+    error = loop.not_finite(Config(), start, 5, Saved(), "the loss is nan")  # pyright: ignore[reportArgumentType]
+    assert str(error).startswith("step 5: the loss is nan; the run stops here")
+    assert words in str(error)
+
+
+SPOILT = {  # at which update, what -> how the run ends and which checkpoints there are
+    "the last update": (12, "updates", 12, "the validation loss is nan", [4, 8]),
+    "the optimizer's state alone": (4, "state", 12, "there are nan or inf in the optimizer's state", []),
+    "the last update, which nobody measures": (12, "updates", 12, "there are nan or inf in the parameters", [4, 8]),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_state_that_is_not_finite_is_never_saved(case, train, monkeypatch, capsys):
+    at, what, steps, words, saved = SPOILT[case]
+    if "nobody" in case:
+        monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"loss": 1.0, "bits_per_byte": 1.0})
+
+    def spoilt(*args):
+        tx = make_optimizer(*args)
+
+        def update(updates, state, params=None):
+            updates, inner = tx.update(updates, state["inner"], params)
+            bad = jnp.where(state["count"] == at - 1, jnp.inf, 0.0)
+            if what == "updates":
+                updates = jax.tree.map(lambda x: x + bad, updates)
+            bad = bad if what == "state" else jnp.zeros(())
+            return updates, {"inner": inner, "count": state["count"] + 1, "sum": state["sum"] + bad}
+
+        return optax.GradientTransformation(
+            lambda params: {"inner": tx.init(params), "count": jnp.int32(0), "sum": jnp.zeros(())}, update
+        )
+
+    monkeypatch.setattr("nanogpt_jax.training.optim.make_optimizer", spoilt)
+    with pytest.raises(UserError, match=f"step {at}: {words}"):
+        train("--train.steps", str(steps), "--run-dir", "r", "--train.eval-every", "0")
+    assert checkpoint_steps(Path("r")) == saved
+    assert "done" not in capsys.readouterr().out
+    for line in Path("r/metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_stopped_run_whose_state_is_not_finite_is_not_saved(train, monkeypatch):
+    raise_signal_at(monkeypatch, 3)
+    monkeypatch.setattr(loop, "are_finite", lambda _: False)
+    with pytest.raises(UserError, match=r"step \d+: there are nan or inf in the parameters"):
+        train("--train.steps", "20", "--run-dir", "r")
+    assert checkpoint_steps(Path("r")) == []
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_one_number_among_many_is_found(bad):
+    tree = {"a": jnp.ones((3, 50)), "b": [jnp.ones(7, jnp.bfloat16)], "steps": jnp.int32(2**31 - 1)}
+    assert loop.are_finite(tree)
+    assert loop.are_finite({})
+    assert not loop.are_finite({**tree, "a": tree["a"].at[2, 49].set(bad)})
+    assert not loop.are_finite({**tree, "b": [tree["b"][0].at[0].set(bad)]})
 
 
 def test_a_run_moves_and_samples_without_its_data(train, tmp_path, capsys):

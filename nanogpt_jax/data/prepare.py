@@ -33,6 +33,7 @@ from nanogpt_jax.data import corpora, tokenizer
 from nanogpt_jax.data.batches import Mixture
 from nanogpt_jax.data.corpora import Block, Corpus, Tell, sha256_of_json
 from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.host import terminal
 
 FORMAT = 1  # of the folder, and of how corpora compose their texts; a new number prepares everything anew
 MIB = 1 << 20
@@ -471,7 +472,6 @@ class _Progress:
             print(f"{self._title}: {self._phase}, {self._share:.0%} {speed}{left}", file=sys.stderr, flush=True)
 
     def _start_bar(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -480,8 +480,8 @@ class _Progress:
             TextColumn("{task.fields[speed]}  left"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(self._title, total=None, phase=self._phase, speed="")
+        self._bar = Progress(*columns, console=terminal.console(), transient=True)
+        self._task = self._bar.add_task(terminal.visible(self._title), total=None, phase=self._phase, speed="")
         self._bar.start()
 
     def __enter__(self) -> "_Progress":

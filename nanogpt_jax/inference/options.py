@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog=config.program("sample"),
+        prog=config.program("sample", briefly=True),
         description="Writes text with a trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,

@@ -1,7 +1,6 @@
 """`nanogpt-jax classify train|eval|predict`: name the label of a text with GPT-2 and a head over its last token."""
 
 import functools
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from nanogpt_jax.config import ClassifierConfig, UserError
 from nanogpt_jax.data import labelled, tokenizer
 from nanogpt_jax.data.labelled import LabelledData, Texts, shown
 from nanogpt_jax.evaluation import classification
-from nanogpt_jax.host import files
+from nanogpt_jax.host import files, terminal
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
@@ -204,12 +203,11 @@ def _log_probabilities(
     predict: Callable[..., Any], params: Any, texts: Texts, width: int, batch_size: int, bar: bool = False
 ) -> np.ndarray:
     """[N, K] float32, in batches of one shape. With `bar`, progress on a terminal's standard error."""
-    from rich.console import Console
     from rich.progress import track
 
     starts = range(0, len(texts), batch_size)
     watched = track(
-        starts, "texts", console=Console(stderr=True), transient=True, disable=not (bar and sys.stderr.isatty())
+        starts, "texts", console=terminal.console(), transient=True, disable=not (bar and sys.stderr.isatty())
     )
     found = [
         predict(params, texts.rows(np.minimum(np.arange(i, i + batch_size), len(texts) - 1), width)) for i in watched
@@ -256,7 +254,7 @@ class _Classifier:
         width, rows = labelled.width_for([texts], self.cfg.model.block_size), min(32, -(-len(texts) // 8) * 8)
         found = _log_probabilities(predict, self.params, texts, width, rows, bar=True)
         if not np.isfinite(found).all():
-            raise UserError(f"{self.run} at step {self.step} gives probabilities that are not finite: it is of no use")
+            raise UserError(f"{self.run} at step {self.step} gives probabilities that are not finite: it has diverged")
         return found
 
 
@@ -375,8 +373,6 @@ def predict(argv: list[str]) -> int:
     model.load()
     for note in [*notes, *encoder.notes()]:
         print(f"note: {note}", file=sys.stderr)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     found = iter(np.exp(model.log_probabilities(Texts(list(texts), np.zeros(len(texts), np.int32), tokens, starts))))
     for line, text in rows:
         if not text:

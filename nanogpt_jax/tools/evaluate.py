@@ -20,6 +20,7 @@ from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.evaluation import statistics
 from nanogpt_jax.evaluation.statistics import Estimate
+from nanogpt_jax.host import terminal
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
@@ -505,10 +506,11 @@ def _track(what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     """A bar on a terminal, nothing elsewhere."""
 
     def track(items: Iterable[Any], n: int) -> Iterable[Any]:
-        from rich.console import Console
+        from rich.markup import escape
         from rich.progress import track
 
         hidden = not sys.stderr.isatty()
-        return track(items, what, n, console=Console(stderr=True), transient=True, disable=hidden)
+        shown = escape(terminal.visible(what))
+        return track(items, shown, n, console=terminal.console(), transient=True, disable=hidden)
 
     return track

@@ -13,7 +13,7 @@ from typing import Any
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, ModelConfig, UserError
-from nanogpt_jax.host import files
+from nanogpt_jax.host import files, terminal
 
 IMPORT_USAGE = """usage: nanogpt-jax import-hf MODEL RUN [--tokenizer DIR] [--no-compare]
 
@@ -118,10 +118,10 @@ def main_import(argv: list[str]) -> int:
     ours = _own_logits(m, params, flags)
     del params  # room for theirs
     print(_compared(ours, model.config, model.files))
-    quoted = shlex.quote(str(run))
+    shown = config.word(run)
     print(
-        f"next: {config.program('sample')} {quoted} --prompt 'Once upon a time'\n"
-        f"      or train from it: {config.program('train')} --init-from {quoted} --data.source=FILE --run-dir NEW"
+        f"next: {config.program('sample')} {shown} --prompt 'Once upon a time'\n"
+        f"      or train from it: {config.program('train')} --init-from {shown} --data.source=FILE --run-dir NEW"
     )
     return 0
 
@@ -312,10 +312,9 @@ def _write_into(folder: Path, texts: dict[str, str], tensors: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Any]:
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console = terminal.console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)

@@ -99,6 +99,11 @@ class Checkpointer:
         """Return when everything saved is on disk."""
         self._guard(self._manager.wait_until_finished, self.latest)
 
+    def saved(self) -> list[Path]:
+        """The folders of all whole checkpoints, in order, when the save under way is done."""
+        self.wait()
+        return [self._run_dir / "checkpoints" / str(step) for step in checkpoint_steps(self._run_dir)]
+
     def _guard(self, call: Any, step: int | None) -> None:
         try:
             call()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -33,6 +34,8 @@ from nanogpt_jax.training.step import TrainState, step_flops
 # Seconds that a run has taken, and that are left, before the step is compiled a second time, which keeps one core for 3
 # to 25: one that is only tried out is left alone, and a short one would not get them back.
 BEGUN, LONG = 10, 60
+
+Check = Callable[[int, dict[str, float]], None]  # (step, values by name): an error if one is not finite
 
 PER_CORE = 50e9  # operations a second that a core of a processor with AVX2 does in large products, if not slow
 
@@ -133,7 +136,7 @@ def fit(
         stack[:n] = task.batch(np.arange(first, first + n))
         return jax.device_put(stack, layout)
 
-    plan = list(dispatches(start, t.steps, K, (t.eval_every, t.save_every)))
+    plan = dispatches(start, t.steps, K, (t.eval_every, t.save_every))
     ahead = batches.prefetch(((first, n, tokens_of(first, n)) for first, n in plan), depth=2)
     progress = Progress(start, t.steps)
     if jax.default_backend() == "cpu" and (minutes := step_flops(cfg) / PER_CORE / runtime.cores() / 60) >= 1:
@@ -141,7 +144,23 @@ def fit(
             f"note: at {PER_CORE / 1e9:.0f} GFLOP/s a core, a step takes {minutes:.0f} minutes on this machine; "
             f"with train.batch_size below {t.batch_size} it takes less"
         )
-    reader = _Reader(cfg, start, task.tokens_per_step, log, progress)
+
+    def check(step: int, values: dict[str, float]) -> None:
+        """UserError if one of `values`, what was measured at `step`, is not finite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise not_finite(cfg, start, step, checkpoints, f"the {name} is {value}")
+
+    def save(state: TrainState, step: int, val_loss: float | None) -> None:
+        """Save a state that is finite: a step's loss and gradients tell nothing of what its update made."""
+        reader.drain()
+        for name, tree in (("parameters", state.params), ("optimizer's state", state.opt_state)):
+            if not are_finite(tree):
+                raise not_finite(cfg, start, step, checkpoints, f"there are nan or inf in the {name}")
+        memory.give_back()
+        checkpoints.save(state, step, meta, val_loss)
+
+    reader = _Reader(cfg, check, task.tokens_per_step, log, progress)
     validation: dict[str, float] = {}
     step, program, began = start, None, 0.0
     try:
@@ -177,27 +196,26 @@ def fit(
                 memory.give_back()
                 paused = time.monotonic()
                 scores = task.evaluate(state.params)
+                check(step, {f"validation {name}": value for name, value in scores.items()})
                 validation = {f"val/{name}": value for name, value in scores.items()}
                 log.write(step, validation)
                 progress.say(f"step {step}: {task.say.format(**scores)}")
                 val_loss = task.loss(scores)
                 reader.pause(time.monotonic() - paused)
             best = meta["best_val_loss"]
-            is_best = val_loss is not None and (best is None or val_loss < best)
+            is_best = val_loss is not None and (best is None or not best <= val_loss)  # nan is no best
             if is_best:
                 meta = {**meta, "best_val_loss": val_loss, "stale": 0}
             elif val_loss is not None:
                 meta = {**meta, "stale": meta["stale"] + 1}
                 is_last = is_last or 0 < task.patience <= meta["stale"]
             if is_last or is_best or (t.save_every and step % t.save_every == 0):
-                reader.drain()  # a loss that is not finite stops the run here, before it is saved
-                memory.give_back()
-                checkpoints.save(state, step, meta, val_loss)
+                save(state, step, val_loss)
             if is_last:
                 break
         reader.drain()
         if stop.received:
-            checkpoints.save(state, step, meta, None)
+            save(state, step, None)
         checkpoints.wait()
     finally:
         ahead.close()
@@ -205,11 +223,34 @@ def fit(
     return Outcome(step, time.monotonic() - clock, stop.received, validation)
 
 
+@jax.jit
+def are_finite(tree: Any) -> jax.Array:
+    """Whether every number in `tree` is finite -> [] bool."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+
+
+def not_finite(cfg: Config, start: int, step: int, checkpoints: Checkpointer, what: str) -> UserError:
+    """The error for a run that has diverged by `step`. It names the checkpoints that there are."""
+    o, saved = cfg.optim, checkpoints.saved()
+    remedy = (
+        f"try a lower optim.learning_rate than {o.learning_rate:g}, or more optim.warmup_steps than {o.warmup_steps}"
+    )
+    if 0 < start == step - 1:
+        remedy = f"the first step after checkpoint {start}: if that is damaged, delete its folder {saved[-1]}"
+    elif saved:
+        kept = " and ".join(path.name for path in saved)
+        remedy = f"kept in {saved[0].parent} from before: {kept}\n       {remedy}, in another --run-dir"
+    else:
+        remedy = f"nothing was saved before\n       {remedy}"
+    return UserError(f"step {step}: {what}; the run stops here, and this is not saved\n       {remedy}")
+
+
 class _Reader:
     """Reads the metrics of a dispatch when it is done, at the latest while the device works on the next one."""
 
-    def __init__(self, cfg: Config, start: int, tokens_per_step: float, log: MetricsLog, progress: Progress):
-        self._cfg, self._start, self._tokens, self._log, self._progress = cfg, start, tokens_per_step, log, progress
+    def __init__(self, cfg: Config, check: Check, tokens_per_step: float, log: MetricsLog, progress: Progress):
+        self._cfg, self._check, self._tokens, self._log, self._progress = cfg, check, tokens_per_step, log, progress
         self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
         self._clock = time.monotonic()
         self._counted = 0  # steps since the clock was read
@@ -242,13 +283,7 @@ class _Reader:
         for i in range(n):
             step = first + i + 1
             loss, norm, rate = (float(values[name][i]) for name in ("loss", "grad_norm", "learning_rate"))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                remedy = "checkpoints from before are kept; try a lower optim.learning_rate or a longer warm-up"
-                if 0 < self._start == step - 1:
-                    remedy = f"the first step after checkpoint {self._start}: if that is damaged, delete its folder"
-                raise UserError(
-                    f"step {step}: the loss is {loss}, the gradient norm {norm}; the run stops here\n       {remedy}"
-                )
+            self._check(step, {"loss": loss, "gradient norm": norm})
             if step % t.log_every == 0 or step == t.steps:
                 row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
                 self._log.write(step, {**row, "tokens_per_second": round(speed, 1)})

@@ -6,9 +6,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nanogpt_jax.config import TrainConfig, UserError
+from nanogpt_jax.host import terminal
 
 LINE_SECONDS = 60  # at most, between two lines of progress where there is no bar
 
@@ -84,7 +85,6 @@ class Progress:
         self._bar = None
         self._next_line, self._line_due = step, 0.0
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
@@ -95,7 +95,7 @@ class Progress:
                 TextColumn("{task.fields[now]}  left"),
                 TimeRemainingColumn(),
             )
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True, redirect_stdout=True)
+            self._bar = Bar(*columns, console=terminal.console(), transient=True, redirect_stdout=sys.stdout.isatty())
             self._task = self._bar.add_task("", total=steps, completed=step, now="compiling the step")
             self._bar.start()
 
@@ -119,12 +119,17 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar."""
-        print(text, flush=True)
+        print(_for(sys.stdout, text), flush=True)
 
     def note(self, text: str) -> None:
         """A line that stays, of no interest to who keeps the results."""
-        print(text, file=sys.stderr)
+        print(_for(sys.stderr, text), file=sys.stderr)
 
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def _for(stream: TextIO, text: str) -> str:
+    """`text` as `stream` may have it. While there is a bar, rich prints it, past our filter."""
+    return terminal.visible(text) if stream.isatty() else text

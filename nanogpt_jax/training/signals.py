@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a wish that the loop grants. No jax here: it listens before jax is imported."""
+"""Turns Ctrl-C, SIGTERM and a terminal that is closed into a stop request that the loop honours.
+
+No jax here: it listens before jax is imported.
+"""
 
 import contextlib
 import os
@@ -8,26 +11,35 @@ import sys
 import threading
 from collections.abc import Iterator
 
-LISTENED = (signal.SIGINT, signal.SIGTERM)
+from nanogpt_jax.host import terminal
+
+LISTENED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 PATIENCE = 2.0  # seconds, in which most steps end, and most commands after a second signal
 
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM. A second one acts as if nobody had listened."""
+    """Set by the first SIGINT, SIGTERM or SIGHUP. A second one acts as if nobody had listened, but for SIGHUP: a closed
+    terminal sends two, its shell's and its own."""
 
     received: signal.Signals | None = None
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request that the loop honours after the dispatch under way."""
+    """Turn SIGINT, SIGTERM and SIGHUP into a request that the loop honours after the dispatch under way.
+
+    One that whoever started us has us ignore stays ignored: SIGHUP by nohup, SIGINT by a script with `&`. In here, a
+    terminal or reader that is gone is no error.
+    """
     request = StopRequest()
     previous = {s: signal.getsignal(s) for s in LISTENED}
+    previous = {s: handler for s, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
 
     def listen(number: int, _frame: object) -> None:
         request.received = signal.Signals(number)
         for s, handler in previous.items():
-            signal.signal(s, handler)
+            signal.signal(s, signal.SIG_IGN if s == HANGUP else handler)
 
     reading, writing = socket.socketpair()
     writing.setblocking(False)
@@ -36,7 +48,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     for s in previous:
         signal.signal(s, listen)
     try:
-        yield request
+        with terminal.outlived():
+            yield request
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
@@ -51,12 +64,12 @@ def _answer(reading: socket.socket) -> None:
     `reading` gets a signal's number when it comes, whatever the main thread does, and is closed when the run has ended.
     """
 
-    def heard(seconds: float | None) -> int:
-        """The next of our signals, or 0 if none comes within `seconds`."""
+    def heard(seconds: float | None, signals: list[signal.Signals]) -> int:
+        """The next of `signals`, or 0 if none comes within `seconds`."""
         reading.settimeout(seconds)
         with contextlib.suppress(TimeoutError):
             while number := reading.recv(1):
-                if number[0] in LISTENED:
+                if number[0] in signals:
                     return number[0]
             raise EOFError
         return 0
@@ -65,16 +78,16 @@ def _answer(reading: socket.socket) -> None:
         with contextlib.suppress(OSError):  # `train.py 2>&1 | tee log`: Ctrl-C ends tee first
             print(text, file=sys.stderr, flush=True)
 
+    insisting = [s for s in LISTENED if s != HANGUP]
     with reading, contextlib.suppress(EOFError):
-        number = heard(None)
-        if not heard(PATIENCE):
+        number = heard(None, LISTENED)
+        if not heard(PATIENCE, insisting):
             say(
                 f"{signal.Signals(number).name}: saves and ends when the step under way is done; once more ends at once"
             )
-            heard(None)
-        heard(PATIENCE)
-        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which the progress bar hides
-        say(
-            f"{cursor}ended at once; the same command goes on from the last checkpoint, or starts over if there is none"
-        )
+            heard(None, insisting)
+        heard(PATIENCE, insisting)
+        if sys.stderr.isatty():
+            terminal.unfiltered(sys.stderr).write("\x1b[?25h")  # the cursor, which the progress bar hides
+        say("ended at once; the same command goes on from the last checkpoint, or starts over if there is none")
         os._exit(128 + number)
