@@ -13,6 +13,7 @@ from types import ModuleType
 
 from nanogpt_jax import runtime
 from nanogpt_jax.config import UserError, suggestion
+from nanogpt_jax.host import files
 
 Main = Callable[[list[str]], int]
 
@@ -26,12 +27,14 @@ def check_file(flag: str, place: str) -> None:
     path = Path(place)
     if not place:
         raise UserError(f"{flag} needs the name of a file")
-    if path.is_dir():
-        raise UserError(f"{flag}={place} is a directory; give a file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{flag}={place}: there is no directory {path.parent}")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UserError(f"{flag}={place} cannot be written")
+    try:
+        files.check_writable(path)
+    except IsADirectoryError:
+        raise UserError(f"{flag}={place} is a directory; give a file") from None
+    except FileNotFoundError:
+        raise UserError(f"{flag}={place}: there is no directory {files.target(path).parent}") from None
+    except OSError as e:
+        raise UserError(f"{flag}={place} cannot be written: {e.strerror or e}") from None
 
 
 def guarded(main: Main, argv: list[str] | None = None) -> int:

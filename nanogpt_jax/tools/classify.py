@@ -83,7 +83,7 @@ def train(argv: list[str]) -> int:
         cfg = config.with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
         run_dir.prepare(run, command, cfg, data)
         program = config.program("classify")
-        then = f"next: {program} eval {run}\n      {program} predict {run} TEXT"
+        then = f"next: {program} eval {config.word(run)}\n      {program} predict {config.word(run)} TEXT"
         if finished := run_dir.finished(run, cfg):
             print(f"{finished}\n{then}")
             return 0

@@ -20,6 +20,7 @@ from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.evaluation import statistics
 from nanogpt_jax.evaluation.statistics import Estimate
+from nanogpt_jax.host import files
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
@@ -134,9 +135,9 @@ def main(argv: list[str]) -> int:
             print(difference["words"])
     if wish.json:
         try:
-            run_dir.write_atomically(Path(wish.json), json.dumps(result, indent=2, default=asdict) + "\n")
+            files.write_result(Path(wish.json), json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
         except OSError as e:
-            raise UserError(f"cannot write --json={wish.json}: {e.strerror}") from None
+            raise UserError(f"cannot write --json={wish.json}: {e.strerror or e}") from None
     return 0
 
 
@@ -420,6 +421,17 @@ def _by_bytes(runs: list[Run], texts: list[Text], nats: list[np.ndarray]) -> tup
         places = np.searchsorted(end, cuts, side="right") - 1  # of nats, which begin with the second token
         sums.append(statistics.sums_between(each[places[0] : places[-1]], places[:-1] - places[0]))
     return sums, np.diff(cuts)
+
+
+def _finite(value: Any) -> Any:
+    """`value` as JSON can say it: a number that is not finite is null, an estimate is an object."""
+    if isinstance(value, Estimate):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- lm-eval --------------------------------------------------------------------------------------------------------
