@@ -133,8 +133,9 @@ def _check_kinds(run_dir: Path) -> None:
     wanted = {run_dir / name: "folder" for name in WRITTEN_FOLDERS}
     wanted |= {run_dir / name: "file" for name in (*WRITTEN_FILES, LOCK)}
     for folder in ("tokenizer", "checkpoints"):
-        if files.kind_of(run_dir / folder) == "folder":
-            wanted |= {run_dir / folder / name: "file or folder" for name, _ in files.entries(run_dir / folder)}
+        inside = files.entries(run_dir / folder) if files.kind_of(run_dir / folder) == "folder" else ()
+        wanted |= {run_dir / folder / name: "folder" if name.isdecimal() else "file or folder" for name, _ in inside}
+    wanted |= {run_dir / "tokenizer" / name: "file" for name in tokenizer.FILES}
     for path, kind in wanted.items():
         if (found := files.kind_of(path)) and found not in kind:
             raise UserError(
@@ -297,12 +298,14 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Dataset | La
     if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
         compared -= {"data.tokenizer"}
     same_data = _fingerprint(run_dir / "data.json") == data.fingerprint
-    places = ("data.source", "data.mixture")  # the same text may have moved, or be spelt in another way
     changed = config.differences(before, cfg, compared)
-    if same_data:
-        for key, old, new in [c for c in changed if c[0] in places]:
-            print(f"note: {key} is {new} now, {old} before, with the same tokens in it", file=sys.stderr)
-        changed = [c for c in changed if c[0] not in places]
+    if same_data:  # it may have moved, or be spelt in another way
+        moved = [c for c in changed if c[0] in ("data.source", "data.mixture")]
+        changed = [c for c in changed if c not in moved]
+        if moved and not changed:
+            print(
+                f"note: data.source={before.data.title} is {cfg.data.title} now, with the same tokens", file=sys.stderr
+            )
     if changed:
         shown = "\n".join(f"       {k}: {old} in the run, {new} now ({command.origin[k]})" for k, old, new in changed)
         raise UserError(
