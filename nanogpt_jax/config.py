@@ -548,9 +548,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
     other = "\n       choose another run"
     remedy = f"{other}, or train it again from the start: rm {word(path)} && {again}"
     try:
-        if (kind := files.kind_of(path)) not in ("file", ""):
-            raise UserError(f"{path} is a {kind}, and no file: nothing is read through it{other}")
-        tree = json.loads(path.read_bytes().decode("utf-8"))
+        tree = json.loads(files.read(path).decode("utf-8"))
     except FileNotFoundError:
         if runs := sorted(str(p.parent) for p in path.parent.glob("*/config.json")):
             more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""

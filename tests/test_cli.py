@@ -762,10 +762,14 @@ def test_a_name_that_no_file_system_takes_is_an_error(done, flag, name):
         attempt(flag, name)
 
 
-def test_a_name_that_is_no_text_is_a_name(done):
-    odd = os.fsdecode(b"run \xff")
-    attempt("--run-dir", odd, "--data.source", odd, begin=True)
-    assert config.read_json(Path(odd, "config.json")).data.source == odd
+def test_a_name_that_is_no_text(done):
+    """A source may have it. A run directory may not: orbax could save no checkpoint."""
+    odd = os.fsdecode(b"odd \xff")
+    attempt("--run-dir", "new", "--data.source", odd, begin=True)
+    assert config.read_json(Path("new/config.json")).data.source == odd
+    with pytest.raises(UserError, match="not UTF-8"):
+        attempt("--run-dir", odd)
+    assert not os.path.lexists(odd)
 
 
 @pytest.mark.parametrize(
@@ -775,8 +779,8 @@ def test_a_name_that_is_no_text_is_a_name(done):
         ("[]", "holds no settings"),
         ("{", "is damaged"),
         (b"\xff", "is damaged"),
-        (os.mkfifo, "is a pipe"),
-        (lambda path: path.symlink_to("/dev/zero"), "is a link"),
+        (os.mkfifo, "it is a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a link"),
     ],
 )
 def test_a_configuration_that_is_none_is_refused_by_name(done, content, words):
@@ -785,7 +789,7 @@ def test_a_configuration_that_is_none_is_refused_by_name(done, content, words):
     content(path) if callable(content) else path.write_bytes(
         content if isinstance(content, bytes) else content.encode()
     )
-    with pytest.raises(UserError, match=rf"done/config.json (.|\n)*{words}|done/config.json {words}"):
+    with pytest.raises(UserError, match=rf"done/config.json.*{words}"):
         config.read_json(path)
     with pytest.raises(UserError, match=r"done/config\.json"):
         attempt("--run-dir", "done")

@@ -6,6 +6,7 @@ that was killed, and the next writer of the same NAME removes it.
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -87,6 +88,13 @@ def kind_of(path: Path) -> str:
         return ""
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link", stat.S_IFIFO: "pipe"}
     return kinds.get(stat.S_IFMT(mode), "socket" if stat.S_ISSOCK(mode) else "device")
+
+
+def read(path: Path) -> bytes:
+    """The content of the file at `path`. OSError for anything else that lies there: reading a pipe might never end."""
+    if (kind := kind_of(path)) not in ("file", ""):
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a file", str(path))
+    return path.read_bytes()
 
 
 def entries(folder: Path) -> Iterator[tuple[str, str]]:

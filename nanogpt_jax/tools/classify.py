@@ -16,6 +16,7 @@ from nanogpt_jax.config import ClassifierConfig, UserError
 from nanogpt_jax.data import labelled, tokenizer
 from nanogpt_jax.data.labelled import LabelledData, Texts, shown
 from nanogpt_jax.evaluation import classification
+from nanogpt_jax.host import files
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
@@ -207,9 +208,9 @@ class _Classifier:
         self.run, self.cfg = run, config.read_json(run / "config.json", ClassifierConfig)
         self.tokenizer = tokenizer.load(run / "tokenizer")
         try:
-            self.manifest = json.loads((run / "data.json").read_text(encoding="utf-8"))
+            self.manifest = json.loads(files.read(run / "data.json"))
             self.labels: list[labelled.Label] = self.manifest["labels"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{run / 'data.json'} is missing or damaged ({e})") from None
         c, m = self.cfg.classify, self.cfg.model
         if len(self.labels) != c.n_labels or self.tokenizer.n_vocab > m.vocab_size:

@@ -266,12 +266,12 @@ def _own_text(run: Run, split: str) -> Text:
     other = "to measure it on another text: --data FILE"
     path = run.path / "data.json"
     try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        fingerprint = json.loads(files.read(path))["fingerprint"]
     except FileNotFoundError:
         raise UserError(
             f"{run.path} does not say what it was trained on: {path.name} is missing\n       {other}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e})\n       {other}") from None
     try:
         data = open_data(run.cfg.data)

@@ -28,6 +28,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.distributed.sharding import shardings
+from nanogpt_jax.host import files
 from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training import checksums
 from nanogpt_jax.training import run_dir as runs
@@ -190,6 +191,7 @@ def load_params(
     `which`: "best" by validation loss (the newest where none was measured), "latest", or a step's number.
     `to_start`: another run is about to start from them, with a command that has no --checkpoint.
     """
+    runs.check_name(run_dir)
     use, steps = START if to_start else READ, checkpoint_steps(run_dir)
     if not steps:
         raise UserError(f"{run_dir} has no checkpoint yet")
@@ -240,7 +242,7 @@ def _damage(run_dir: Path, step: int, use: str) -> str:
 
 def _meta(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "meta" / "metadata").read_bytes())
+        found = json.loads(files.read(folder / "meta" / "metadata"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -280,6 +282,8 @@ def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: An
     try:
         return manager.restore(step, args=items)
     except Exception as e:  # orbax raises just that where an array cannot be read
+        if isinstance(e, MemoryError) or "out of memory" in str(e).lower():
+            raise
         folder, reason = _folder(run_dir, step), _reason(e)
         differs = _misfit(manager, step, items["params"].item)
         if checksums.exist(folder) or differs:

@@ -20,7 +20,7 @@ LINE_SECONDS = 60  # at most, between two lines of progress where there is no ba
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl. One that is damaged is left out, as a crash leaves a last one that is cut short."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in files.read(path).splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]

@@ -65,6 +65,7 @@ def claim(command: Command) -> Iterator[Path]:
     """
     run_dir = command.run_dir
     _check_packages(command)
+    check_name(run_dir)
     names = _names(run_dir)
     _check_kinds(run_dir)
     if IMPORTED in names:
@@ -113,6 +114,18 @@ def _names(run_dir: Path) -> list[str]:
         raise UserError(f"--run-dir {run_dir}: {what} is a file") from None
     except OSError as e:
         raise UserError(f"cannot read {run_dir}: {e.strerror}") from None
+
+
+def check_name(run_dir: Path) -> None:
+    """UserError where checkpoints could be neither written nor read: tensorstore takes UTF-8 alone for a path."""
+    try:
+        str(run_dir.resolve()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{run_dir} has a name that is not UTF-8, and no checkpoint can be kept in it\n       rename it"
+        ) from None
+    except (OSError, RuntimeError) as e:  # links in a circle
+        raise UserError(f"cannot use {run_dir}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def _is_ours(name: str) -> bool:
@@ -330,9 +343,10 @@ def _check_devices(cfg: Config) -> None:
 
 def _fingerprint(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        return json.loads(files.read(path))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{path} is missing or damaged ({e})\n       start over with --overwrite") from None
+        again = typed(("--resume",), "--overwrite") or "--overwrite"
+        raise UserError(f"{path} is missing or damaged ({e})\n       start over: {again}") from None
 
 
 def finished(run_dir: Path, cfg: Config) -> str:
