@@ -543,6 +543,9 @@ def is_classifier(run: Path) -> bool:
     return "classify" in _read_tree(run / "config.json")
 
 
+SET_ASIDE = (".overwriting", ".overwritten")  # in a run directory: the run that is started over, see run_dir.py
+
+
 def _read_tree(path: Path) -> dict[str, Any]:
     again = f"{program('train')} --run-dir {word(path.parent)} --overwrite"
     other = "\n       choose another run"
@@ -550,7 +553,13 @@ def _read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(files.read(path).decode("utf-8"))
     except FileNotFoundError:
-        if runs := sorted(str(p.parent) for p in path.parent.glob("*/config.json")):
+        found = [p.parent for p in sorted(path.parent.glob("*/config.json"))]
+        if any(folder.name in SET_ASIDE for folder in found):
+            raise UserError(
+                f"{path.parent} is being started over, or that was interrupted: give the same command again\n"
+                "       what it does not begin anew, it puts back"
+            ) from None
+        if runs := [str(folder) for folder in found if not folder.name.startswith(".")]:
             more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
             raise UserError(f"{path.parent} is a folder of runs; name one: {', '.join(runs[:5])}{more}") from None
         if (path.parent / "checkpoints").is_dir():

@@ -676,6 +676,8 @@ def test_a_start_killed_while_it_overwrites_is_taken_back_by_the_next(done, move
         patch.setattr(run_dir, "_settle", lambda *_, **__: None)
         with contextlib.suppress(SystemExit):
             attempt("--run-dir", "done", "--overwrite", "--train.seed", "7")
+    (done / "tokenizer").mkdir(exist_ok=True)
+    (done / "tokenizer/.characters.txt.0123456789ab.tmp").touch()
     with pytest.raises(UserError, match="with other settings"):
         attempt("--run-dir", "done", "--train.seed", "8")
     assert content(done) == before

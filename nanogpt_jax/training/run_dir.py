@@ -37,7 +37,7 @@ WRITTEN_FILES = ("config.json", "data.json", "metrics.jsonl")
 WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
-SET_ASIDE, BEING_MOVED = ".overwritten", ".overwriting"
+BEING_MOVED, SET_ASIDE = config.SET_ASIDE
 UNFINISHED = ".orbax-checkpoint-tmp"  # how the folder of a save under way ends
 # what earlier versions left when they were killed
 OLD_LEFTOVER = re.compile(
@@ -252,7 +252,6 @@ def _remove_folders(folders: list[Path]) -> None:
 
 def _tidy(run_dir: Path) -> None:
     """Take away what killed processes have left here; nobody else writes here now."""
-    _settle(run_dir, is_new=False)
     for folder in (run_dir, run_dir / "tokenizer"):
         files.remove_all_leftovers(folder)
         with contextlib.suppress(OSError):
@@ -261,6 +260,7 @@ def _tidy(run_dir: Path) -> None:
                     path.unlink()
     for path in run_dir.glob(f"checkpoints/*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
+    _settle(run_dir, is_new=False)
 
 
 # ---- what training needs of it --------------------------------------------------------------------------------------
