@@ -21,6 +21,7 @@ import pytest
 from nanogpt_jax import config
 from nanogpt_jax.config import UserError
 from nanogpt_jax.data import tokenizer
+from nanogpt_jax.host import files
 from nanogpt_jax.training import run_dir
 from nanogpt_jax.training.metrics import MetricsLog, read_metrics
 from nanogpt_jax.training.run_dir import IMPORTED, claim, newest, prepare
@@ -730,6 +731,17 @@ def test_a_disk_that_fills_up_while_training_stops_it_with_a_word_about_the_last
             with pytest.raises(UserError, match=r"No space left on device(.|\n)*goes on from checkpoint 10"):
                 log.write(12, {"train/loss": 1.0})
     assert read_metrics(done / "metrics.jsonl")[-1] == {"step": 11, "train/loss": 1.0, "perplexity": None}
+
+
+@pytest.mark.parametrize("folder", ["done", "tokenizer", "checkpoints"])
+def test_a_folder_that_cannot_be_written_is_known_at_the_start(done, folder, monkeypatch):
+    def refuse(path: Path) -> None:
+        if path.parent.name == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "check_writable", refuse)
+    with pytest.raises(UserError, match=rf"cannot write in .*{folder}: Permission denied"):
+        attempt("--run-dir", "done")
 
 
 def test_leftovers_of_killed_processes_are_taken_away(done):

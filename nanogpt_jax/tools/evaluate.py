@@ -15,7 +15,7 @@ import numpy as np
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, UserError
-from nanogpt_jax.data import batches, corpora, tokenizer
+from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.evaluation import statistics
@@ -200,7 +200,7 @@ def open_run(path: Path) -> Run:
     cfg = config.read_json(path / "config.json")
     if not run_dir.checkpoint_steps(path):
         raise UserError(f"{path} has no checkpoint yet")
-    return Run(path, cfg, tokenizer.load(path / "tokenizer"))
+    return Run(path, cfg, run_dir.load_tokenizer(path, cfg))
 
 
 def load(run: Run, checkpoint: str = "best"):

@@ -145,7 +145,7 @@ class Checkpointer:
             for begun in folder.glob(f"{step}{UNFINISHED}"):
                 shutil.rmtree(begun, ignore_errors=True)
             raise UserError(
-                f"could not save step {step} in {folder}; {last_of(self._run_dir, step)}\n       {_reason(e)}\n"
+                f"could not save step {step} in {folder}; {_last(self._run_dir, step)}\n       {_reason(e)}\n"
                 "       see to that (a full disk: free some space), then go on with the same command"
             ) from None
 
@@ -216,7 +216,7 @@ def load_params(
     return params, step
 
 
-def last_of(run_dir: Path, but: int | None = None) -> str:
+def _last(run_dir: Path, but: int | None = None) -> str:
     """The last checkpoint in words. `but`: a step whose save has failed."""
     whole = [s for s in checkpoint_steps(run_dir) if s != but]
     return f"the last whole checkpoint is step {whole[-1]}" if whole else "there is no earlier checkpoint"
@@ -324,6 +324,8 @@ def _unusable(run_dir: Path, step: int, use: str, wrong: str, detail: str = "") 
         remedy = f"there is no other; start over: {runs.typed(('--resume',), '--overwrite') or '--overwrite'}"
     elif not good:
         remedy = "the run has no other"
+    elif use == READ and len([word for word in sys.argv[1:] if os.path.isdir(f"{word}/checkpoints")]) > 1:
+        remedy = f"delete it, and another is taken: {delete}"  # two runs, and --checkpoint would be for both
     elif use == READ and (again := runs.typed(("--checkpoint",), f"--checkpoint={before}")):
         remedy = f"take checkpoint {before} instead: {again}"
     elif use == READ:

@@ -30,6 +30,7 @@ from nanogpt_jax.config import Command, Config, UserError
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.labelled import LabelledData
 from nanogpt_jax.data.prepare import Dataset
+from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
@@ -135,7 +136,8 @@ def _is_ours(name: str) -> bool:
 
 def _check_packages(command: Command) -> None:
     for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        if getattr(command.cfg.train, name) and importlib.util.find_spec(package) is None:
+        spec = importlib.util.find_spec(package) if getattr(command.cfg.train, name) else None
+        if getattr(command.cfg.train, name) and not (spec and spec.origin):  # a folder of that name has no origin
             where = command.origin[f"train.{name}"]
             raise UserError(f"train.{name}=true needs pip install 'nanogpt-jax[{name}]' ({where})")
 
@@ -389,6 +391,17 @@ def _edited(argv: list[str], without: tuple[str, ...], more: str) -> list[str]:
             words.append(word)
         skip = not skip and dropped and not equals and flag != "--overwrite"
     return [*words, *filter(None, [more]), *argv[end:]]
+
+
+def load_tokenizer(run_dir: Path, cfg: Config) -> Tokenizer:
+    """The tokenizer of a run; UserError where it is not its model's."""
+    found = tokenizer.load(run_dir / "tokenizer")
+    if found.n_vocab > cfg.model.vocab_size:
+        raise UserError(
+            f"{run_dir} is damaged: its tokenizer has {found.n_vocab} tokens, and by {run_dir / 'config.json'} "
+            f"model.vocab_size={cfg.model.vocab_size}\n       if that file was changed, bring the old one back"
+        )
+    return found
 
 
 def newest(folder: Path) -> Path:
