@@ -17,12 +17,11 @@ def main(argv: list[str]) -> int:
     wish = options.read(argv)
     prompt = options.read_prompt(wish)
 
-    from nanogpt_jax.data import tokenizer as tokenizers
     from nanogpt_jax.training import run_dir
 
     run = options.existing(wish.run) if wish.run else run_dir.newest(Path("runs"))
     cfg = config.read_json(run / "config.json")
-    tokenizer = tokenizers.load(run / "tokenizer")
+    tokenizer = run_dir.load_tokenizer(run, cfg)
     if prompt is None:  # a char model begins an empty prompt with end-of-text or a newline, if its vocabulary has one
         prompt = "" if tokenizer.name == "char" else "\n"
     n, context = len(tokenizer.encode(prompt)), cfg.model.block_size  # encode: words that the vocabulary lacks

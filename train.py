@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         batches.check_length(data.train, cfg.model.block_size)  # before anything is written
         run_dir.prepare(run, command, cfg, data)
         longer = run_dir.command_again(argv, steps=2 * max([cfg.train.steps, *run_dir.checkpoint_steps(run)]))
-        then = f"next: {config.program('sample')} {run} --num-samples 3\n      or train longer: {longer}"
+        then = f"next: {config.program('sample')} {config.word(run)} --num-samples 3\n      or train longer: {longer}"
         if finished := run_dir.finished(run, cfg):
             print(f"{finished}\n{then}")
             return 0

@@ -32,7 +32,8 @@ def check_file(flag: str, place: str) -> None:
     except IsADirectoryError:
         raise UserError(f"{flag}={place} is a directory; give a file") from None
     except FileNotFoundError:
-        raise UserError(f"{flag}={place}: there is no directory {files.target(path).parent}") from None
+        place_of = files.target(path) if path.is_symlink() else path
+        raise UserError(f"{flag}={place}: there is no directory {place_of.parent}") from None
     except OSError as e:
         raise UserError(f"{flag}={place} cannot be written: {e.strerror or e}") from None
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from nanogpt_jax.host import files
+
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend. The doors print it without a traceback and exit with 2."""
@@ -553,22 +555,38 @@ def is_classifier(run: Path) -> bool:
     return "classify" in _read_tree(run / "config.json")
 
 
+SET_ASIDE = (".overwriting", ".overwritten")  # in a run directory: the run that is started over, see run_dir.py
+
+
 def _read_tree(path: Path) -> dict[str, Any]:
-    again = f"{program('train')} --run-dir {path.parent} --overwrite"
-    remedy = f"\n       choose another run, or train it again from the start: {again}"
+    again = f"{program('train')} --run-dir {word(path.parent)} --overwrite"
+    other = "\n       choose another run"
+    remedy = f"{other}, or train it again from the start: rm {word(path)} && {again}"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(files.read(path).decode("utf-8"))
     except FileNotFoundError:
-        if runs := sorted(str(p.parent) for p in path.parent.glob("*/config.json")):
+        found = [p.parent for p in sorted(path.parent.glob("*/config.json"))]
+        if any(folder.name in SET_ASIDE for folder in found):
+            raise UserError(
+                f"{path.parent} is being started over, or that was interrupted: give the same command again\n"
+                "       what it does not begin anew, it puts back"
+            ) from None
+        if runs := [str(folder) for folder in found if not folder.name.startswith(".")]:
             more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
             raise UserError(f"{path.parent} is a folder of runs; name one: {', '.join(runs[:5])}{more}") from None
-        raise UserError(f"{path.parent} is not a run directory: it has no {path.name}{remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is damaged: {e}{remedy}, when you have deleted that file") from None
+        if (path.parent / "checkpoints").is_dir():
+            other += f", or train it again from the start: {again}"
+        elif not path.parent.is_dir() or not any(path.parent.iterdir()):
+            other += f", or train one there: {program('train')} --run-dir {word(path.parent)}"
+        raise UserError(f"{path.parent} is not a run directory: it has no {path.name}{other}") from None
+    except RecursionError:
+        raise UserError(f"{path} is damaged: it is nested too deep{remedy}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is damaged: {e}{remedy}") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} is damaged: it holds no settings")
+        raise UserError(f"{path} is damaged: it holds no settings{remedy}")
     return tree
 
 
@@ -697,6 +715,13 @@ def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
     run_dir = Path(options.get("run_dir", f"runs/{name}"))
     if options.get("run_dir") == "":
         raise UserError("--run-dir needs a value")
+    for flag, path in (("--run-dir", run_dir), ("train.init_from", Path(cfg.train.init_from))):
+        try:
+            path.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as e:  # a name that is too long, a folder that is not ours to read
+            raise UserError(f"{flag}={path} cannot be used: {e.strerror}") from None
     if cfg.train.init_from != "scratch":
         cfg, origin = _take_over(cfg, origin, run_dir, "overwrite" in options)
     return Command(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -11,12 +12,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nanogpt_jax import config
-from nanogpt_jax.training.run_dir import IMPORTED, newest
+from nanogpt_jax.config import UserError
+from nanogpt_jax.data import tokenizer
+from nanogpt_jax.host import files
+from nanogpt_jax.training import run_dir
+from nanogpt_jax.training.metrics import MetricsLog, read_metrics
+from nanogpt_jax.training.run_dir import IMPORTED, claim, newest, prepare
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -448,8 +457,11 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(
     big = max((place / "runs/cut/checkpoints/10").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     os.truncate(big, 10)
     longer = [*SMALL, "--train.steps", "20", "--run-dir", "runs/cut"]
-    refused(run(place, clean_env, "train.py", *longer), "checkpoints/10 is damaged", "delete that folder")
-    shutil.rmtree(place / "runs/cut/checkpoints/10")
+    result = run(place, clean_env, "train.py", *longer)
+    refused(result, "checkpoints/10 is damaged", f"{big.relative_to(place)} has 10 bytes")
+    advice = re.search("go on from checkpoint 5: (.*)", result.stderr)
+    assert advice
+    subprocess.run(shlex.split(advice[1]), cwd=place, check=True)  # to the letter
     result = run(place, clean_env, "train.py", *longer)
     assert result.returncode == 0, result.stderr
     assert "from step 5" in result.stdout
@@ -514,7 +526,7 @@ def test_a_run_with_damaged_files_goes_on_or_says_which(place, clean_env):
     kept = scores.read_bytes()
     scores.write_bytes(kept[:5])
     for script, arguments in (("train.py", longer), ("sample.py", ["runs/worn"])):
-        refused(run(place, clean_env, script, *arguments), "checkpoints/10 is damaged", "delete that folder")
+        refused(run(place, clean_env, script, *arguments), "checkpoints/10 is damaged", "metrics/metrics has 5 bytes")
     scores.write_bytes(kept)
     log = place / "runs/worn/metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
@@ -594,8 +606,281 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, clean
     assert during_save >= 3
 
 
+# ---- the run directory, in this process and without jax --------------------------------------------------------------
+
+DATA = SimpleNamespace(tokenizer=tokenizer.make("char", "abc"), fingerprint="abc", manifest={})
+
+
+def attempt(*flags: str, begin: bool = False, data: Any = DATA, then: Callable[[Path], None] = lambda _: None) -> None:
+    """A start of train.py with these flags, which stops before it trains, or when it has logged a line."""
+    source = [] if "--data.source" in flags else ["--data.source", "text.txt"]
+    command = config.load([*source, *flags])
+    with claim(command) as run:
+        prepare(run, command, command.cfg, data)
+        then(run)
+        with MetricsLog(run, command.cfg.train, 0) as log:
+            if begin:
+                log.write(1, {"train/loss": 1.0})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def fail(error: BaseException) -> Callable[[Path], None]:
+    def do(_: Path) -> None:
+        raise error
+
+    return do
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch):
+    """A run with a checkpoint, of which only the folder is there, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_dir, "_check_devices", lambda _: None)
+    attempt("--run-dir", "done", begin=True)
+    (tmp_path / "done/checkpoints/10/params").mkdir(parents=True)
+    return tmp_path / "done"
+
+
+PLACES = [
+    *("config.json", "data.json", "metrics.jsonl", "lock", "tokenizer/tokenizer.json", "tokenizer/characters.txt"),
+    *("checkpoints", "tokenizer", "tensorboard", "wandb", "checkpoints/10", "checkpoints/10/params/d"),
+]
+
+
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]], ids=["going on", "starting over"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "the other kind"])
+@pytest.mark.parametrize("name", PLACES)
+def test_nothing_is_written_through_what_a_stranger_put_into_a_run(done, name, kind, flag):
+    place, elsewhere = done / name, done.with_name("elsewhere")
+    folder = place.is_dir() or name in ("tensorboard", "wandb")
+    if kind == "the other kind" and name == "checkpoints/10/params/d":
+        return  # a file is as good there
+    shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    if kind == "link":
+        elsewhere.mkdir() if folder else elsewhere.write_text("precious")
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "the other kind":
+        place.touch() if folder else place.mkdir()
+    else:
+        place.symlink_to(elsewhere)
+    before = content(elsewhere) if folder else elsewhere.exists() and elsewhere.read_text()
+    with pytest.raises(UserError, match=re.escape(str(Path("done", name)))):
+        attempt("--run-dir", "done", *flag)
+    assert (content(elsewhere) if folder else elsewhere.exists() and elsewhere.read_text()) == before
+    assert os.path.lexists(place)
+
+
+def test_a_run_directory_may_be_a_link(done):
+    done.rename(done.with_name("disk"))
+    done.symlink_to("disk")
+    attempt("--run-dir", "done")
+    attempt("--run-dir", "done", "--overwrite", begin=True)
+    assert done.is_symlink()
+    assert not (done / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_start_that_fails_takes_away_what_it_made_and_nothing_else(done, error):
+    mine = done.with_name("mine")
+    mine.mkdir()
+    with pytest.raises(type(error)):
+        attempt("--run-dir", "mine", then=fail(error))
+    assert list(mine.iterdir()) == []
+
+    def meanwhile(run: Path) -> None:
+        (run / "notes.txt").write_text("mine")
+        raise error
+
+    with pytest.raises(type(error)):
+        attempt("--run-dir", "a/b/c", then=meanwhile)
+    assert content(done.with_name("a")) == {"b/c/notes.txt": b"mine"}
+    shutil.rmtree(done.with_name("a"))
+    with pytest.raises(type(error)):
+        attempt("--run-dir", "a/b/c", then=fail(error))
+    assert not done.with_name("a").exists()
+
+
+def test_a_run_is_overwritten_when_the_new_one_has_begun_and_not_before(done):
+    before = content(done)
+    with pytest.raises(UserError, match="no such mesh"):
+        attempt("--run-dir", "done", "--overwrite", "--train.seed", "7", then=fail(UserError("no such mesh")))
+    assert content(done) == before
+    assert (done / "checkpoints/10/params").is_dir()
+    attempt("--run-dir", "done", "--overwrite", "--train.seed", "7", begin=True)
+    assert config.read_json(done / "config.json").train.seed == 7
+    assert not (done / "checkpoints").exists()
+    assert not [p for p in done.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("moves", range(7))
+def test_a_start_killed_while_it_overwrites_is_taken_back_by_the_next(done, moves, monkeypatch):
+    """`moves`: renames that the killed process had made; what it would have done on its way out is left undone."""
+    before, rename = content(done), os.rename
+
+    def killed(*names):
+        nonlocal moves
+        moves -= 1
+        if moves < 0:
+            raise SystemExit
+        rename(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        patch.setattr(run_dir, "_settle", lambda *_, **__: None)
+        with contextlib.suppress(SystemExit):
+            attempt("--run-dir", "done", "--overwrite", "--train.seed", "7")
+    (done / "tokenizer").mkdir(exist_ok=True)
+    (done / "tokenizer/.characters.txt.0123456789ab.tmp").touch()
+    with pytest.raises(UserError, match="with other settings"):
+        attempt("--run-dir", "done", "--train.seed", "8")
+    assert content(done) == before
+    assert (done / "checkpoints/10/params").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--train.tensorboard", "true"], "needs pip install 'nanogpt-jax[tensorboard]'"),
+        (["--train.wandb", "true"], "needs pip install 'nanogpt-jax[wandb]'"),
+        (["--init-from", "done"], "--overwrite would delete train.init_from=done"),
+        (["--init-from", "./done/../done"], "--overwrite would delete train.init_from="),
+    ],
+)
+def test_what_cannot_be_is_known_before_a_run_is_touched(done, flags, words, monkeypatch):
+    for package in ("tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    before = content(done)
+    with pytest.raises(UserError, match=re.escape(words)):
+        attempt("--run-dir", "done", "--overwrite", *flags)
+    assert content(done) == before
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_begun(done, writes, monkeypatch):
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal writes
+        writes -= 1
+        if writes < 0:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            attempt("--run-dir", "new/run")
+    assert not done.with_name("new").exists()
+    attempt("--run-dir", "new/run", begin=True)
+
+
+def test_a_disk_that_fills_up_while_training_stops_it_with_a_word_about_the_last_checkpoint(done, monkeypatch):
+    cfg = config.Config().train
+    with MetricsLog(done, cfg, 10) as log:
+        log.write(11, {"train/loss": 1.0, "perplexity": math.inf})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda *_: 3)  # what a disk takes that is about to be full
+            with pytest.raises(UserError, match=r"No space left on device(.|\n)*goes on from checkpoint 10"):
+                log.write(12, {"train/loss": 1.0})
+    assert read_metrics(done / "metrics.jsonl")[-1] == {"step": 11, "train/loss": 1.0, "perplexity": None}
+
+
+@pytest.mark.parametrize("folder", ["done", "tokenizer", "checkpoints"])
+def test_a_folder_that_cannot_be_written_is_known_at_the_start(done, folder, monkeypatch):
+    def refuse(path: Path) -> None:
+        if path.parent.name == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "check_writable", refuse)
+    with pytest.raises(UserError, match=rf"cannot write in .*{folder}: Permission denied"):
+        attempt("--run-dir", "done")
+
+
+def test_leftovers_of_killed_processes_are_taken_away(done):
+    left = [".config.json.0123456789ab.tmp", "config.json.tmp", "metrics.tmp", "tokenizer/.characters.txt.01234567.tmp"]
+    for name in left:
+        (done / name).touch()
+    (done / "checkpoints/20.orbax-checkpoint-tmp/params").mkdir(parents=True)
+    kept = done / "notes.tmp"
+    kept.touch()
+    attempt("--run-dir", "done")
+    assert not [name for name in left if (done / name).exists()]
+    assert [p.name for p in (done / "checkpoints").iterdir()] == ["10"]
+    assert kept.exists()
+
+
+def test_the_same_text_in_another_place_is_the_same_data(done, capsys):
+    attempt("--run-dir", "done", "--data.source", "./text.txt")
+    assert "note: data.source=text.txt is ./text.txt now" in capsys.readouterr().err
+    assert config.read_json(done / "config.json").data.source == "./text.txt"
+    attempt("--run-dir", "done", "--data.mixture", "a.txt=1,b.txt=2", "--data.source", config.DataConfig.source)
+    with pytest.raises(UserError, match=r"data.source: python-docs in the run, other.txt now"):
+        attempt(
+            "--run-dir", "done", "--data.source", "other.txt", data=SimpleNamespace(**{**vars(DATA), "fingerprint": 1})
+        )
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a/" + "n" * 300, "n/" * 2500, "text.txt/run"])
+@pytest.mark.parametrize("flag", ["--run-dir", "--init-from"])
+def test_a_name_that_no_file_system_takes_is_an_error(done, flag, name):
+    done.with_name("text.txt").touch()
+    with pytest.raises(UserError):
+        attempt(flag, name)
+
+
+def test_a_name_that_is_no_text(done):
+    """A source may have it. A run directory may not: orbax could save no checkpoint."""
+    odd = os.fsdecode(b"odd \xff")
+    attempt("--run-dir", "new", "--data.source", odd, begin=True)
+    assert config.read_json(Path("new/config.json")).data.source == odd
+    with pytest.raises(UserError, match="not UTF-8"):
+        attempt("--run-dir", odd)
+    assert not os.path.lexists(odd)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ("[]", "holds no settings"),
+        ("{", "is damaged"),
+        (b"\xff", "is damaged"),
+        (os.mkfifo, "it is a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a link"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused_by_name(done, content, words):
+    path = done / "config.json"
+    path.unlink()
+    content(path) if callable(content) else path.write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    with pytest.raises(UserError, match=rf"done/config.json.*{words}"):
+        config.read_json(path)
+    with pytest.raises(UserError, match=r"done/config\.json"):
+        attempt("--run-dir", "done")
+
+
+def test_commands_that_are_printed_can_be_typed(monkeypatch):
+    argv = ["--run-dir", "my run", "--resume", "must", "--overwrite", "--data.source=a'b", "--train.steps", "5"]
+    again = shlex.split(run_dir.command_again(argv, steps=10))
+    assert again[-4:] == ["--run-dir", "my run", "--data.source=a'b", "--train.steps=10"]
+    monkeypatch.setattr(sys, "argv", ["/my tools/sample.py", "my run", "--checkpoint", "10", "--top-k=5"])
+    typed = shlex.split(run_dir.typed(("--checkpoint",), "--checkpoint=5"))
+    assert typed == ["python", "/my tools/sample.py", "my run", "--top-k=5", "--checkpoint=5"]
+    assert shlex.split(config.program("train")) == ["python", "/my tools/train.py"]
+    monkeypatch.setattr(sys, "argv", ["nanogpt-jax", "classify", "predict", "r", "--", "--checkpoint", "5"])
+    typed = shlex.split(run_dir.typed(("--checkpoint",), "--checkpoint=5"))
+    assert typed[3:] == ["r", "--checkpoint=5", "--", "--checkpoint", "5"]
+    assert shlex.split(config.word(Path("-x"))) == ["./-x"]
+
+
 def test_the_newest_run_is_one_that_has_learned(tmp_path):
-    for name, step, saved in [("old", 5, 1), ("new", 5, 2), ("stopped", 0, 3)]:
+    for name, step, saved in [("old", 5, 1), ("new", 5, 2), ("stopped", 0, 3), (".new.0123456789ab.tmp", 5, 4)]:
         (tmp_path / name / "checkpoints" / str(step)).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(config.to_json(config.Config()))
         os.utime(tmp_path / name / "checkpoints", (saved, saved))

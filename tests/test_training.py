@@ -4,7 +4,9 @@ import json
 import math
 import os
 import platform
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,12 +35,13 @@ from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
 from nanogpt_jax.model import attention, gpt2
-from nanogpt_jax.training import loop, metrics, program, signals
+from nanogpt_jax.training import checkpoint, checksums, loop, metrics, program, signals
+from nanogpt_jax.training.checkpoint import Checkpointer, load_params
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
 from nanogpt_jax.training.program import Program
 from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.signals import stop_on_signals
-from nanogpt_jax.training.step import init_state, make_train_step
+from nanogpt_jax.training.step import TrainState, init_state, make_train_step
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60
@@ -613,8 +616,6 @@ def numbers(run: str) -> list[dict]:
 
 
 def final_params(run: str):
-    from nanogpt_jax.training.checkpoint import load_params
-
     return load_params(Path(run), config.read_json(Path(run) / "config.json"), "latest")
 
 
@@ -665,8 +666,6 @@ def test_a_save_is_a_copy_of_its_moment(train):
         assert train("--train.steps", str(steps), *flags, run) == 0
         params[steps] = final_params(run)[0]
     assert train("--train.steps", "12", "--optim.schedule", "constant", "--train.keep", "9", "--run-dir", "long") == 0
-    from nanogpt_jax.training.checkpoint import load_params
-
     cfg = config.read_json(Path("long/config.json"))
     for steps, expected in params.items():
         assert_trees_equal(load_params(Path("long"), cfg, str(steps))[0], expected)
@@ -681,8 +680,6 @@ def test_newest_and_best_checkpoints_are_kept(train):
     assert list(losses) == [10, 20, 30, 40, 50, 60]
     best = min(losses, key=lambda s: losses[s])
     assert checkpoint_steps(Path("r")) == sorted({best, 56, 60})
-    from nanogpt_jax.training.checkpoint import load_params
-
     assert load_params(Path("r"), config.read_json(Path("r/config.json")))[1] == best
     # a resumed run knows the best from before
     assert train(*flags, "--train.steps", "64", "--run-dir", "r") == 0
@@ -695,8 +692,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         train(*flags, "--run-dir", "r")
     assert all(math.isfinite(row.get("train/loss", 0)) for row in rows("r"))
     for step in checkpoint_steps(Path("r")):
-        from nanogpt_jax.training.checkpoint import load_params
-
         params, _ = load_params(Path("r"), config.read_json(Path("r/config.json")), str(step))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
@@ -775,6 +770,132 @@ def test_one_number_among_many_is_found(bad):
     assert loop.are_finite({})
     assert not loop.are_finite({**tree, "a": tree["a"].at[2, 49].set(bad)})
     assert not loop.are_finite({**tree, "b": [tree["b"][0].at[0].set(bad)]})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """saved() is a run of its own, with checkpoints 10 and 20, and its settings."""
+    original = tmp_path_factory.mktemp("saved") / "run"
+    cfg = replace(TINY, model=replace(TINY.model, n_layer=1, n_embd=8))
+    tx, mesh = make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh)
+    with Checkpointer(original, keep=2) as checkpoints:
+        for step in (10, 20):
+            state = init_state(cfg, tx, mesh)
+            checkpoints.save(state, step, {"best_val_loss": None}, 1 / step)
+            checkpoints.wait()
+    (original / "config.json").write_text(config.to_json(cfg))
+
+    def copy():
+        return Path(shutil.copytree(original, tmp_path_factory.mktemp("run") / "run")), cfg
+
+    return copy
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
+    run, cfg = saved()
+    assert checkpoint._damage(run, 20, checkpoint.RESUME) == ""
+    parts = sorted(p for p in (run / "checkpoints/20").rglob("*") if p.is_file() and p.stat().st_size)
+    chance = random.Random(0)
+    for path in parts:
+        bit = chance.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        assert str(path) in checkpoint._damage(run, 20, checkpoint.RESUME)
+        flip(path, bit)
+    assert len(parts) > 20
+    bad = run / "checkpoints/20/opt_state/_METADATA"
+    flip(bad, 5)
+    load_params(run, cfg)  # which needs none of it
+    tx, mesh = make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh)
+    delete = re.escape(f"rm -r {run / 'checkpoints/20'}")
+    with Checkpointer(run, 2) as checkpoints, pytest.raises(UserError, match=f"{bad} has .*checksum(.|\n)*{delete}\n"):
+        checkpoints.resume(cfg, tx, mesh)
+    bad = max((run / "checkpoints/20/params").rglob("*"), key=lambda p: p.stat().st_size)
+    flip(bad, 5)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "a run"])
+    with pytest.raises(UserError, match=rf"{bad} has .*\n.*: python sample.py 'a run' --checkpoint=10$"):
+        load_params(run, cfg)
+    with pytest.raises(UserError, match=rf"{bad} has .*\n.*rm -r {run}/checkpoints/20\n"):
+        load_params(run, cfg, to_start=True)
+    shutil.rmtree(run / "checkpoints/10")
+    with pytest.raises(UserError, match=rf"{bad} has .*\n.*no other"):
+        load_params(run, cfg)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "checksums.json").unlink(), "checksums.json is missing"),
+        (lambda folder: (folder / "checksums.json").write_text("[" * 100_000), "checksums.json holds no checksums"),
+        (lambda folder: (folder / "params/_METADATA").unlink(), "params/_METADATA is missing"),
+        (lambda folder: os.truncate(folder / "params/_METADATA", 9), "params/_METADATA has 9 bytes instead of"),
+        (lambda folder: (folder / "params/link").symlink_to("/dev/zero"), "params/link is a link"),
+        (lambda folder: os.mkfifo(folder / "params/pipe"), "params/pipe is a pipe"),
+        (lambda folder: (folder / "metrics/metrics").write_text("{}"), "metrics/metrics has 2 bytes"),
+    ],
+)
+def test_other_damage_is_found_too(saved, spoil, words):
+    run, cfg = saved()
+    spoil(run / "checkpoints/20")
+    with pytest.raises(UserError, match=rf"checkpoints/20 is damaged\n.*checkpoints/20/{words}"):
+        load_params(run, cfg)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_one_note_says_what_that_means(saved, capsys):
+    run, cfg = saved()
+    (run / "checkpoints/20/checksums.json").unlink()
+    meta = run / "checkpoints/20/meta/metadata"
+    meta.write_text(json.dumps({"best_val_loss": 0.5}))
+    assert load_params(run, cfg)[1] == 20
+    assert capsys.readouterr().err.count("note: an earlier version saved") == 1
+    flip(run / "checkpoints/20/params/manifest.ocdbt", 5)
+    with pytest.raises(UserError, match=r"checkpoints/20 is damaged or of another model\n.*\n.*take checkpoint 10"):
+        load_params(run, cfg)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_good_checkpoint_that_does_not_fit_the_settings_is_not_called_damaged(saved, old):
+    run, cfg = saved()
+    if old:
+        (run / "checkpoints/20/checksums.json").unlink()
+        (run / "checkpoints/20/meta/metadata").write_text("{}")
+    other = replace(cfg, model=replace(cfg.model, block_size=99))
+    with pytest.raises(UserError, match=r"config.json\n +wpe.* is \(16, 8\) in the checkpoint, and \(99, 8\) by") as e:
+        load_params(run, other)
+    assert "rm -r" not in str(e.value)
+    assert "checkpoint 10" not in str(e.value)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(saved):
+    run, cfg = saved()
+    params, _ = load_params(run, cfg)
+    params["ln_f"]["scale"] = params["ln_f"]["scale"].at[3].set(math.nan)
+    with Checkpointer(run, keep=3) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(30), params, {"x": jnp.ones(1)}), 30, {}, None)
+    with pytest.raises(UserError, match=r"checkpoints/30 is not finite: there is nan or inf in ln_f.scale"):
+        load_params(run, cfg, "latest")
+
+
+def test_a_save_that_fails_leaves_no_folder_and_keeps_the_words_of_the_system(saved, monkeypatch):
+    run, cfg = saved()
+    state = init_state(cfg, make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh))
+
+    def full(folder: Path) -> None:
+        raise ValueError(f"RESOURCE_EXHAUSTED: Error writing {'x' * 300} [OS error 28: no space left on device]")
+
+    monkeypatch.setattr(checksums, "write", full)
+    with Checkpointer(run, 2) as checkpoints:
+        checkpoints.save(state, 30, {}, None)
+        with pytest.raises(
+            UserError, match=r"could not save step 30(.|\n)*is step 20\n +No space left on device: RESOU"
+        ):
+            checkpoints.wait()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "20"]
 
 
 def test_a_run_moves_and_samples_without_its_data(train, tmp_path, capsys):

@@ -8,9 +8,7 @@ import base64
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from nanogpt_jax.config import UserError, suggestion
+from nanogpt_jax.host import files
 
 # tiktoken's form of GPT-2's pattern; it splits as the original does, faster
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -203,6 +202,7 @@ class BytePairTokenizer(GPT2Tokenizer):
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": BytePairTokenizer}
+FILES = ("tokenizer.json", *sorted({kind.file for kind in TOKENIZERS.values()}))  # what `save` may leave in a folder
 
 
 def make(kind: str, texts: str | Iterable[str], end_of_text: bool = False) -> Tokenizer:
@@ -237,6 +237,7 @@ def load(folder: Path) -> Tokenizer:
     """The tokenizer that `save` left in `folder`; UserError if it is missing, damaged or of an unknown kind."""
     path = folder / "tokenizer.json"
     try:
+        _check_file(path)
         about = json.loads(path.read_bytes())
         if "added_tokens" in about and "model" in about:
             raise UserError(
@@ -248,16 +249,26 @@ def load(folder: Path) -> Tokenizer:
             known = ", ".join(TOKENIZERS)
             raise UserError(f"{path}: unknown kind {kind!r}, known: {known}{suggestion(kind, TOKENIZERS)}")
         path = folder / TOKENIZERS[kind].file
+        _check_file(path)
         stored = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"no tokenizer in {folder}: {path.name} is missing") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: it does not describe a tokenizer") from None
     if _fingerprint(kind, stored) != fingerprint:  # before the bytes are parsed
         raise UserError(f"{path} is damaged: its fingerprint is not the one in tokenizer.json")
-    return TOKENIZERS[kind](stored)
+    try:
+        return TOKENIZERS[kind](stored)
+    except (ValueError, IndexError, AssertionError):  # written by no `save`, but with the right fingerprint
+        raise UserError(f"{path} is damaged: it holds no tokenizer of the kind {kind}") from None
+
+
+def _check_file(path: Path) -> None:
+    """UserError where reading `path` might never end."""
+    if files.is_special(path):
+        raise UserError(f"{path} is no file, but a pipe or a device: nothing is read from it")
 
 
 def pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
@@ -309,10 +320,8 @@ def _fingerprint(kind: str, stored: bytes) -> str:
 def _save(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     about = {"kind": tokenizer.name, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
-    for name, content in {tokenizer.file: tokenizer.stored, "tokenizer.json": json.dumps(about).encode()}.items():
-        partial = folder / f".{name}.{secrets.token_hex(4)}.tmp"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+    files.write(folder / tokenizer.file, tokenizer.stored)
+    files.write(folder / "tokenizer.json", json.dumps(about))
 
 
 def _gpt2_ranks() -> dict[bytes, int]:

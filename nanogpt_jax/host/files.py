@@ -6,6 +6,7 @@ that was killed, and the next writer of the same NAME removes it.
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -77,6 +78,32 @@ def is_special(path: Path) -> bool:
     except OSError:
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def kind_of(path: Path) -> str:
+    """What lies at `path` itself: "file", "folder", "link", "pipe", "device", "socket"; "" if nothing does. OSError."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link", stat.S_IFIFO: "pipe"}
+    return kinds.get(stat.S_IFMT(mode), "socket" if stat.S_ISSOCK(mode) else "device")
+
+
+def read(path: Path) -> bytes:
+    """The content of the file at `path`. OSError for anything else that lies there: reading a pipe might never end."""
+    if (kind := kind_of(path)) not in ("file", ""):
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a file", str(path))
+    return path.read_bytes()
+
+
+def entries(folder: Path) -> Iterator[tuple[str, str]]:
+    """Everything in `folder`, at any depth: its path from there, and what it is. No link is followed. OSError."""
+    for name in sorted(os.listdir(folder)):
+        kind = kind_of(folder / name)
+        yield name, kind
+        if kind == "folder":
+            yield from ((f"{name}/{inner}", kind) for inner, kind in entries(folder / name))
 
 
 def check_writable(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line of `sample.py`: flags, their limits, and the prompt. No jax here: a typo is reported at once."""
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import NoReturn
@@ -94,9 +95,9 @@ def read_prompt(options: argparse.Namespace) -> str | None:
 def existing(name: str) -> Path:
     """The run directory of that name, if it is a directory; config.py says whether it is a run."""
     run = Path(name)
-    if run.is_dir():
+    if os.path.isdir(run):  # Path's own raise errors for a name that no file system takes
         return run
-    if run.exists():
+    if os.path.exists(run):
         raise UserError(f"{run} is a file; a run is a directory, like runs/default")
     near = config.suggestion(str(run), [str(p) for p in Path("runs").glob("*/")])
     near = near or config.suggestion(run.name, [p.name for p in Path("runs").glob("*/")])

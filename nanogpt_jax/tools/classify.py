@@ -86,7 +86,7 @@ def train(argv: list[str]) -> int:
         cfg = config.with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
         run_dir.prepare(run, command, cfg, data)
         program = config.program("classify")
-        then = f"next: {program} eval {run}\n      {program} predict {run} TEXT"
+        then = f"next: {program} eval {config.word(run)}\n      {program} predict {config.word(run)} TEXT"
         if finished := run_dir.finished(run, cfg):
             print(f"{finished}\n{then}")
             return 0
@@ -107,7 +107,7 @@ def _manifest(run: Path) -> dict[str, Any]:
     """What a run has written down of its data."""
     path = run / "data.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(files.read(path))
         labels, _ = manifest["labels"], manifest["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is missing or damaged ({e})") from None

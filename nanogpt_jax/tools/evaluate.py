@@ -15,12 +15,12 @@ import numpy as np
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, UserError
-from nanogpt_jax.data import batches, corpora, tokenizer
+from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.evaluation import statistics
 from nanogpt_jax.evaluation.statistics import Estimate
-from nanogpt_jax.host import terminal
+from nanogpt_jax.host import files, terminal
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
@@ -135,9 +135,9 @@ def main(argv: list[str]) -> int:
             print(difference["words"])
     if wish.json:
         try:
-            run_dir.write_atomically(Path(wish.json), json.dumps(result, indent=2, default=asdict) + "\n")
+            files.write_result(Path(wish.json), json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
         except OSError as e:
-            raise UserError(f"cannot write --json={wish.json}: {e.strerror}") from None
+            raise UserError(f"cannot write --json={wish.json}: {e.strerror or e}") from None
     return 0
 
 
@@ -200,7 +200,7 @@ def open_run(path: Path) -> Run:
     cfg = config.read_json(path / "config.json")
     if not run_dir.checkpoint_steps(path):
         raise UserError(f"{path} has no checkpoint yet")
-    return Run(path, cfg, tokenizer.load(path / "tokenizer"))
+    return Run(path, cfg, run_dir.load_tokenizer(path, cfg))
 
 
 def load(run: Run, checkpoint: str = "best"):
@@ -266,12 +266,12 @@ def _own_text(run: Run, split: str) -> Text:
     other = "to measure it on another text: --data FILE"
     path = run.path / "data.json"
     try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        fingerprint = json.loads(files.read(path))["fingerprint"]
     except FileNotFoundError:
         raise UserError(
             f"{run.path} does not say what it was trained on: {path.name} is missing\n       {other}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e})\n       {other}") from None
     try:
         data = open_data(run.cfg.data)
@@ -421,6 +421,17 @@ def _by_bytes(runs: list[Run], texts: list[Text], nats: list[np.ndarray]) -> tup
         places = np.searchsorted(end, cuts, side="right") - 1  # of nats, which begin with the second token
         sums.append(statistics.sums_between(each[places[0] : places[-1]], places[:-1] - places[0]))
     return sums, np.diff(cuts)
+
+
+def _finite(value: Any) -> Any:
+    """`value` as JSON can say it: a number that is not finite is null, an estimate is an object."""
+    if isinstance(value, Estimate):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- lm-eval --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for, and the progress bar."""
 
 import contextlib
+import errno
 import json
+import math
 import os
 import sys
 import time
@@ -9,7 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanogpt_jax.config import TrainConfig, UserError
-from nanogpt_jax.host import terminal
+from nanogpt_jax.host import files, terminal
+from nanogpt_jax.training.run_dir import begun, checkpoint_steps
 
 LINE_SECONDS = 60  # at most, between two lines of progress where there is no bar
 
@@ -17,8 +20,8 @@ LINE_SECONDS = 60  # at most, between two lines of progress where there is no ba
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl. One that is damaged is left out, as a crash leaves a last one that is cut short."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+    for line in files.read(path).splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
@@ -28,29 +31,47 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, step: int):
         """Lines after `step` are dropped: the steps that they tell of will be taken again."""
-        path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(beside, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._run_dir, self._path, self._is_new = run_dir, run_dir / "metrics.jsonl", True
+        try:
+            kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+            files.write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0))
+        except OSError as e:
+            raise self._failed(e) from None
         self._tensorboard = _tensorboard(run_dir, step) if cfg.tensorboard else None
         self._wandb = _wandb(run_dir) if cfg.wandb else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """A number that is not finite is null: JSON has no other word for it."""
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, **known}).encode() + b"\n"
+        try:
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:  # the next start drops what there is of the line
+            raise self._failed(e) from None
+        if self._is_new:
+            begun(self._run_dir)
+            self._is_new = False
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
 
+    def _failed(self, error: OSError) -> UserError:
+        steps = checkpoint_steps(self._run_dir)
+        last = f"from checkpoint {steps[-1]}" if steps else "from the start, as there is no checkpoint yet"
+        return UserError(
+            f"cannot write {self._path}: {error.strerror or error}; the run stops here\n"
+            f"       see to that (a full disk: free some space); the same command then goes on {last}"
+        )
+
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        os.close(self._file)
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:

@@ -5,12 +5,18 @@
     RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
     RUN/import.json   of an imported model, which has no data and is not trained further in place: where it came from
 
-Nothing here imports jax, unless a run is to be overwritten: one that must not be touched is refused before XLA starts.
+A run that is started over is set aside in RUN/.overwritten until the new one has begun: until its first line of metrics
+or its first checkpoint. A start that fails before that puts it back; one that is killed leaves that to the next.
+
+Nothing here imports jax, unless files that stand are to be replaced: a run that must not be touched is refused before
+XLA starts.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -24,65 +30,242 @@ from nanogpt_jax.config import Command, Config, UserError
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.labelled import LabelledData
 from nanogpt_jax.data.prepare import Dataset
+from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.host import files
 
-NAMES = ("checkpoints", "tokenizer", "tensorboard", "wandb", "config.json", "data.json", "metrics.jsonl", "sample.txt")
+WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
+WRITTEN_FILES = ("config.json", "data.json", "metrics.jsonl")
+WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
+LOCK = "lock"
+BEING_MOVED, SET_ASIDE = config.SET_ASIDE
+UNFINISHED = ".orbax-checkpoint-tmp"  # how the folder of a save under way ends
+# what earlier versions left when they were killed
+OLD_LEFTOVER = re.compile(
+    r"(config|data)\.json\.tmp|metrics\.tmp|\.(characters\.txt|ranks\.tiktoken|tokenizer\.json)\.[0-9a-f]{8}\.tmp"
+)
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Steps with a whole checkpoint, in order. A save cut short has a temporary name and is not among them."""
     folder = run_dir / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise UserError(f"cannot read {folder}: {e.strerror}") from None
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and os.path.isdir(folder / name))
 
 
 @contextlib.contextmanager
 def claim(command: Command) -> Iterator[Path]:
-    """The run directory, made and locked for this process, or a UserError that says why it may not be used."""
+    """The run directory, made and locked for this process, or a UserError that says why it may not be used.
+
+    A start that fails before the run has begun leaves everything as it was.
+    """
     run_dir = command.run_dir
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"--run-dir {run_dir} is a file")
-    try:
-        names = sorted(p.name for p in run_dir.iterdir()) if run_dir.is_dir() else []
-    except OSError as e:
-        raise UserError(f"cannot read {run_dir}: {e.strerror}") from None
+    _check_packages(command)
+    check_name(run_dir)
+    names = _names(run_dir)
+    _check_kinds(run_dir)
     if IMPORTED in names:
         raise UserError(
             f"{run_dir} holds an imported model, which is not trained further in place\n"
-            f"       to train from it: {config.program('train')} --init-from {run_dir} --run-dir NEW"
+            f"       to train from it: {config.program('train')} --init-from {config.word(run_dir)} --run-dir NEW"
         )
-    strangers = [name for name in names if name not in (*NAMES, "lock")]
+    strangers = [name for name in names if not _is_ours(name)]
     if "config.json" in names:
         config.read_json(run_dir / "config.json", type(command.cfg))  # another program's config.json is refused here
     elif strangers:
         raise UserError(
             f"--run-dir {run_dir} holds other files ({strangers[0]}) and is no run\n       choose a new directory"
         )
-    first = Path(command.cfg.train.init_from)
-    if command.cfg.train.init_from != "scratch" and not checkpoint_steps(run_dir) and not checkpoint_steps(first):
-        raise UserError(f"train.init_from={first} has no checkpoint yet ({command.origin['train.init_from']})")
-    if command.resume == "must" and not checkpoint_steps(run_dir):
-        raise UserError(f"--resume=must, but {run_dir} has no checkpoint")
-    if command.resume == "never" and not command.overwrite and checkpoint_steps(run_dir):
-        raise UserError(
-            f"--resume=never, but {run_dir} holds a run\n       choose another --run-dir, or delete it with --overwrite"
-        )
+    missing = [path for path in (run_dir, *run_dir.parents) if not os.path.lexists(path)]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run_dir / "lock")
+        lock = filelock.FileLock(run_dir / LOCK)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another process is training in {run_dir}\n       choose another --run-dir") from None
     except OSError as e:
-        raise UserError(f"cannot write in {run_dir}: {e.strerror}") from None
+        _remove_folders(missing)
+        raise UserError(f"cannot write in {run_dir}: {e.strerror or e}") from None
     with lock:
-        if (folder := run_dir / "checkpoints").exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise UserError(f"cannot write in {folder}, where checkpoints go")
+        _tidy(run_dir)
+        before = [name for name in WRITTEN if os.path.lexists(run_dir / name)]
         try:
+            _check_request(command)
+            _check_writable(run_dir)
             yield run_dir
-        except BaseException:  # a start that failed leaves nothing behind
-            if not names and not (run_dir / "metrics.jsonl").exists():
-                shutil.rmtree(run_dir)
-            raise
+        finally:
+            _settle(run_dir, is_new=not before)
+            if LOCK not in names and not _written(run_dir):
+                (run_dir / LOCK).unlink(missing_ok=True)
+                _remove_folders(missing)
+
+
+def _names(run_dir: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(run_dir))
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        what = run_dir if os.path.lexists(run_dir) else next(p for p in run_dir.parents if p.exists())
+        raise UserError(f"--run-dir {run_dir}: {what} is a file") from None
+    except OSError as e:
+        raise UserError(f"cannot read {run_dir}: {e.strerror}") from None
+
+
+def check_name(run_dir: Path) -> None:
+    """UserError where checkpoints could be neither written nor read: tensorstore takes UTF-8 alone for a path."""
+    try:
+        str(run_dir.resolve()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{run_dir} has a name that is not UTF-8, and no checkpoint can be kept in it\n       rename it"
+        ) from None
+    except (OSError, RuntimeError) as e:  # links in a circle
+        raise UserError(f"cannot use {run_dir}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def _is_ours(name: str) -> bool:
+    ours = (*WRITTEN, "sample.txt", LOCK, SET_ASIDE, BEING_MOVED)
+    return name in ours or bool(OLD_LEFTOVER.fullmatch(name) or files.LEFTOVER.fullmatch(name))
+
+
+def _check_packages(command: Command) -> None:
+    for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        spec = importlib.util.find_spec(package) if getattr(command.cfg.train, name) else None
+        if getattr(command.cfg.train, name) and not (spec and spec.origin):  # a folder of that name has no origin
+            where = command.origin[f"train.{name}"]
+            raise UserError(f"train.{name}=true needs pip install 'nanogpt-jax[{name}]' ({where})")
+
+
+def _check_kinds(run_dir: Path) -> None:
+    """UserError where something else stands in the place of a run's own files and folders: a link, above all, through
+    which a run that somebody handed over would have us write elsewhere. The run directory itself may be a link."""
+    wanted = {run_dir / name: "folder" for name in WRITTEN_FOLDERS}
+    wanted |= {run_dir / name: "file" for name in (*WRITTEN_FILES, LOCK)}
+    for folder in ("tokenizer", "checkpoints"):
+        inside = files.entries(run_dir / folder) if files.kind_of(run_dir / folder) == "folder" else ()
+        wanted |= {run_dir / folder / name: "folder" if name.isdecimal() else "file or folder" for name, _ in inside}
+    wanted |= {run_dir / "tokenizer" / name: "file" for name in tokenizer.FILES}
+    for path, kind in wanted.items():
+        if (found := files.kind_of(path)) and found not in kind:
+            raise UserError(
+                f"{path} is a {found}, and not the {kind} that a run has there: nothing is read or written through it\n"
+                "       take it away, or choose another --run-dir"
+            )
+
+
+def _check_request(command: Command) -> None:
+    """UserError where what is asked of the run directory cannot be, or could not be begun."""
+    run_dir, steps, first = command.run_dir, checkpoint_steps(command.run_dir), Path(command.cfg.train.init_from)
+    if command.cfg.train.init_from != "scratch":
+        if command.overwrite and os.path.exists(first) and os.path.samefile(first, run_dir):
+            raise UserError(
+                f"--overwrite would delete train.init_from={first} ({command.origin['train.init_from']})\n"
+                "       choose another --run-dir"
+            )
+        if not checkpoint_steps(first) and not steps:
+            raise UserError(f"train.init_from={first} has no checkpoint yet ({command.origin['train.init_from']})")
+    if command.resume == "must" and not steps:
+        raise UserError(f"--resume=must, but {run_dir} has no checkpoint")
+    if command.resume == "never" and not command.overwrite and steps:
+        raise UserError(
+            f"--resume=never, but {run_dir} holds a run\n       choose another --run-dir, or delete it with --overwrite"
+        )
+
+
+def _check_writable(run_dir: Path) -> None:
+    path = run_dir
+    try:
+        for path in (run_dir, run_dir / "tokenizer", run_dir / "checkpoints"):
+            if path.is_dir():
+                files.check_writable(path / "new")
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)))
+    except OSError as e:
+        raise UserError(f"cannot write in {path}: {e.strerror or e}") from None
+
+
+# ---- a run that is started over, and a start that fails -------------------------------------------------------------
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether training has left something: a checkpoint or a line of metrics."""
+    path = run_dir / "metrics.jsonl"
+    return bool(checkpoint_steps(run_dir)) or (path.is_file() and path.stat().st_size > 0)
+
+
+def begun(run_dir: Path) -> None:
+    """To be called when a run has begun: the one that it replaces is deleted."""
+    shutil.rmtree(run_dir / SET_ASIDE, ignore_errors=True)
+
+
+def _written(run_dir: Path) -> list[str]:
+    return [name for name in (*WRITTEN, SET_ASIDE, BEING_MOVED) if os.path.lexists(run_dir / name)]
+
+
+def _set_aside(run_dir: Path) -> None:
+    names = [name for name in WRITTEN if os.path.lexists(run_dir / name)]
+    if names:
+        (run_dir / BEING_MOVED).mkdir()
+        for name in names:
+            os.rename(run_dir / name, run_dir / BEING_MOVED / name)
+        os.rename(run_dir / BEING_MOVED, run_dir / SET_ASIDE)
+
+
+def _settle(run_dir: Path, is_new: bool) -> None:
+    """At the end of a start, or after one that was killed: a run that has begun takes the place of the one set aside;
+    of one that has not, nothing stays. `is_new`: there was nothing before it."""
+    with contextlib.suppress(OSError):  # a disk that fails now is tried again by the next start
+        if os.path.lexists(run_dir / SET_ASIDE):
+            if has_begun(run_dir):
+                begun(run_dir)
+            else:
+                _remove_written(run_dir)
+                os.rename(run_dir / SET_ASIDE, run_dir / BEING_MOVED)
+        elif is_new and not has_begun(run_dir):
+            _remove_written(run_dir)
+        if os.path.lexists(run_dir / BEING_MOVED):
+            for name in os.listdir(run_dir / BEING_MOVED):
+                os.rename(run_dir / BEING_MOVED / name, run_dir / name)
+            (run_dir / BEING_MOVED).rmdir()
+
+
+def _remove_written(run_dir: Path) -> None:
+    """What a start writes before training begins, and nothing that somebody else may have put there meanwhile."""
+    for name in (*WRITTEN_FILES, *(f"tokenizer/{name}" for name in tokenizer.FILES)):
+        (run_dir / name).unlink(missing_ok=True)
+    for folder in [*run_dir.glob(f"checkpoints/*{UNFINISHED}"), run_dir / "tensorboard", run_dir / "wandb"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    _remove_folders([run_dir / "checkpoints", run_dir / "tokenizer"])
+
+
+def _remove_folders(folders: list[Path]) -> None:
+    """Those that are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _tidy(run_dir: Path) -> None:
+    """Take away what killed processes have left here; nobody else writes here now."""
+    for folder in (run_dir, run_dir / "tokenizer"):
+        files.remove_all_leftovers(folder)
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                if OLD_LEFTOVER.fullmatch(path.name) and files.kind_of(path) == "file":
+                    path.unlink()
+    for path in run_dir.glob(f"checkpoints/*{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
+    _settle(run_dir, is_new=False)
+
+
+# ---- what training needs of it --------------------------------------------------------------------------------------
 
 
 def check_tokenizer(command: Command, data: Dataset | LabelledData) -> None:
@@ -102,42 +285,57 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
 
     `cfg` is the command's configuration with the vocabulary size filled in.
     """
-    steps = [] if command.overwrite else checkpoint_steps(run_dir)
-    if steps:
-        before = config.read_json(run_dir / "config.json", type(cfg))
-        compared = frozenset(config.types_of(type(cfg))) - config.EXECUTION
-        if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
-            compared -= {"data.tokenizer"}
-        changed = config.differences(before, cfg, compared)
-        if changed:
-            shown = "\n".join(
-                f"       {k}: {old} in the run, {new} now ({command.origin[k]})" for k, old, new in changed
-            )
-            raise UserError(
-                f"{run_dir} holds a run with other settings\n{shown}\n"
-                "       choose another --run-dir, or start over with --overwrite"
-            )
-        if _fingerprint(run_dir / "data.json") != data.fingerprint:
-            raise UserError(
-                f"the data of {run_dir} has changed: {cfg.data.title} gives other tokens now than it was trained on\n"
-                "       bring the old text back, or choose another --run-dir"
-            )
-    else:
-        if (run_dir / "metrics.jsonl").exists() and not command.overwrite:
-            print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
-        if checkpoint_steps(run_dir):
-            _check_devices(cfg)
-        for name in NAMES:
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    data.tokenizer.save(run_dir / "tokenizer")
+    steps = checkpoint_steps(run_dir)
+    if steps and not command.overwrite:
+        _check_same(run_dir, command, cfg, data)
+    elif (run_dir / "metrics.jsonl").exists() and not command.overwrite:
+        print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
+    if steps and (command.overwrite or not finished(run_dir, cfg)):
+        _check_devices(cfg)
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
-    write_atomically(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
-    write_atomically(run_dir / "config.json", config.to_json(cfg))
+    try:
+        if not steps or command.overwrite:
+            _set_aside(run_dir)
+        data.tokenizer.save(run_dir / "tokenizer")
+        files.write(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
+        files.write(run_dir / "config.json", config.to_json(cfg))
+    except OSError as e:
+        raise UserError(
+            f"cannot write in {run_dir}: {e.strerror or e}\n"
+            "       see to that (a full disk: free some space), then give the same command again"
+        ) from None
+
+
+def _check_same(run_dir: Path, command: Command, cfg: Config, data: Dataset | LabelledData) -> None:
+    """UserError where the run in the directory has other settings or other data."""
+    before = config.read_json(run_dir / "config.json", type(cfg))
+    compared = frozenset(config.types_of(type(cfg))) - config.EXECUTION
+    if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
+        compared -= {"data.tokenizer"}
+    same_data = _fingerprint(run_dir / "data.json") == data.fingerprint
+    changed = config.differences(before, cfg, compared)
+    if same_data:  # it may have moved, or be spelt in another way
+        moved = [c for c in changed if c[0] in ("data.source", "data.mixture")]
+        changed = [c for c in changed if c not in moved]
+        if moved and not changed:
+            print(
+                f"note: data.source={before.data.title} is {cfg.data.title} now, with the same tokens", file=sys.stderr
+            )
+    if changed:
+        shown = "\n".join(f"       {k}: {old} in the run, {new} now ({command.origin[k]})" for k, old, new in changed)
+        raise UserError(
+            f"{run_dir} holds a run with other settings\n{shown}\n"
+            "       choose another --run-dir, or start over with --overwrite"
+        )
+    if not same_data:
+        raise UserError(
+            f"the data of {run_dir} has changed: {cfg.data.title} gives other tokens now than it was trained on\n"
+            "       bring the old text back, or choose another --run-dir"
+        )
 
 
 def _check_devices(cfg: Config) -> None:
-    """UserError where training could not start: what is to be overwritten is still there then."""
+    """UserError where training could not start: what is to be replaced is still there then."""
     from nanogpt_jax.distributed.mesh import make_mesh, start
     from nanogpt_jax.model import gpt2
 
@@ -147,19 +345,10 @@ def _check_devices(cfg: Config) -> None:
 
 def _fingerprint(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is missing or damaged ({e})\n       start over with --overwrite") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The old content or the new, whatever happens in between."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+        return json.loads(files.read(path))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        again = typed(("--resume",), "--overwrite") or "--overwrite"
+        raise UserError(f"{path} is missing or damaged ({e})\n       start over: {again}") from None
 
 
 def finished(run_dir: Path, cfg: Config) -> str:
@@ -172,14 +361,47 @@ def finished(run_dir: Path, cfg: Config) -> str:
 
 def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
     """The command that goes on with this run: the one that was typed, with other `steps` if given."""
-    values = {"--resume", "--train.steps"} if steps else {"--resume"}
-    words, skip = config.program(name).split(" ", 1), False
-    for word in argv:
+    more = f"--train.steps={steps}" if steps else ""
+    without = ("--resume", "--train.steps") if steps else ("--resume",)
+    return shlex.join([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), more)])
+
+
+def typed(without: tuple[str, ...] = (), more: str = "") -> str:
+    """The command line of this process, edited: for people to type. "" if the process is another program."""
+    program = Path(sys.argv[0])
+    if program.name in config.DOORS:
+        words = ["python", sys.argv[0]]
+    elif program.name == "__main__.py":
+        words = ["python", "-m", "nanogpt_jax"]
+    elif program.name == "nanogpt-jax":
+        words = ["nanogpt-jax"]
+    else:
+        return ""
+    return shlex.join([*words, *_edited(sys.argv[1:], without, more)])
+
+
+def _edited(argv: list[str], without: tuple[str, ...], more: str) -> list[str]:
+    """A command line without some flags and their values, and with one more. Behind `--` nothing is a flag."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, skip = [], False
+    for word in argv[:end]:
         flag, equals, _ = word.partition("=")
-        if not skip and word != "--overwrite" and flag not in values:
+        dropped = flag.replace("_", "-") in without
+        if not skip and not dropped:
             words.append(word)
-        skip = not skip and flag in values and not equals
-    return shlex.join([*words, *(["--train.steps", str(steps)] if steps else [])])
+        skip = not skip and dropped and not equals and flag != "--overwrite"
+    return [*words, *filter(None, [more]), *argv[end:]]
+
+
+def load_tokenizer(run_dir: Path, cfg: Config) -> Tokenizer:
+    """The tokenizer of a run; UserError where it is not its model's."""
+    found = tokenizer.load(run_dir / "tokenizer")
+    if found.n_vocab > cfg.model.vocab_size:
+        raise UserError(
+            f"{run_dir} is damaged: its tokenizer has {found.n_vocab} tokens, and by {run_dir / 'config.json'} "
+            f"model.vocab_size={cfg.model.vocab_size}\n       if that file was changed, bring the old one back"
+        )
+    return found
 
 
 def newest(folder: Path) -> Path:
@@ -189,7 +411,8 @@ def newest(folder: Path) -> Path:
         learned = checkpoint_steps(run)[-1] > 0 or (run / IMPORTED).exists()
         return learned, (run / "checkpoints").stat().st_mtime
 
-    runs = [p.parent for p in folder.glob("*/config.json") if checkpoint_steps(p.parent)]
+    found = [p.parent for p in folder.glob("*/config.json") if not p.parent.name.startswith(".")]  # an import under way
+    runs = [run for run in found if checkpoint_steps(run)]
     for run in sorted(runs, key=rank, reverse=True):
         if not config.is_classifier(run):
             return run
