@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_jax.config import DataConfig, UserError
-from nanogpt_jax.data import batches, corpora, prepare, tokenizer
+from nanogpt_jax.data import batches, corpora, prepare, records, tokenizer
 
 quick = settings(max_examples=50, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -81,8 +81,8 @@ def test_a_text_file_is_taken_as_it_is(cfg: DataConfig):
     [
         (b"", r"data\.source=\S+text\.txt is empty"),
         (b"good\xff", r"text\.txt is not UTF-8 text: byte 0xff at offset 4\n.*iconv"),
-        (b"x" * corpora.BLOCK + b"\xe9\x9d", r"is not UTF-8 text: byte 0xe9 at offset 65536\n"),  # ends too early
-        (b"x" * (corpora.BLOCK - 1) + b"\xe9x", r"is not UTF-8 text: byte 0xe9 at offset 65535\n"),  # across blocks
+        (b"x" * records.BLOCK + b"\xe9\x9d", r"is not UTF-8 text: byte 0xe9 at offset 65536\n"),  # ends too early
+        (b"x" * (records.BLOCK - 1) + b"\xe9x", r"is not UTF-8 text: byte 0xe9 at offset 65535\n"),  # across blocks
     ],
 )
 def test_unusable_text_files(tmp_path: Path, content: bytes, message: str):
@@ -213,9 +213,22 @@ def test_gpt2_decodes_half_a_character(gpt2: tokenizer.Tokenizer):
         gpt2.encode("a\udc80")
 
 
-def test_gpt2_refuses_endless_runs_of_spaces(gpt2: tokenizer.Tokenizer):
-    with pytest.raises(UserError, match="cannot take a run of a million spaces"):
-        gpt2.encode("a" + " " * tokenizer.PIECE + "a")
+@pytest.mark.parametrize("character", ["a", " ", "="])
+def test_a_long_run_of_one_character_has_tokens(gpt2: tokenizer.Tokenizer, character: str):
+    """tiktoken alone gives up at a million spaces; the pattern's other parts take any length."""
+    ids, head = gpt2.encode(f"x{character * 1_100_000}x"), gpt2.encode(f"x{character * 11_000}x")
+    assert gpt2.decode_bytes(ids) == f"x{character * 1_100_000}x".encode()
+    assert len(ids) == pytest.approx(len(head) * 100, rel=0.05)
+    assert max(np.bincount(ids)) == pytest.approx(max(np.bincount(head)) * 100, rel=0.05)  # the same tokens
+
+
+def test_runs_in_a_corpus_are_the_same_however_it_is_cut(gpt2: tokenizer.Tokenizer, tmp_path: Path):
+    text = "some words\n" + " " * 1_100_000 + "and more\n" * 9
+    (tmp_path / "text.txt").write_text(text)
+    data = prepare.open_data(DataConfig(source=str(tmp_path / "text.txt"), tokenizer="gpt2", dir=str(tmp_path / "d")))
+    ids = np.concatenate([data.train, data.val])
+    assert gpt2.decode(ids) == text
+    assert ids.tolist() == prepare.encode(corpora.read(str(tmp_path / "text.txt")), gpt2)[0].tolist()
 
 
 @settings(max_examples=300, deadline=None)

@@ -450,7 +450,7 @@ def greedy(model: likelihood.Model, ids: list[int], n: int) -> list[int]:
 GOOD = '{"ctx": "El", "endings": ["gato", "río"], "label": 0}\n'
 WRONG_ITEMS = [
     ("not JSON", "choices", GOOD + '{"ctx": "El",\n', ["bad.jsonl, line 2 is not JSON"]),
-    ("no object", "choices", "[1, 2]\n", ["bad.jsonl, line 1 is no JSON object, but [1, 2]"]),
+    ("no object", "choices", "[1, 2]\n", ["bad.jsonl, line 1 is not a JSON object, but [1, 2]"]),
     ("not UTF-8", "choices", GOOD.encode("latin-1"), ["bad.jsonl, line 1 is not UTF-8 text"]),
     ("no items", "choices", "\n\n", ["bad.jsonl holds no items"]),
     ("no label", "choices", '{"ctx": "El", "endings": ["a", "b"]}', ["line 1 has no label; it has ctx, endings"]),

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import DataConfig, UserError
-from nanogpt_jax.data import batches, corpora, prepare, tokenizer
+from nanogpt_jax.data import batches, corpora, prepare, records, tokenizer
 from nanogpt_jax.tools import prepare as command
 
 ROOT = Path(__file__).parent.parent
@@ -227,7 +227,7 @@ def test_a_single_text_is_split_at_its_character_however_it_is_read(monkeypatch:
     for i, (block, shard, piece) in enumerate([(1 << 20, 1 << 22, 1 << 18), (7, 300, 50), (1000, 1, 1)]):
         for name, value in (("SHARD", shard), ("PIECE", piece)):
             monkeypatch.setattr(prepare, name, value)
-        monkeypatch.setattr(corpora, "BLOCK", block)
+        monkeypatch.setattr(records, "BLOCK", block)
         cfg = DataConfig(source="text.txt", tokenizer="gpt2", dir=f"data{i}", threads=1 + i)
         data = prepare.open_data(cfg)
         cut = int(len(text) * 0.9)
@@ -572,17 +572,17 @@ def truncated(path: str) -> None:
 WRONG = [
     ("truncated Parquet", lambda: truncated("a.parquet"), "a.parquet", ["a.parquet cannot be read as Parquet", "is it whole?"]),
     ("Parquet that is none", lambda: spoil("a.parquet", b"hello"), "a.parquet", ["a.parquet cannot be read as Parquet"]),
-    ("no such column", lambda: write_rows("a.parquet", TEXTS, "content"), "a.parquet", ["a.parquet has no field 'text', but 'content'", "--data.field=NAME"]),
+    ("no such column", lambda: write_rows("a.parquet", TEXTS, "content"), "a.parquet", ["a.parquet, row 1 has no field 'text', but 'content'", "--data.field=NAME"]),
     ("a misspelt column", lambda: write_rows("a.parquet", TEXTS, "texts"), "a.parquet", ["did you mean texts?"]),
     ("a column of numbers", lambda: write_rows("a.parquet", [1, 2, 3]), "a.parquet", ["a.parquet, row 1: the field 'text' is not text but int"]),
     ("a field that is missing", lambda: spoil("a.jsonl", b'{"text": "x"}\n{"title": "y"}\n'), "a.jsonl", ["a.jsonl, line 2 has no field 'text', but 'title'"]),
     ("a field of another type", lambda: spoil("a.jsonl", b'{"text": ["x"]}\n'), "a.jsonl", ["line 1: the field 'text' is not text but list"]),
     ("a broken line", lambda: spoil("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n'), "a.jsonl", ["a.jsonl, line 3 is not JSON", "mend or delete this one"]),
     ("a line that is no object", lambda: spoil("a.jsonl", b'"x"\n'), "a.jsonl", ['line 1 is not a JSON object, like {"text": "..."}']),
-    ("JSON that is not UTF-8", lambda: spoil("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n'), "a.jsonl", ["a.jsonl, line 2 is not UTF-8: byte 0xff at offset 24"]),
+    ("JSON that is not UTF-8", lambda: spoil("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n'), "a.jsonl", ["a.jsonl, line 2 is not UTF-8 text: byte 0xff at offset 24"]),
     ("half a character", lambda: spoil("a.jsonl", b'{"text": "\\ud800"}\n'), "a.jsonl", ["a.jsonl, line 1 holds '\\ud800', which is half a character"]),
     ("a file in a folder that is not UTF-8", lambda: (write_folder("f", ["a", "b"]), spoil("f/x.txt", b"ab\xffc")), "f", ["f/x.txt is not UTF-8 text: byte 0xff at offset 2", "iconv"]),
-    ("an empty folder", lambda: Path("f").mkdir(), "f", ["data.source=f is a folder that holds no .txt, .md, .jsonl, .ndjson, .parquet file", "'f/**/*.py'"]),
+    ("an empty folder", lambda: Path("f").mkdir(), "f", ["data.source=f is a folder that holds no .txt, .text, .md, .jsonl, .ndjson, .parquet file", "'f/**/*.py'"]),
     ("a folder of empty files", lambda: write_folder("f", ["", ""]), "f", ["data.source=f is empty"]),
     ("a pattern without matches", lambda: None, "books/*.txt", ["data.source=books/*.txt matches no file"]),
     ("an empty file", lambda: spoil("a.jsonl", b""), "a.jsonl", ["data.source=a.jsonl is empty"]),

@@ -135,8 +135,10 @@ def _other_encoding(encoding: str, source: Source, what: str, packed: bool) -> U
 # ---- by a byte further on -------------------------------------------------------------------------------------------
 
 
-def wrong_byte(source: Source, what: str, title: str, offset: int, after: bytes, foreign: bool) -> UserError:
-    """What to say of the byte that `after` begins with. `foreign`: before it stands UTF-8 beyond ASCII."""
+def wrong_byte(
+    source: Source, what: str, title: str, offset: int, before: bytes, after: bytes, foreign: bool
+) -> UserError:
+    """What to say of the byte that `after` begins with. `foreign`: the file has UTF-8 beyond ASCII before it."""
     packed = isinstance(source, Path) and _is_gzip(source)
     wrong = f"{title}: byte {after[0]:#04x} at offset {offset}"
     some = after[:1024]
@@ -150,14 +152,16 @@ def wrong_byte(source: Source, what: str, title: str, offset: int, after: bytes,
             return UserError(f"{wrong}\n       it is a binary file; give its text, or leave it out")
         into = f"{_piped(source) if packed else ''}tr -d '\\000'{'' if packed else f' < {quoted(source)}'}"
         return UserError(f"{wrong}\n       take such bytes out: {into} > {converted(source)}")
-    if foreign or (after[0] >= 0xC2 and len(after) < 4):  # the last character is cut
+    cut = 0xC2 <= after[0] <= 0xF4 and 1 < len(after) < 4 and all(0x80 <= byte < 0xC0 for byte in after[1:])
+    if foreign or cut:
         without = _iconv("UTF-8", source, packed, "-c ")
         return UserError(
-            f"{wrong}, and before it is UTF-8\n       fetch it again if it is damaged, or leave the rest out: {without}"
+            f"{wrong}\n       all before it is UTF-8, so the file is damaged\n"
+            f"       fetch it again, or leave out what is wrong: {without}"
         )
-    high = {byte for byte in some if byte >= 0x80}
-    letters = sum(chr(byte).isalpha() for byte in some if byte < 0x80)
-    if {0x81, 0x8D, 0x8F, 0x90, 0x9D} & high or sum(byte >= 0x80 for byte in some) > letters:
+    some = before[-1024:] + some
+    high = [byte for byte in some if byte >= 0x80]
+    if not {0x81, 0x8D, 0x8F, 0x90, 0x9D}.isdisjoint(high) or 2 * len(high) > len(some):
         named = _iconv("ENCODING", source, packed)
         return UserError(f"{wrong}\n       convert it, ENCODING being one that iconv -l lists: {named}")
     western = "CP1252" if any(byte < 0xA0 for byte in high) else "LATIN1"

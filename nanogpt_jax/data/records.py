@@ -65,14 +65,14 @@ def text_blocks(source: Source, what: str, tell: Tell = silent) -> Iterator[str]
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
-                after = e.object[e.start :] + file.read(HEAD)
-                foreign = foreign or not e.object[: e.start].isascii()
-                title = f"{what} is not UTF-8 text"
-                raise not_text.wrong_byte(source, what, title, before + e.start, after, foreign) from None
+                good, after = e.object[: e.start], e.object[e.start :] + file.read(HEAD)
+                foreign, title = foreign or not good.isascii(), f"{what} is not UTF-8 text"
+                raise not_text.wrong_byte(source, what, title, before + e.start, good, after, foreign) from None
             if "\0" in text:
-                n = len(text[: text.index("\0")].encode())
-                after = text.encode()[n:] + file.read(HEAD)
-                raise not_text.wrong_byte(source, what, f"{what} is no text", before + n, after, foreign)
+                utf8 = text.encode()
+                n = utf8.index(0)
+                after = utf8[n:] + file.read(HEAD)
+                raise not_text.wrong_byte(source, what, f"{what} is no text", before + n, utf8[:n], after, foreign)
             done += len(block)
             foreign = foreign or not text.isascii()
             text, at_start = _without_marks(text, at_start)
@@ -123,10 +123,10 @@ def _lines(source: Source, what: str, tell: Tell) -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as e:
                     text, wrong = "", e.start
                 if wrong >= 0:
-                    foreign = foreign or not line[:wrong].isascii()
-                    after = line[wrong:] + file.read(HEAD)
-                    title = f"{what}, line {number} is {'no text' if text else 'not UTF-8'}"
-                    raise not_text.wrong_byte(source, what, title, offset + wrong, after, foreign)
+                    good, after = line[:wrong], line[wrong:] + file.read(HEAD)
+                    foreign = foreign or not good.isascii()
+                    title = f"{what}, line {number} is {'no' if text else 'not UTF-8'} text"
+                    raise not_text.wrong_byte(source, what, title, offset + wrong, good, after, foreign)
                 foreign = foreign or not text.isascii()
                 offset += len(line)
                 yield number, text.lstrip(MARK) if text.startswith(MARK) else text
@@ -330,13 +330,13 @@ def _json_decoder(columns: Sequence[str] | None) -> json.JSONDecoder:
 
 
 def _not_json(where: str, e: Exception, column: int) -> UserError:
-    remedy = "mend or delete this row"
+    remedy = "mend or delete this one"
     if isinstance(e, _Twice):
         return UserError(f"{where}: {e.args[0]!r} stands twice in it\n       {remedy}")
     if isinstance(e, json.JSONDecodeError):
         wrong = f"{e.msg} at column {column}"
         if e.msg == "Extra data":
-            remedy = "a .jsonl file holds one JSON object a line, with nothing behind it; mend or delete this row"
+            remedy = "a line holds one JSON object, and nothing behind it; mend or delete this one"
     elif isinstance(e, RecursionError):
         wrong = "it is nested too deeply"
     else:  # int() of so many digits
@@ -345,14 +345,15 @@ def _not_json(where: str, e: Exception, column: int) -> UserError:
 
 
 def _no_object(where: str, found: str, columns: Sequence[str] | None, source: Source | None = None) -> UserError:
-    wanted = "{" + ", ".join(f"{json.dumps(name)}: ..." for name in columns or ["text"]) + "}"
+    wanted = ", ".join(f'{json.dumps(name)}: "..."' for name in columns or [])
+    like = f", like {{{wanted}}}" if wanted else ""
     hint = ""
     if source is None and found.lstrip().startswith(("[{", "[\n")):
         hint = "\n       if the file is one list of objects, name it .json"
     elif source is not None and found.startswith('"') and isinstance(source, Path):
         make = shlex.quote(f".[] | {{{json.dumps((columns or ['text'])[0])}: .}}")
         hint = f"\n       make objects of the texts: jq -c {make} {quoted(source)} > {shlex.quote(stem(source))}.jsonl"
-    return UserError(f"{where} is not a JSON object, like {wanted}, but {found.strip()[:60]}{hint}")
+    return UserError(f"{where} is not a JSON object{like}, but {found.strip()[:60]}{hint}")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
