@@ -27,6 +27,7 @@ from nanogpt_jax.data import not_text
 from nanogpt_jax.data.not_text import Source, converted, inner, quoted, stem
 
 Tell = Callable[[float], None]  # hears which share of the source has been read
+LineBlocks = Iterator[tuple[int, list[str]]]  # some lines, and the number of the first
 Row = tuple[int, dict[str, Any]]  # the line where it begins (of Parquet: its number), and its columns
 
 BLOCK = 1 << 16  # bytes read at a time; as PIECE in prepare.py, or the heap breaks into fragments and grows
@@ -106,30 +107,52 @@ def lines(source: Source, what: str) -> Iterator[tuple[int, str]]:
 
 
 def _lines(source: Source, what: str, tell: Tell) -> Iterator[tuple[int, str]]:
+    for first, block in _line_blocks(source, what, tell):
+        yield from enumerate(block, first)
+
+
+def _line_blocks(source: Source, what: str, tell: Tell) -> LineBlocks:
     """Lines with their ends, which are LF, CR LF or, as on old Macs, CR."""
     number, offset, foreign = 0, 0, False
     with _opened(source, what, tell) as file:
-        while whole := file.readline(LONGEST + 1):
-            if len(whole) > LONGEST:
-                raise UserError(
-                    f"{what}, line {number + 1} is longer than {LONGEST >> 20} MiB\n"
-                    "       a row is held in memory; cut it into several, or give it as a plain .txt"
-                )
-            for line in whole.splitlines(True) if b"\r" in whole else (whole,):
-                number += 1
-                try:
-                    text = line.decode()
-                    wrong = line.find(b"\0")
-                except UnicodeDecodeError as e:
-                    text, wrong = "", e.start
-                if wrong >= 0:
-                    good, after = line[:wrong], line[wrong:] + file.read(HEAD)
-                    foreign = foreign or not good.isascii()
-                    title = f"{what}, line {number} is {'no' if text else 'not UTF-8'} text"
-                    raise not_text.wrong_byte(source, what, title, offset + wrong, good, after, foreign)
-                foreign = foreign or not text.isascii()
-                offset += len(line)
-                yield number, text.lstrip(MARK) if text.startswith(MARK) else text
+        while block := file.read(BLOCK):
+            rest = file.readline(LONGEST + 1)
+            block += rest
+            try:
+                if len(rest) > LONGEST or b"\0" in block:
+                    raise ValueError
+                text = block.decode()
+            except ValueError:
+                raise _wrong_line(source, what, number, offset, block, file, foreign) from None
+            offset += len(block)
+            foreign = foreign or not text.isascii()
+            found = list(io.StringIO(text, newline=""))
+            yield number + 1, [line.lstrip(MARK) for line in found] if MARK in text else found
+            number += len(found)
+
+
+def _wrong_line(
+    source: Source, what: str, number: int, offset: int, block: bytes, file: BinaryIO, foreign: bool
+) -> UserError:
+    """Which line of `block`, behind `number` others, is no text, and why."""
+    for line in block.splitlines(True):
+        number += 1
+        where = f"{what}, line {number}"
+        if len(line) > LONGEST:
+            break
+        try:
+            wrong, title = line.find(0), f"{where} is no text"
+            line.decode()
+        except UnicodeDecodeError as e:
+            wrong, title = e.start, f"{where} is not UTF-8 text"
+        foreign = foreign or not line[: max(0, wrong)].isascii()
+        if wrong >= 0:
+            after = line[wrong:] + file.read(HEAD)
+            return not_text.wrong_byte(source, what, title, offset + wrong, line[:wrong], after, foreign)
+        offset += len(line)
+        foreign = foreign or not line.isascii()
+    remedy = "a row is held in memory; cut it into several, or give it as a plain .txt"
+    return UserError(f"{what}, line {number} is longer than {LONGEST >> 20} MiB\n       {remedy}")
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
@@ -379,13 +402,14 @@ def _table(separator: str) -> Callable[[Path, str, Sequence[str] | None, Tell], 
         if path.exists() and not path.is_file() and not path.is_dir():  # a pipe can be read only once
             content = path.read_bytes()
 
-        def found(tell: Tell = silent) -> Iterator[tuple[int, str]]:
-            return _lines(path if content is None else io.BytesIO(content), what, tell)
+        def found(tell: Tell = silent) -> LineBlocks:
+            return _line_blocks(path if content is None else io.BytesIO(content), what, tell)
 
         dialect = _dialect(found, path, what, separator)
-        records = _plain_rows(found(tell), separator)
-        if dialect is not None:
-            records = _quoted_rows((line for _, line in found(tell)), separator, dialect)
+        if dialect is None:
+            records = _plain_rows(found(tell), separator)
+        else:
+            records = _quoted_rows(found(tell), separator, dialect)
         _, _, header = next(records, (0, 0, None))
         if header is None:
             raise UserError(f"{what} is empty")
@@ -410,17 +434,19 @@ def separator_hint(names: Sequence[Any]) -> str:
     return "\n       tabs separate the cells of a .tsv, commas those of a .csv: rename it" if "\t" in only else ""
 
 
-def _plain_rows(found: Iterator[tuple[int, str]], separator: str) -> Iterator[tuple[int, int, list[str]]]:
+def _plain_rows(found: LineBlocks, separator: str) -> Iterator[tuple[int, int, list[str]]]:
     """(line, line, cells) of each row, quotes being letters. Blank lines are passed over."""
-    for number, line in found:
-        if line := line.rstrip("\r\n"):
-            yield number, number, line.split(separator)
+    for first, block in found:
+        for number, line in enumerate(block, first):
+            if cells := line.rstrip("\r\n"):
+                yield number, number, cells.split(separator)
 
 
-def _quoted_rows(found: Iterator[str], separator: str, dialect: dict[str, Any]) -> Iterator[tuple[int, int, list[str]]]:
+def _quoted_rows(found: LineBlocks, separator: str, dialect: dict[str, Any]) -> Iterator[tuple[int, int, list[str]]]:
     """(first line, last line, cells) of each row, all as many as the header's; or else _Broken."""
     csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader(found, delimiter=separator, strict=True, **dialect)
+    lines = itertools.chain.from_iterable(block for _, block in found)
+    reader = csv.reader(lines, delimiter=separator, strict=True, **dialect)
     width = 0
     while True:
         begin = reader.line_num + 1
@@ -439,9 +465,7 @@ def _quoted_rows(found: Iterator[str], separator: str, dialect: dict[str, Any]) 
             yield begin, reader.line_num, row
 
 
-def _dialect(
-    found: Callable[[], Iterator[tuple[int, str]]], path: Path, what: str, separator: str
-) -> dict[str, Any] | None:
+def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: str) -> dict[str, Any] | None:
     """How the quotes of a table are meant: RFC, ESCAPED, or None for letters. UserError if no way gives a table.
 
     The quotes of a .csv are those of RFC 4180; or, if that gives no table, a quote within quotes has a backslash before
@@ -459,10 +483,9 @@ def _dialect(
         for begin, end, row in _quoted_rows(iter(lines), separator, RFC):
             rows += 1
             swallowed.see(begin, end, row)
-            if rows == 1:
-                header_quoted = lines.last.startswith('"')
-            if begin == end and '"' in lines.last:
-                for cell, raw in zip(row, lines.last.split(separator), strict=False):
+            if separator == "\t" and lines.quotes and begin == end and '"' in (line := lines.line(end)):
+                header_quoted = header_quoted or (rows == 1 and line.startswith('"'))
+                for cell, raw in zip(row, line.split(separator), strict=False):
                     stray = stray or ('"' in raw and cell == raw)
                     doubled = doubled or ('"' in cell and cell != raw)
         swallowed.check()
@@ -480,7 +503,7 @@ def _dialect(
     if separator != "\t" and lines.escaped and not lines.backslashes:
         with contextlib.suppress(_Broken):
             swallowed = _Swallowed(separator)
-            for begin, end, row in _quoted_rows((line for _, line in found()), separator, ESCAPED):
+            for begin, end, row in _quoted_rows(found(), separator, ESCAPED):
                 swallowed.see(begin, end, row)
             swallowed.check()
             return ESCAPED
@@ -502,28 +525,41 @@ def _no_table(broken: _Broken, path: Path, what: str, separator: str, lines: "_L
 class _Lines:
     """The lines of a table as they are read by another, and what they are if quotes are letters."""
 
-    def __init__(self, found: Iterator[tuple[int, str]], separator: str) -> None:
+    def __init__(self, found: LineBlocks, separator: str) -> None:
         self._found, self._separator = found, separator
-        self.last = self.header = ""
+        self._block: list[str] = []  # the last that was read
+        self._first = 0
+        self.header = ""
         self.width = self.rows = 0
         self.broken: _Broken | None = None  # why they are no rows
         self.quotes = self.escaped = self.backslashes = False  # any; \" among them; other backslashes than \" and \\
 
-    def __iter__(self) -> Iterator[str]:
-        for number, line in self._found:
-            self.last = line.rstrip("\r\n")
-            if self.last:
-                cells = self.last.count(self._separator) + 1
-                if not self.rows:
-                    self.header, self.width = self.last, cells
-                elif cells != self.width and self.broken is None:
-                    self.broken = _Broken(number, f"{cells} cells, but the header has {self.width}")
+    def __iter__(self) -> LineBlocks:
+        for first, block in self._found:
+            self._first, self._block = first, block
+            if not self.header:
+                self.header = next(filter(None, (line.rstrip("\r\n") for line in self._block)), "")
+                self.width = self.header.count(self._separator) + 1
+            if self._separator == "\t" and self.broken is None:
+                self._count()
+            text = "".join(self._block)
+            self.quotes = self.quotes or '"' in text
+            if "\\" in text:
+                self.escaped = self.escaped or '\\"' in text
+                self.backslashes = self.backslashes or bool(re.search(r"""\\[^"\\]""", text.replace("\\\\", "")))
+            yield self._first, self._block
+
+    def _count(self) -> None:
+        for number, line in enumerate(self._block, self._first):
+            if cells := line.rstrip("\r\n"):
+                if (n := cells.count(self._separator) + 1) != self.width:
+                    self.broken = _Broken(number, f"{n} cells, but the header has {self.width}")
+                    return
                 self.rows += 1
-            self.quotes = self.quotes or '"' in line
-            if "\\" in line:
-                self.escaped = self.escaped or '\\"' in line
-                self.backslashes = self.backslashes or re.search(r"""\\[^"\\]""", line.replace("\\\\", "")) is not None
-            yield line
+
+    def line(self, number: int) -> str:
+        """One of those that were read last, without its end."""
+        return self._block[number - self._first].rstrip("\r\n")
 
     def finish(self) -> None:
         for _ in self:
