@@ -5,6 +5,7 @@ is UTF-16, packed or binary, as that would give a text, but a wrong one.
 """
 
 import codecs
+import re
 import shlex
 import unicodedata
 from pathlib import Path
@@ -56,6 +57,7 @@ EVEN_AS_TEXT = [
     Kind(b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS, not the file itself", "git lfs pull"),
 ]
 TAR = Kind(b"", "a tar archive", "unpack it: mkdir {folder} && tar -xf {file} -C {folder}")
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before that of UTF-16, which it begins with
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -103,7 +105,7 @@ def wide(some: bytes) -> str:
         guess = "UTF-32LE" if nul[3] > nul[0] else "UTF-32BE"
     elif (nul[0] + nul[2] == 0) != (nul[1] + nul[3] == 0):  # in one half of each pair alone
         guess = "UTF-16LE" if nul[0] + nul[2] == 0 else "UTF-16BE"
-        if max(nul) < 0.25 and is_text(some.replace(b"\0", b"")):
+        if max(nul) < 0.25 and is_text(rest := some.replace(b"\0", b"")) and not CONTROL.search(rest):
             return ""  # a stray NUL in a text
     else:
         return ""
@@ -123,9 +125,13 @@ def _other_kind(kind: Kind, source: Source, what: str, packed: bool) -> UserErro
 
 def _names(source: Source) -> dict[str, str]:
     path = source if isinstance(source, Path) else Path("FILE")
-    names = {name: shlex.quote(f"{stem(path)}.{name}") for name in ("csv", "txt")}
-    parquet = shlex.quote(str(path.with_name(f"{path.stem}.parquet")))
-    return {**names, "file": quoted(source), "inner": inner(source), "parquet": parquet, "folder": f"{names['txt']}.d"}
+    names = {
+        "csv": f"{stem(path)}.csv",
+        "txt": f"{stem(path)}-text.txt",
+        "folder": f"{stem(path)}.d",
+        "parquet": _no_flag(str(path.with_name(f"{path.stem}.parquet"))),
+    }
+    return {"file": quoted(source), "inner": inner(source), **{key: shlex.quote(x) for key, x in names.items()}}
 
 
 def _other_encoding(encoding: str, source: Source, what: str, packed: bool) -> UserError:
@@ -142,7 +148,7 @@ def wrong_byte(
     packed = isinstance(source, Path) and _is_gzip(source)
     wrong = f"{title}: byte {after[0]:#04x} at offset {offset}"
     some = after[:1024]
-    if some.startswith(tuple(MARKS)) or wide(some) or (some[0] == 0 and wide(some[1:])):
+    if some.startswith(tuple(MARKS)) or (some.count(0) > 4 and (wide(some) or wide(some[1:]))):
         return UserError(
             f"{what} is UTF-16 or UTF-32 from offset {offset} on: files in several encodings were joined\n"
             "       make UTF-8 of each before you join them: iconv -f UTF-16 -t UTF-8 PART > part-utf8.txt"
@@ -152,8 +158,8 @@ def wrong_byte(
             return UserError(f"{wrong}\n       it is a binary file; give its text, or leave it out")
         into = f"{_piped(source) if packed else ''}tr -d '\\000'{'' if packed else f' < {quoted(source)}'}"
         return UserError(f"{wrong}\n       take such bytes out: {into} > {converted(source)}")
-    cut = 0xC2 <= after[0] <= 0xF4 and 1 < len(after) < 4 and all(0x80 <= byte < 0xC0 for byte in after[1:])
-    if foreign or cut:
+    begun = 0xC2 <= after[0] <= 0xF4 and 1 < len(after) < 4 and all(0x80 <= byte < 0xC0 for byte in after[1:])
+    if foreign or begun or after in (b"\xc2", b"\xc3"):  # the last character is cut
         without = _iconv("UTF-8", source, packed, "-c ")
         return UserError(
             f"{wrong}\n       all before it is UTF-8, so the file is damaged\n"

@@ -58,15 +58,16 @@ def unit(path: Path) -> str:
 def text_blocks(source: Source, what: str, tell: Tell = silent) -> Iterator[str]:
     """A text in blocks of any length. `what` names it in an error."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    done, foreign, at_start = 0, False, True
+    done, foreign, at_start, last = 0, False, True, b""
     with _opened(source, what, tell) as file:
         while True:
             block = file.read(BLOCK)
-            before = done - len(decoder.getstate()[0])  # bytes of a character that the last block cut
+            held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+            before, last = done - held, last[: len(last) - held]
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
-                good, after = e.object[: e.start], e.object[e.start :] + file.read(HEAD)
+                good, after = last + e.object[: e.start], e.object[e.start :] + file.read(HEAD)
                 foreign, title = foreign or not good.isascii(), f"{what} is not UTF-8 text"
                 raise not_text.wrong_byte(source, what, title, before + e.start, good, after, foreign) from None
             if "\0" in text:
@@ -74,7 +75,7 @@ def text_blocks(source: Source, what: str, tell: Tell = silent) -> Iterator[str]
                 n = utf8.index(0)
                 after = utf8[n:] + file.read(HEAD)
                 raise not_text.wrong_byte(source, what, f"{what} is no text", before + n, utf8[:n], after, foreign)
-            done += len(block)
+            done, last = done + len(block), block[-HEAD:]
             foreign = foreign or not text.isascii()
             text, at_start = _without_marks(text, at_start)
             yield text
@@ -415,6 +416,8 @@ def _table(separator: str) -> Callable[[Path, str, Sequence[str] | None, Tell], 
             raise UserError(f"{what} is empty")
         _check_columns(header, columns, f"{what}, line 1")
         for number, _, row in records:
+            if row == header and len(row) > 1:
+                raise UserError(f"{what}, line {number} repeats the header: files were joined\n       delete that line")
             yield number, dict(zip(header, row, strict=True))
 
     return read
@@ -603,11 +606,12 @@ class _Swallowed:
     def check(self) -> None:
         few = [values is not None and 2 * len(values) <= self._rows for values in self._values]
         for begin, end, inside in self._doubtful:
-            telling = [(i, value) for i, value in inside if few[i] or (self._numbers[i] and self._rows)]
-            if telling and all(v.isdecimal() if self._numbers[i] else v in (self._values[i] or ()) for i, v in telling):
-                raise _Broken(
-                    begin, f"a quote opens in this row and closes in line {end}, and the lines within are rows"
-                )
+            for column in {i for i, _ in inside if few[i] or (self._numbers[i] and self._rows)}:
+                known = self._values[column] or set()
+                values = [value for i, value in inside if i == column]
+                if all(value.isdecimal() if self._numbers[column] else value in known for value in values):
+                    why = f"a quote opens in this row and closes in line {end}, and the lines within are rows"
+                    raise _Broken(begin, why)
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
