@@ -214,6 +214,22 @@ def test_every_format_gives_the_same_texts_and_labels(here, source):
     assert [(e.text, e.label) for e in found] == EXAMPLES
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("A.JSONL", '\ufeff{"text": "a \\"b\\"", "label": "x"}\n\ufeff{"text": "c", "label": "y"}\n'),
+        ("a.json", '[{"text": "a \\"b\\"", "label": "x"}, {"text": "c", "label": "y"}]'),
+        ("escaped.csv", 'text,label\n"a \\"b\\"",x\nc,y\n'),
+        ("raw.tsv", 'label\ttext\nx\ta "b"\ny\tc\n'),
+    ],
+)
+def test_files_as_people_have_them(here, name, content):
+    Path(name).write_text(content, encoding="utf-8")
+    assert [(e.text, e.label) for e in labelled.read(LabelledConfig(source=name))] == [('a "b"', "x"), ("c", "y")]
+    assert labelled.read_texts(Path(name), "text") == ['a "b"', "c"]
+    assert labelled.lines_of("\ufeffuno\r\n\ufeffdos".encode(), "standard input") == ["uno", "dos"]
+
+
 def test_whole_numbers_and_class_labels_are_labels_too(here):
     import datasets
 
@@ -499,6 +515,8 @@ WRONG_FILES = [
     ("a comma too many", "x.csv", "text,label\nhola,es\nhola, mundo,es\n", "x.csv, line 3: 3 cells, but the header has 2"),
     ("broken jsonl", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', "x.jsonl, line 2 is not JSON"),
     ("no object", "x.jsonl", '["a", "b"]\n', "x.jsonl, line 1 is not a JSON object"),
+    ("a column twice", "x.csv", "text,label,text\na,b,c\n", "x.csv, line 1: 2 columns are called 'text'"),
+    ("UTF-16", "x.csv", "text,label\na,b\n".encode("utf-16-le"), "x.csv is UTF-16LE, not UTF-8 text\n       convert it: iconv -f UTF-16LE -t UTF-8 x.csv > x-utf8.csv"),
     ("not UTF-8", "x.csv", b"text,label\nrat\xf3n,es\n", "x.csv, line 2 is not UTF-8 text: byte 0xf3 at offset 14"),
     ("a number for a text", "x.jsonl", '{"text": 3, "label": "b"}\n', "line 1: the text is 3, not text"),
     ("an empty text", "x.csv", "text,label\nhola,es\n   ,es\n", "line 3: the text is empty"),

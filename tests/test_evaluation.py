@@ -195,6 +195,18 @@ def test_a_stride_gives_more_context_and_other_data_is_read_with_the_runs_tokeni
     assert train["tokens"] > 8 * whole["tokens"]
 
 
+def test_given_rows_are_read_as_training_reads_them(here):
+    """Rows without text are no documents, so no end-of-text is counted for them."""
+    texts = ["El gato", "", None, "el ratón", "   ", ""]
+    Path("gaps.jsonl").write_text("".join("\ufeff" + json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    pairs = evaluate.open_run(Path("runs/pairs"))
+    read = evaluate._given_text("gaps.jsonl", evaluate._read("gaps.jsonl", "text"), pairs)
+    end = pairs.tokenizer.end_of_text
+    expected = [[*pairs.tokenizer.encode(text).tolist(), end] for text in texts if text]
+    assert read.tokens.tolist() == [token for tokens in expected for token in tokens]
+    assert read.n_bytes == sum(len(text.encode()) for text in texts if text)
+
+
 # ---- errors and differences -----------------------------------------------------------------------------------------
 
 

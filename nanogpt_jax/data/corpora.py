@@ -194,7 +194,7 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
 
 
 def _no_field(field: str, names: list[str], where: str) -> str:
-    near = suggestion(field, names) or records.separator_hint(names)
+    near = records.separator_hint(names) or suggestion(field, names)
     return f"{where} has no field {field!r}, but {', '.join(map(repr, names)) or 'none at all'}{near}" + (
         "" if near else "\n       say which one holds the text with --data.field=NAME"
     )

@@ -105,7 +105,7 @@ def wide(some: bytes) -> str:
         guess = "UTF-32LE" if nul[3] > nul[0] else "UTF-32BE"
     elif (nul[0] + nul[2] == 0) != (nul[1] + nul[3] == 0):  # in one half of each pair alone
         guess = "UTF-16LE" if nul[0] + nul[2] == 0 else "UTF-16BE"
-        if max(nul) < 0.25 and is_text(rest := some.replace(b"\0", b"")) and not CONTROL.search(rest):
+        if 8 * some.count(0) < len(some) and is_text(rest := some.replace(b"\0", b"")) and not CONTROL.search(rest):
             return ""  # a stray NUL in a text
     else:
         return ""
@@ -153,8 +153,8 @@ def wrong_byte(
             f"{what} is UTF-16 or UTF-32 from offset {offset} on: files in several encodings were joined\n"
             "       make UTF-8 of each before you join them: iconv -f UTF-16 -t UTF-8 PART > part-utf8.txt"
         )
-    if b"\0" in some:
-        if not is_text(some.replace(b"\0", b"")):
+    if b"\0" in before[-1024:] + some:
+        if after[0] or not is_text(some.replace(b"\0", b"")):
             return UserError(f"{wrong}\n       it is a binary file; give its text, or leave it out")
         into = f"{_piped(source) if packed else ''}tr -d '\\000'{'' if packed else f' < {quoted(source)}'}"
         return UserError(f"{wrong}\n       take such bytes out: {into} > {converted(source)}")
