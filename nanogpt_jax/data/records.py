@@ -19,6 +19,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -471,36 +472,37 @@ def _quoted_rows(found: LineBlocks, separator: str, dialect: dict[str, Any]) -> 
 def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: str) -> dict[str, Any] | None:
     """How the quotes of a table are meant: RFC, ESCAPED, or None for letters. UserError if no way gives a table.
 
-    The quotes of a .csv are those of RFC 4180; or, if that gives no table, a quote within quotes has a backslash before
-    it, provided that there are no other backslashes.
+    A program has written the quotes if the header has them, or if some are doubled within quotes and none stands within
+    a cell without quotes. Otherwise a person may have, and it is no table if rows seem to have swallowed others.
 
-    The quotes of a .tsv are letters if each line then has as many cells as the header, and the other way gives no
-    table or fewer rows, which would have swallowed others. They are quotes if only that gives a table. If both do, they
-    are quotes when those around the header are, or when some are doubled within quotes, which only programs write, and
-    none stands within a cell without quotes.
+    The quotes of a .csv are those of RFC 4180; or, if that gives no table, a quote within quotes has a backslash before
+    it, provided that there are no other backslashes. The quotes of a .tsv are letters if each line then has as many
+    cells as the header, unless they also give a table as quotes and a program has written them.
     """
-    lines, rows, broken = _Lines(found(), separator), 0, None
-    header_quoted = stray = doubled = False
+    lines, broken = _Lines(found(), separator), None
+    header_quoted = stray = doubled = program = False
     try:
         swallowed = _Swallowed(separator)
         for begin, end, row in _quoted_rows(iter(lines), separator, RFC):
-            rows += 1
             swallowed.see(begin, end, row)
-            if separator == "\t" and lines.quotes and begin == end and '"' in (line := lines.line(end)):
-                header_quoted = header_quoted or (rows == 1 and line.startswith('"'))
-                for cell, raw in zip(row, line.split(separator), strict=False):
+            if lines.quotes and begin == end and '"' in (line := lines.line(end)):
+                header_quoted = header_quoted or (begin == lines.begin and line.startswith('"'))
+                cells = line.split(separator)
+                for cell, raw in zip(row, cells if len(cells) == len(row) else row, strict=True):
                     stray = stray or ('"' in raw and cell == raw)
                     doubled = doubled or ('"' in cell and cell != raw)
-        swallowed.check()
+            elif begin != end:
+                doubled = doubled or any('"' in cell and "\n" in cell for cell in row)
+        program = header_quoted or (doubled and not stray)
+        if not program:
+            swallowed.check()
     except _Broken as e:
         broken = e
         lines.finish()
     if separator == "\t" and (lines.broken is None or not lines.quotes):
         if lines.broken:
             raise _no_table(lines.broken, path, what, separator, lines)
-        if broken or rows < lines.rows:
-            return None
-        return RFC if header_quoted or (doubled and not stray) else None
+        return RFC if program and broken is None else None
     if broken is None:
         return RFC
     if separator != "\t" and lines.escaped and not lines.backslashes:
@@ -532,8 +534,7 @@ class _Lines:
         self._found, self._separator = found, separator
         self._block: list[str] = []  # the last that was read
         self._first = 0
-        self.header = ""
-        self.width = self.rows = 0
+        self.header, self.begin, self.width = "", 0, 0  # the first line that is not blank, its number, its cells
         self.broken: _Broken | None = None  # why they are no rows
         self.quotes = self.escaped = self.backslashes = False  # any; \" among them; other backslashes than \" and \\
 
@@ -541,7 +542,8 @@ class _Lines:
         for first, block in self._found:
             self._first, self._block = first, block
             if not self.header:
-                self.header = next(filter(None, (line.rstrip("\r\n") for line in self._block)), "")
+                numbered = ((number, line.rstrip("\r\n")) for number, line in enumerate(block, first))
+                self.begin, self.header = next(filter(itemgetter(1), numbered), (0, ""))
                 self.width = self.header.count(self._separator) + 1
             if self._separator == "\t" and self.broken is None:
                 self._count()
@@ -554,11 +556,9 @@ class _Lines:
 
     def _count(self) -> None:
         for number, line in enumerate(self._block, self._first):
-            if cells := line.rstrip("\r\n"):
-                if (n := cells.count(self._separator) + 1) != self.width:
-                    self.broken = _Broken(number, f"{n} cells, but the header has {self.width}")
-                    return
-                self.rows += 1
+            if (cells := line.rstrip("\r\n")) and (n := cells.count(self._separator) + 1) != self.width:
+                self.broken = _Broken(number, f"{n} cells, but the header has {self.width}")
+                return
 
     def line(self, number: int) -> str:
         """One of those that were read last, without its end."""
