@@ -66,7 +66,7 @@ class DataConfig:
     mixture: dict[str, float] = field(default_factory=dict)  # instead of source: sources and weights, A=3,B=1
     tokenizer: str = "char"  # char, gpt2, bpe:8192 (learned from the text), or a folder that holds a tokenizer
     val_fraction: float = 0.1  # share kept for validation: the end of a single text, else every so many documents
-    field: str = "text"  # where rows of .jsonl, .parquet and the hub keep their text
+    field: str = "text"  # where rows of .jsonl, .csv, .parquet and the hub keep their text
     dir: str = "data"  # where prepared tokens are kept
     threads: int = 0  # threads that turn text into tokens; 0: one a core
 
@@ -129,7 +129,9 @@ class Config:
 
 @dataclass(frozen=True)
 class LabelledConfig:
-    source: str = "python"  # a .jsonl, .csv, .tsv or .parquet file, hf:NAME[:CONFIG], or python: is it prose or code
+    source: str = (
+        "python"  # a .jsonl, .json, .csv, .tsv or .parquet file, hf:NAME[:CONFIG], or python: is it prose or code
+    )
     split: str = "train"  # of hf:NAME, the split that is taken
     text_column: str = "text"  # where the text stands
     label_column: str = "label"  # where the label stands: a string or a whole number
@@ -513,12 +515,13 @@ def find_config(name: str) -> Path:
 
 def read_toml(path: Path, kind: Kind = Config) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            return flatten(tomllib.load(file), str(path), kind)
+        text = path.read_bytes().decode("utf-8-sig")  # some editors write a mark at the beginning
+        return flatten(tomllib.loads(text), str(path), kind)
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{path} is not valid TOML: {e}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text, so it cannot be a TOML file") from None
+    except (UnicodeDecodeError, RecursionError) as e:
+        why = "nested too deeply" if isinstance(e, RecursionError) else "not UTF-8 text"
+        raise UserError(f"{path} is {why}, so it cannot be a TOML file") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
 

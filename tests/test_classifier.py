@@ -215,6 +215,22 @@ def test_every_format_gives_the_same_texts_and_labels(here, source):
     assert [(e.text, e.label) for e in found] == EXAMPLES
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("A.JSONL", '\ufeff{"text": "a \\"b\\"", "label": "x"}\n\ufeff{"text": "c", "label": "y"}\n'),
+        ("a.json", '[{"text": "a \\"b\\"", "label": "x"}, {"text": "c", "label": "y"}]'),
+        ("escaped.csv", 'text,label\n"a \\"b\\"",x\nc,y\n'),
+        ("raw.tsv", 'label\ttext\nx\ta "b"\ny\tc\n'),
+    ],
+)
+def test_files_as_people_have_them(here, name, content):
+    Path(name).write_text(content, encoding="utf-8")
+    assert [(e.text, e.label) for e in labelled.read(LabelledConfig(source=name))] == [('a "b"', "x"), ("c", "y")]
+    assert labelled.read_texts(Path(name), "text") == ['a "b"', "c"]
+    assert labelled.lines_of("\ufeffuno\r\n\ufeffdos".encode(), "standard input") == ["uno", "dos"]
+
+
 def test_whole_numbers_and_class_labels_are_labels_too(here):
     import datasets
 
@@ -707,12 +723,14 @@ WRONG_FILES = [
     ("few of a label", "x.csv", "text,label\nhola,es\nbye,en\nhi,en\nyes,en\nno,en\n", "has too few different texts with the label es, 1,"),
     ("empty file", "x.csv", "", "x.csv is empty"),
     ("a header alone", "x.csv", "text,label\n", "x.csv holds no texts"),
-    ("broken csv", "x.csv", 'text,label\n"hola"x,es\n', "x.csv, line 2: broken: "),
-    ("open quote", "x.csv", 'text,label\n"hola,es\n', "x.csv, line 2: broken: "),
+    ("broken csv", "x.csv", 'text,label\n"hola"x,es\n', "x.csv, line 2: its quotes do not fit together"),
+    ("open quote", "x.csv", 'text,label\n"hola,es\n', "x.csv, line 2: a quote opens in this row and never closes"),
     ("a comma too many", "x.csv", "text,label\nhola,es\nhola, mundo,es\n", "x.csv, line 3: 3 cells, but the header has 2"),
-    ("broken jsonl", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', "x.jsonl, line 2: not JSON"),
-    ("no object", "x.jsonl", '["a", "b"]\n', "x.jsonl, line 1: not a JSON object"),
-    ("not UTF-8", "x.csv", b"text,label\nrat\xf3n,es\n", "x.csv, line 2: not UTF-8 text (byte 0xf3)"),
+    ("broken jsonl", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', "x.jsonl, line 2 is not JSON"),
+    ("no object", "x.jsonl", '["a", "b"]\n', "x.jsonl, line 1 is not a JSON object"),
+    ("a column twice", "x.csv", "text,label,text\na,b,c\n", "x.csv, line 1: 2 columns are called 'text'"),
+    ("UTF-16", "x.csv", "text,label\na,b\n".encode("utf-16-le"), "x.csv is UTF-16LE, not UTF-8 text\n       convert it: iconv -f UTF-16LE -t UTF-8 x.csv > x-utf8.csv"),
+    ("not UTF-8", "x.csv", b"text,label\nrat\xf3n,es\n", "x.csv, line 2 is not UTF-8 text: byte 0xf3 at offset 14"),
     ("a number for a text", "x.jsonl", '{"text": 3, "label": "b"}\n', "line 1: the text is 3, not text"),
     ("empty texts alone", "x.csv", "text,label\n,es\n   ,\n", "x.csv holds no texts: each of the 2 is blank"),
     ("texts of null alone", "x.jsonl", '{"text": null, "label": "b"}\n{"text": NaN, "label": "b"}\n{"text": "", "label": "b"}\n', "x.jsonl holds no texts: each of the 3 is blank or missing (null, NA)"),
@@ -726,8 +744,8 @@ WRONG_FILES = [
     ("half a character", "x.jsonl", '{"text": "a\\ud800", "label": "b"}\n', "line 1: the text holds half a character"),
     ("no label", "x.jsonl", '{"text": "a", "label": null}\n', "line 1: the label is missing (null, NA)"),
     ("half a label", "x.jsonl", '{"text": "a", "label": 0.5}\n', "line 1: the label 0.5 must be text or a whole number"),
-    ("unknown format", "x.xls", "text,label\n", "data.source=x.xls is none of .jsonl, .csv, .tsv, .parquet, hf:NAME, python"),
-    ("not parquet", "x.parquet", "text", "cannot read data.source=x.parquet"),
+    ("unknown format", "x.xls", "text,label\n", "data.source=x.xls is none of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, hf:NAME, python"),
+    ("not parquet", "x.parquet", "text", "data.source=x.parquet cannot be read as Parquet"),
 ]  # fmt: skip
 
 

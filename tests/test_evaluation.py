@@ -195,6 +195,18 @@ def test_a_stride_gives_more_context_and_other_data_is_read_with_the_runs_tokeni
     assert train["tokens"] > 8 * whole["tokens"]
 
 
+def test_given_rows_are_read_as_training_reads_them(here):
+    """Rows without text are no documents, so no end-of-text is counted for them."""
+    texts = ["El gato", "", None, "el ratón", "   ", ""]
+    Path("gaps.jsonl").write_text("".join("\ufeff" + json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    pairs = evaluate.open_run(Path("runs/pairs"))
+    read = evaluate._given_text("gaps.jsonl", evaluate._read("gaps.jsonl", "text"), pairs)
+    end = pairs.tokenizer.end_of_text
+    expected = [[*pairs.tokenizer.encode(text).tolist(), end] for text in texts if text]
+    assert read.tokens.tolist() == [token for tokens in expected for token in tokens]
+    assert read.n_bytes == sum(len(text.encode()) for text in texts if text)
+
+
 # ---- errors and differences -----------------------------------------------------------------------------------------
 
 
@@ -450,7 +462,7 @@ def greedy(model: likelihood.Model, ids: list[int], n: int) -> list[int]:
 GOOD = '{"ctx": "El", "endings": ["gato", "río"], "label": 0}\n'
 WRONG_ITEMS = [
     ("not JSON", "choices", GOOD + '{"ctx": "El",\n', ["bad.jsonl, line 2 is not JSON"]),
-    ("no object", "choices", "[1, 2]\n", ["bad.jsonl, line 1 is no JSON object, but [1, 2]"]),
+    ("no object", "choices", "[1, 2]\n", ["bad.jsonl, line 1 is not a JSON object, but [1, 2]"]),
     ("not UTF-8", "choices", GOOD.encode("latin-1"), ["bad.jsonl, line 1 is not UTF-8 text"]),
     ("no items", "choices", "\n\n", ["bad.jsonl holds no items"]),
     ("no label", "choices", '{"ctx": "El", "endings": ["a", "b"]}', ["line 1 has no label; it has ctx, endings"]),

@@ -1,7 +1,10 @@
 """Any text in: every form of source, any number of threads, any interruption, the same tokens; and what is refused."""
 
 import contextlib
+import csv
 import dataclasses
+import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -22,7 +25,7 @@ from hypothesis import strategies as st
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import DataConfig, UserError
-from nanogpt_jax.data import batches, corpora, prepare, tokenizer
+from nanogpt_jax.data import batches, corpora, prepare, records, tokenizer
 from nanogpt_jax.tools import prepare as command
 
 ROOT = Path(__file__).parent.parent
@@ -175,6 +178,86 @@ def test_big_files_are_known_by_size_and_time_small_ones_by_content(monkeypatch:
     assert len({small, big, corpora.read("rows.jsonl").identity}) == 3
 
 
+WITH_GAPS = ["one\nÜber", "", "two", None, 'thr"ee', "four, five", ""]
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize(
+    "source", ["rows.jsonl", "ROWS.NDJSON", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "rows.csv.gz", "texts"]
+)
+def test_a_file_gives_the_same_tokens_by_every_way(monkeypatch: pytest.MonkeyPatch, source: str, kind: str):
+    """What training has in both of its splits, what `eval --data` reads, and what the classifier reads."""
+    path, texts = Path(source), [text for text in WITH_GAPS if text]
+    objects = [json.dumps({"text": text}) for text in WITH_GAPS]
+    page = io.StringIO(newline="")
+    csv.writer(page, delimiter="\t" if source.endswith("tsv") else ",").writerows(
+        [["text", "n"], *((t, 1) for t in WITH_GAPS)]
+    )
+    if source == "texts":
+        write_folder(source, [f"\ufeff{text or ''}" for text in WITH_GAPS])
+    elif source == "rows.parquet":
+        write_rows(source, WITH_GAPS)
+    elif source == "rows.json":
+        path.write_text(f"\ufeff[{', '.join(objects)}]", encoding="utf-8")
+    elif "csv" in source or "tsv" in source:
+        content = f"\ufeff{page.getvalue()}".encode()
+        path.write_bytes(gzip.compress(content) if source.endswith("gz") else content)
+    else:
+        path.write_text("".join(f"\ufeff{row}\r\n" for row in objects), encoding="utf-8")
+    monkeypatch.setattr(prepare, "_chance", lambda number: 1.0)  # all but the second document trains
+    data = prepare.open_data(DataConfig(source=source, tokenizer=kind))
+    found = documents(data)
+    assert [found["train"][0], *found["val"], *found["train"][1:]] == texts
+    tokens, n_bytes = prepare.encode(corpora.read(source), data.tokenizer)
+    expected = [np.append(data.tokenizer.encode(text), data.tokenizer.end_of_text) for text in texts]
+    assert tokens.tolist() == np.concatenate(expected).tolist()
+    assert n_bytes == sum(data.manifest[split]["bytes"] for split in ("train", "val"))
+    if source != "texts":
+        rows = records.rows(path, source, ["text"])
+        assert [row["text"] for _, row in rows if row["text"]] == texts
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+def test_a_text_gives_the_same_tokens_by_every_way(kind: str):
+    text = "El gato negro\n" * 90
+    for name, content in {
+        "plain.txt": text.encode(),
+        "MARK.TXT": f"\ufeff{text}".encode(),
+        "joined.text": "".join(f"\ufeff{line}\n" for line in text.splitlines()).encode(),
+        "packed.txt.gz": gzip.compress(text.encode()),
+    }.items():
+        Path(name).write_bytes(content)
+        data = prepare.open_data(DataConfig(source=name, tokenizer=kind))
+        tokens, n_bytes = prepare.encode(corpora.read(name), data.tokenizer)
+        assert [*data.train.tolist(), *data.val.tolist()] == data.tokenizer.encode(text).tolist() == tokens.tolist()
+        assert n_bytes == len(text)
+
+
+def test_a_marked_text_is_not_taken_from_tokens_that_have_the_mark():
+    Path("text.txt").write_bytes(b"a text\n" * 9)
+    plain = corpora.read("text.txt").identity
+    assert plain == hashlib.sha256(b"a text\n" * 9).hexdigest()  # as it ever was: prepared tokens are found again
+    Path("text.txt").write_bytes(b"\xef\xbb\xbf" + b"a text\n" * 9)
+    assert corpora.read("text.txt").identity != hashlib.sha256(Path("text.txt").read_bytes()).hexdigest()
+
+
+def test_a_folder_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str]):
+    for name in ("a.TXT", "b.text", "c.Md", "d.JSONL", "e.pdf", "f.PDF", "g.csv", "h", ".i.txt", ".git/j", "k.txt.gz"):
+        spoil(f"f/{name}", b'{"text": "x"}\n')
+    Path("f/l.txt").symlink_to("gone")
+    Path("f/m").symlink_to("..")
+    corpus = corpora.read("f")
+    note = "note: data.source=f leaves out 2 .pdf, 2 hidden, 1 "
+    err = capsys.readouterr().err
+    assert err.startswith(note)
+    assert all(f"1 {what}" in err for what in (".csv", "without a suffix", ".gz", "linked folders", "broken links"))
+    assert corpus.origin["files"] == 4
+    Path("g").mkdir()
+    spoil("g/a.txt", b"x")
+    corpora.read("g")
+    assert capsys.readouterr().err == ""
+
+
 # ---- bitwise the same, whatever the threads, the shards and the interruptions ---------------------------------------
 
 
@@ -227,7 +310,7 @@ def test_a_single_text_is_split_at_its_character_however_it_is_read(monkeypatch:
     for i, (block, shard, piece) in enumerate([(1 << 20, 1 << 22, 1 << 18), (7, 300, 50), (1000, 1, 1)]):
         for name, value in (("SHARD", shard), ("PIECE", piece)):
             monkeypatch.setattr(prepare, name, value)
-        monkeypatch.setattr(corpora, "BLOCK", block)
+        monkeypatch.setattr(records, "BLOCK", block)
         cfg = DataConfig(source="text.txt", tokenizer="gpt2", dir=f"data{i}", threads=1 + i)
         data = prepare.open_data(cfg)
         cut = int(len(text) * 0.9)
@@ -572,17 +655,22 @@ def truncated(path: str) -> None:
 WRONG = [
     ("truncated Parquet", lambda: truncated("a.parquet"), "a.parquet", ["a.parquet cannot be read as Parquet", "is it whole?"]),
     ("Parquet that is none", lambda: spoil("a.parquet", b"hello"), "a.parquet", ["a.parquet cannot be read as Parquet"]),
-    ("no such column", lambda: write_rows("a.parquet", TEXTS, "content"), "a.parquet", ["a.parquet has no field 'text', but 'content'", "--data.field=NAME"]),
+    ("no such column", lambda: write_rows("a.parquet", TEXTS, "content"), "a.parquet", ["a.parquet, row 1 has no field 'text', but 'content'", "--data.field=NAME"]),
     ("a misspelt column", lambda: write_rows("a.parquet", TEXTS, "texts"), "a.parquet", ["did you mean texts?"]),
     ("a column of numbers", lambda: write_rows("a.parquet", [1, 2, 3]), "a.parquet", ["a.parquet, row 1: the field 'text' is not text but int"]),
     ("a field that is missing", lambda: spoil("a.jsonl", b'{"text": "x"}\n{"title": "y"}\n'), "a.jsonl", ["a.jsonl, line 2 has no field 'text', but 'title'"]),
     ("a field of another type", lambda: spoil("a.jsonl", b'{"text": ["x"]}\n'), "a.jsonl", ["line 1: the field 'text' is not text but list"]),
     ("a broken line", lambda: spoil("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n'), "a.jsonl", ["a.jsonl, line 3 is not JSON", "mend or delete this one"]),
+    ("a column that a table lacks", lambda: spoil("a.csv", b"id,body\n1,x\n"), "a.csv", ["a.csv, line 2 has no field 'text', but 'id', 'body'", "--data.field=NAME"]),
+    ("semicolons", lambda: spoil("a.csv", b"id;text\n1;x\n"), "a.csv", ["a.csv, line 2 has no field 'text', but 'id;text'", "not by semicolons"]),
+    ("a list of texts", lambda: spoil("a.json", b'["x"]'), "a.json", ["a.json, line 1 is not a JSON object", "jq -c '.[] | {\"text\": .}' a.json > a.jsonl"]),
+    ("UTF-16", lambda: spoil("a b.jsonl", '{"text": "x"}\n'.encode("utf-16")), "*.jsonl", ["a b.jsonl is UTF-16", "iconv -f UTF-16 -t UTF-8 'a b.jsonl' > 'a b-utf8.jsonl'"]),
+    ("Parquet by another name", lambda: (write_rows("b.parquet", TEXTS), os.rename("b.parquet", "b.txt")), "b.txt", ["b.txt is no text but Parquet", "mv b.txt b.parquet"]),
     ("a line that is no object", lambda: spoil("a.jsonl", b'"x"\n'), "a.jsonl", ['line 1 is not a JSON object, like {"text": "..."}']),
-    ("JSON that is not UTF-8", lambda: spoil("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n'), "a.jsonl", ["a.jsonl, line 2 is not UTF-8: byte 0xff at offset 24"]),
+    ("JSON that is not UTF-8", lambda: spoil("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n'), "a.jsonl", ["a.jsonl, line 2 is not UTF-8 text: byte 0xff at offset 24"]),
     ("half a character", lambda: spoil("a.jsonl", b'{"text": "\\ud800"}\n'), "a.jsonl", ["a.jsonl, line 1 holds '\\ud800', which is half a character"]),
     ("a file in a folder that is not UTF-8", lambda: (write_folder("f", ["a", "b"]), spoil("f/x.txt", b"ab\xffc")), "f", ["f/x.txt is not UTF-8 text: byte 0xff at offset 2", "iconv"]),
-    ("an empty folder", lambda: Path("f").mkdir(), "f", ["data.source=f is a folder that holds no .txt, .md, .jsonl, .ndjson, .parquet file", "'f/**/*.py'"]),
+    ("an empty folder", lambda: Path("f").mkdir(), "f", ["data.source=f is a folder that holds no .txt, .text, .md, .jsonl, .ndjson, .parquet file", "'f/**/*.py'"]),
     ("a folder of empty files", lambda: write_folder("f", ["", ""]), "f", ["data.source=f is empty"]),
     ("a pattern without matches", lambda: None, "books/*.txt", ["data.source=books/*.txt matches no file"]),
     ("an empty file", lambda: spoil("a.jsonl", b""), "a.jsonl", ["data.source=a.jsonl is empty"]),

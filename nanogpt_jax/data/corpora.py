@@ -1,7 +1,7 @@
-"""Where text comes from: the corpora that we know by name, files in three formats, and the Hugging Face hub.
+"""Where text comes from: the corpora that we know by name, files, and the Hugging Face hub.
 
-A source is read in blocks, never whole, so memory does not grow with it (one document of .jsonl, .parquet or the hub is
-held at a time). A new corpus is one function that returns a `Corpus`, and one line in `CORPORA`.
+A source is read in blocks, never whole, so memory does not grow with it (one row of a file or of the hub is held at a
+time). records.py reads the files. A new corpus is one function that returns a `Corpus`, and one line in `CORPORA`.
 """
 
 import ast
@@ -15,26 +15,28 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import stat
 import sys
 import sysconfig
 import urllib.request
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanogpt_jax.config import UserError, suggestion
+from nanogpt_jax.data import records
+from nanogpt_jax.data.records import Tell
 
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-BLOCK = 1 << 16  # bytes read at a time; as PIECE in prepare.py, or the heap breaks into fragments and grows
 SMALL = 64 << 20  # bytes of files that are identified by content; reading more at each start would be felt
 
 Block = tuple[str, bool]  # text, and whether a document ends after it
-Tell = Callable[[float], None]  # hears which share of the source has been read
 
 
 class SourceFailed(UserError):
@@ -55,7 +57,7 @@ class Corpus:
 def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpus:
     """The corpus of that name, the files at that path, standard input or a data set of the hub; see `--help`.
 
-    Downloads and standard input are kept in `folder`. `field` holds the text in rows of .jsonl, .parquet and the hub.
+    Downloads and standard input are kept in `folder`. `field` holds the text in rows.
     """
     if source in CORPORA:
         return CORPORA[source](Path(folder))
@@ -71,7 +73,7 @@ def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpu
 
 def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
     """A file, a folder or a pattern with * or **. One plain text is one text; otherwise each plain text is a document,
-    and so is each row of .jsonl and .parquet, in the order of the names."""
+    and so is each row of the formats in records.py, in the order of the names."""
     path = Path(source).expanduser()
     try:
         mode = path.stat().st_mode
@@ -92,14 +94,7 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
         raise UserError(f"cannot read data.source={source}: {getattr(e, 'strerror', None) or e}") from None
     else:
         if stat.S_ISDIR(mode):
-            files = sorted(
-                f for f in path.rglob("*") if f.suffix in IN_FOLDERS and f.is_file() and not _hidden(f, path)
-            )
-            if not files:
-                raise UserError(
-                    f"data.source={source} is a folder that holds no {', '.join(IN_FOLDERS)} file\n"
-                    f"       for other text files give a pattern, for example '{path}/**/*.py'"
-                )
+            files = _in_folder(path, source)
             name = path.resolve().name or "files"
         else:
             if not stat.S_ISREG(mode):  # a pipe can be read only once
@@ -112,20 +107,17 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
         size = sum(s.st_size for s in stats.values())
         if size == 0:
             raise UserError(f"data.source={source} is empty; give a file with text in it")
-        known_by = [_sha256_of(file) if size <= SMALL else f"{s.st_size} {s.st_mtime_ns}" for file, s in stats.items()]
+        known_by = [_known_by(file, stats[file], size <= SMALL) for file in files]
     except OSError as e:
         raise UserError(f"cannot read {e.filename}, of data.source={source}: {e.strerror}") from None
-    formats = {file: FORMATS.get(file.suffix, _text_documents) for file in files}
+    formats = {file: _row_documents if records.suffix(file) in records.ROWS else _text_documents for file in files}
     one_text = len(files) == 1 and formats[files[0]] is _text_documents
 
     def blocks(tell: Tell) -> Iterator[Block]:
         before = 0
         for file, read_file in formats.items():
             share = stats[file].st_size / size
-            try:
-                yield from read_file(file, field, lambda x, b=before, s=share: tell(b + x * s))
-            except OSError as e:
-                raise UserError(f"cannot read {file}, of data.source={source}: {e.strerror or e}") from None
+            yield from read_file(file, field, lambda x, b=before, s=share: tell(b + x * s))
             before += share
 
     if one_text:
@@ -138,79 +130,51 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
     return Corpus(_safe(name), identity, {"source": source, "files": len(files), "bytes": size}, True, blocks)
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _in_folder(folder: Path, source: str) -> list[Path]:
+    """The texts at any depth of a folder, in the order of their names. Says what it leaves out."""
+    taken: list[Path] = []
+    out: Counter[str] = Counter()
+
+    def fail(e: OSError) -> None:
+        raise UserError(f"cannot read {e.filename}, of data.source={source}: {e.strerror}") from None
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        within = Path(place).relative_to(folder)
+        out["linked folders"] += sum(Path(place, name).is_symlink() for name in folders)
+        for name in files:
+            path = Path(place, name)
+            if any(part.startswith(".") for part in (*within.parts, name)):
+                out["hidden"] += 1
+            elif path.suffix.lower() not in IN_FOLDERS:
+                out[path.suffix.lower() or "without a suffix"] += 1
+            elif path.is_file():
+                taken.append(path)
+            else:
+                out["broken links"] += 1
+    if left := [f"{n:,} {what}" for what, n in out.most_common() if n]:
+        more = [f"{len(left) - 12} more suffixes"] if len(left) > 12 else []
+        print(f"note: data.source={source} leaves out {', '.join([*left[:12], *more])}", file=sys.stderr)
+    if not taken:
+        raise UserError(
+            f"data.source={source} is a folder that holds no {', '.join(IN_FOLDERS)} file\n"
+            f"       for other text files give a pattern, for example {shlex.quote(f'{folder}/**/*.py')}"
+        )
+    return sorted(taken)
 
 
 def _text_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
-    """A UTF-8 file as one document, in blocks."""
+    """A text as one document, in blocks."""
     del field
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
-        size, done = max(os.fstat(file.fileno()).st_size, 1), 0
-        while True:
-            block = file.read(BLOCK)
-            held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as e:
-                raise UserError(
-                    f"{path} is not UTF-8 text: byte {e.object[e.start]:#04x} at offset {done - held + e.start}\n"
-                    f"       convert it first, for example: iconv -f LATIN1 -t UTF-8 {path} > text.txt"
-                ) from None
-            done += len(block)
-            tell(done / size)
-            yield text, not block
-            if not block:
-                return
+    for text in records.text_blocks(path, str(path), tell):
+        yield text, False
+    yield "", True
 
 
-def _jsonl_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
-    """The text in each line's JSON object."""
-    with path.open("rb") as file:
-        size, offset = max(os.fstat(file.fileno()).st_size, 1), 0
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line) if line.strip() else {field: None}
-            except UnicodeDecodeError as e:
-                raise UserError(
-                    f"{where} is not UTF-8: byte {line[e.start]:#04x} at offset {offset + e.start}"
-                ) from None
-            except (ValueError, RecursionError) as e:
-                remedy = "a .jsonl file holds one JSON object a line; mend or delete this one"
-                wrong = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
-                raise UserError(f"{where} is not JSON: {wrong}\n       {remedy}") from None
-            if not isinstance(row, dict):
-                raise UserError(f'{where} is not a JSON object, like {{{json.dumps(field)}: "..."}}')
-            yield _text_of(row, field, where), True
-            offset += len(line)
-            tell(offset / size)
-
-
-def _parquet_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
-    """The text in each row, a page at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise UserError(_no_field(field, names, str(path)))
-            rows = max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=128, columns=[field], use_threads=False):
-                for value in batch.column(0):
-                    number += 1
-                    yield _text_of({field: value.as_py()}, field, f"{path}, row {number}"), True
-                tell(number / rows)
-    except pyarrow.ArrowException as e:
-        raise UserError(f"{path} cannot be read as Parquet: {e}\n       is it whole? fetch or write it again") from None
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{path}, row {number} is not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start}"
-        ) from None
+def _row_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
+    """The text of each row."""
+    unit = records.unit(path)
+    for number, row in records.rows(path, str(path), [field], tell):
+        yield _text_of(row, field, f"{path}, {unit} {number}"), True
 
 
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:
@@ -230,14 +194,13 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
 
 
 def _no_field(field: str, names: list[str], where: str) -> str:
-    near = suggestion(field, names)
+    near = records.separator_hint(names) or suggestion(field, names)
     return f"{where} has no field {field!r}, but {', '.join(map(repr, names)) or 'none at all'}{near}" + (
         "" if near else "\n       say which one holds the text with --data.field=NAME"
     )
 
 
-FORMATS = {".jsonl": _jsonl_documents, ".ndjson": _jsonl_documents, ".parquet": _parquet_documents}  # others are text
-IN_FOLDERS = (".txt", ".md", *FORMATS)
+IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
 
 
 def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
@@ -247,7 +210,7 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as out:
-            while block := stream.read(BLOCK):
+            while block := stream.read(records.BLOCK):
                 digest.update(block)
                 out.write(block)
         if not partial.stat().st_size:
@@ -261,6 +224,15 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
     finally:
         partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
     return kept
+
+
+def _known_by(path: Path, stat: os.stat_result, content: bool) -> str:
+    found = _sha256_of(path) if content else f"{stat.st_size} {stat.st_mtime_ns}"
+    if records.suffix(path) not in records.ROWS:
+        with path.open("rb") as file:
+            if file.read(3) == codecs.BOM_UTF8:  # tokens that an earlier version prepared begin with it
+                found += " without its mark"
+    return found
 
 
 def _sha256_of(path: Path) -> str:

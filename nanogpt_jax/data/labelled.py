@@ -1,12 +1,12 @@
 """Labelled texts: read, split and tokenized, for a classifier.
 
-A source is a .jsonl, .csv, .tsv or .parquet file, `hf:NAME[:CONFIG]` for Hugging Face's `datasets` (a folder on this
+A source is a file of rows (see records.py), `hf:NAME[:CONFIG]` for Hugging Face's `datasets` (a folder on this
 machine, too), or a name in SOURCES. It is read anew at each start and kept in memory: labelled texts are few.
 """
 
 # N texts, M tokens of all of them, W width of a padded row
 
-import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanogpt_jax.config import ClassifierConfig, LabelledConfig, UserError, suggestion
-from nanogpt_jax.data import batches, tokenizer
+from nanogpt_jax.data import batches, records, tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
 
 Label = str | int
-Record = tuple[int, dict[str, Any]]  # the line where it ends, and its columns
 
 
 class Example(NamedTuple):
@@ -91,7 +90,7 @@ def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.
         return SOURCES[cfg.source]()
     rows, examples = Rows(f"{flag}={cfg.source}"), []
     texts, labels = ("data.text_column", "data.label_column") if "." in flag else ("--text-column", "--label-column")
-    table, name_of = _open(rows.what, cfg.source, cfg.split, cfg.label_column)
+    table, name_of = _open(rows.what, cfg.source, cfg.split, [cfg.text_column, cfg.label_column])
     for line, record in table:
         if not rows.seen:  # of later rows, one without the column has no text or no label
             _column(rows.what, line, record, texts, cfg.text_column)
@@ -106,13 +105,13 @@ def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.
 
 
 def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
-    """The lines and texts of a file, without labels: a column of a table, or else a text a line. Unchecked: `Rows`."""
+    """The lines and texts of a file, without labels: a column of rows, or else a text a line. Unchecked: `Rows`."""
     what = str(path)
-    if path.suffix in READERS:
-        records = READERS[path.suffix](what, path)
-        texts = [(line, _column(what, line, record, "--text-column", column)) for line, record in records]
+    if records.suffix(path) in records.ROWS:
+        found = records.rows(path.expanduser(), what, [column])
+        texts = [(line, _column(what, line, record, "--text-column", column)) for line, record in found]
     else:
-        texts = list(enumerate(_lines(_content(what, path), what), start=1))
+        texts = list(records.lines(path.expanduser(), what))
     if not texts:
         raise UserError(f"{what} holds no texts")
     return texts
@@ -120,109 +119,48 @@ def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
 
 def lines_of(content: bytes, what: str) -> list[tuple[int, Any]]:
     """The lines and texts of standard input, one a line. Unchecked: `Rows`."""
-    texts = _lines(content, what)
+    texts: list[tuple[int, Any]] = list(records.lines(io.BytesIO(content), what))
     if not texts:
         raise UserError(f"{what} holds no texts")
-    return list(enumerate(texts, start=1))
+    return texts
 
 
-def _open(what: str, source: str, split: str, labels: str) -> tuple[Iterator[Record], Callable[[Any], Any]]:
-    """The records of a source, and what gives its labels their names."""
+def _open(
+    what: str, source: str, split: str, columns: Sequence[str]
+) -> tuple[Iterator[records.Row], Callable[[Any], Any]]:
+    """The rows of a source, and what gives its labels, in the last of the columns, their names."""
+    if source.startswith("hf:"):
+        return _datasets(what, source, split, columns[-1])
     path = Path(source).expanduser()
-    if source.startswith("hf:") or path.suffix == ".parquet":
-        return _datasets(what, source, split, labels)
-    if path.suffix not in READERS:
-        known = ", ".join([*READERS, ".parquet", "hf:NAME", *SOURCES])
+    suffix = records.suffix(path)
+    if suffix not in records.ROWS:
+        known = ", ".join([*records.ROWS, "hf:NAME", *SOURCES])
         raise UserError(f"{what} is none of {known}{suggestion(source, SOURCES)}")
-    return READERS[path.suffix](what, path), lambda label: label
+    names = records.class_names(path, columns[-1]) if suffix == ".parquet" else None
+    return records.rows(path, what, columns), functools.partial(_name_of, names)
 
 
-def _content(what: str, path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
-        here = "" if path.is_absolute() or not isinstance(e, FileNotFoundError) else f" in {Path.cwd()}"
-        raise UserError(f"cannot read {what}: {getattr(e, 'strerror', None) or e}{here}") from None
-    if not content:
-        raise UserError(f"{what} is empty")
-    return content
+def _name_of(names: list[str] | None, label: Any) -> Any:
+    if names is None or not isinstance(label, int):
+        return label
+    return names[label] if 0 <= label < len(names) else None  # -1 where a test set is published without labels
 
 
-def _decoded(content: bytes, what: str) -> str:
-    try:
-        return content.decode("utf-8-sig")  # spreadsheets write a mark at the beginning
-    except UnicodeDecodeError as e:
-        line = content[: e.start].count(b"\n") + 1
-        raise UserError(
-            f"{what}, line {line}: not UTF-8 text (byte {content[e.start]:#04x})\n"
-            "       convert it first, for example: iconv -f LATIN1 -t UTF-8"
-        ) from None
-
-
-def _lines(content: bytes, what: str) -> list[str]:
-    lines = _decoded(content, what).replace("\r\n", "\n").split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def _jsonl(what: str, path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_lines(_content(what, path), what), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as e:
-            raise UserError(f"{what}, line {number}: not JSON: {e}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{what}, line {number}: not a JSON object: {line[:60]!r}")
-        yield number, record
-
-
-def _separated(separator: str) -> Callable[[str, Path], Iterator[Record]]:
-    def read(what: str, path: Path) -> Iterator[Record]:
-        csv.field_size_limit(2**31 - 1)  # the library's own limit is 131,072 characters a cell
-        text = _decoded(_content(what, path), what)
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        try:
-            header = next(rows)
-            for row in rows:
-                if not row:  # a blank line
-                    continue
-                if len(row) != len(header):
-                    raise UserError(f"{what}, line {rows.line_num}: {len(row)} cells, but the header has {len(header)}")
-                yield rows.line_num, dict(zip(header, row, strict=True))
-        except csv.Error as e:
-            raise UserError(f"{what}, line {rows.line_num}: broken: {e}") from None
-
-    return read
-
-
-READERS = {".jsonl": _jsonl, ".csv": _separated(","), ".tsv": _separated("\t")}
-
-
-def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator[Record], Callable[[Any], Any]]:
-    """A parquet file, or a data set by name through Hugging Face's library, which downloads what it does not have."""
+def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator[records.Row], Callable[[Any], Any]]:
+    """A data set by name, through Hugging Face's library, which downloads what it does not have."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would print, it raises too
     name, _, config = source.removeprefix("hf:").partition(":")
     try:
-        if source.startswith("hf:"):
-            data = datasets.load_dataset(name, config or None, split=split)
-        else:
-            data = datasets.Dataset.from_parquet(str(Path(source).expanduser()))
+        data = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, LookupError, DatasetsError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise UserError(f"cannot read {what} (data.split={split}): {reason}") from None
     feature = data.features.get(labels)  # pyright: ignore
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-
-    def name_of(label: Any) -> Any:
-        if names is None or not isinstance(label, int):
-            return label
-        return names[label] if 0 <= label < len(names) else None  # -1 where a test set is published without labels
-
-    return ((row, record) for row, record in enumerate(data, start=1)), name_of  # pyright: ignore
+    return enumerate(data, start=1), functools.partial(_name_of, names)  # pyright: ignore
 
 
 def _column(what: str, line: int, record: dict[str, Any], setting: str, name: str) -> Any:

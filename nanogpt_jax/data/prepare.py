@@ -29,7 +29,7 @@ import filelock
 import numpy as np
 
 from nanogpt_jax.config import DataConfig, UserError
-from nanogpt_jax.data import corpora, tokenizer
+from nanogpt_jax.data import corpora, records, tokenizer
 from nanogpt_jax.data.batches import Mixture
 from nanogpt_jax.data.corpora import Block, Corpus, Tell, sha256_of_json
 from nanogpt_jax.data.tokenizer import Tokenizer
@@ -67,6 +67,19 @@ def open_data(cfg: DataConfig) -> Dataset:
         given = _shared_tokenizer(cfg, list(sources.values()))
     cfgs = {name: replace(cfg, source=name, mixture={}) for name in sources}
     return _mixed(cfg, cycle, {name: _open(_prepared(cfgs[name], corpus, given)) for name, corpus in sources.items()})
+
+
+def encode(corpus: Corpus, tok: Tokenizer) -> tuple[np.ndarray, int]:
+    """The tokens [N] int32 of a whole corpus, as they are in the shards of `open_data`, and its bytes of UTF-8."""
+    if corpus.documents:
+        pieces = _documents(corpus.blocks(records.silent), 0.0)
+    else:
+        pieces = _text(corpus.blocks(records.silent), 0)
+    found, n_bytes = [np.array([], np.int32)], 0
+    for piece in pieces:
+        found += _tokens(piece, tok, np.dtype(np.int32))
+        n_bytes += len(piece.text.encode())
+    return np.concatenate(found), n_bytes
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------
@@ -403,11 +416,8 @@ def _make_shard(folder: Path, number: int, pieces: list[Piece], tok: Tokenizer, 
             pass
         print(f"note: {path}, left by an interrupted preparation, is damaged; it is made again", file=sys.stderr)
     streams: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    end = np.array([] if tok.end_of_text is None else [tok.end_of_text], dtype)
     for piece in pieces:
-        streams[piece.split].append(tok.encode(piece.text).astype(dtype))
-        if piece.ends:
-            streams[piece.split].append(end)
+        streams[piece.split] += _tokens(piece, tok, dtype)
     for split, ids in streams.items():
         counts[split]["tokens"] = sum(map(len, ids))
     content = np.concatenate([np.array([], dtype), *streams["train"], *streams["val"]]).tobytes()
@@ -416,6 +426,11 @@ def _make_shard(folder: Path, number: int, pieces: list[Piece], tok: Tokenizer, 
     beside.write_bytes(json.dumps(header).encode() + b"\n" + content)
     os.replace(beside, path)
     return header
+
+
+def _tokens(piece: Piece, tok: Tokenizer, dtype: np.dtype) -> list[np.ndarray]:
+    ends = piece.ends and tok.end_of_text is not None
+    return [tok.encode(piece.text).astype(dtype), *([np.array([tok.end_of_text], dtype)] if ends else [])]
 
 
 def _read_shard(folder: Path, number: int) -> tuple[dict[str, Any], bytes]:

@@ -7,6 +7,7 @@ run directory needs neither the corpus nor a network. A new kind is one class, a
 import base64
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,12 @@ GPT2_VOCAB_SIZE = 50257
 PIECE = 1 << 20  # characters that one thread encodes at a time
 LONGEST = 4 << 20  # characters without a place to cut, after which a text is cut all the same: memory stays bounded
 CUT = re.compile(r"(?<=\S)[ \n]")
+RUN = re.compile(r"\s{262144}")  # spaces and line ends that tiktoken takes at once
 SAMPLE = 32 << 20  # characters of each source that byte pairs are learned from
+
+
+class UnknownText(UserError):
+    """The text holds what the tokenizer cannot say."""
 
 
 class Tokenizer(Protocol):
@@ -97,7 +103,7 @@ class CharTokenizer:
         ids = self._id_of[np.minimum(_code_points(text), len(self._id_of) - 1)]
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
-            raise UserError(
+            raise UnknownText(
                 f"character {text[position]!r} at position {position} is not among the {len(self._code_points)} "
                 "characters that this tokenizer knows\n"
                 "       leave it out, or train with --data.tokenizer=gpt2, which knows all text"
@@ -160,11 +166,14 @@ class GPT2Tokenizer:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
         except UnicodeEncodeError as e:  # an undecodable byte of a command line
-            raise UserError(
+            raise UnknownText(
                 f"character {text[e.start]!r} at position {e.start} is half a character, not text"
             ) from None
-        except ValueError as e:  # the pattern backtracks over a run of spaces, and its stack ends near a million
-            raise UserError(f"the tokenizer cannot take a run of a million spaces or line ends ({e})") from None
+        except ValueError:  # the pattern backtracks over a run of spaces, and its stack ends near a million
+            if not RUN.search(text):
+                raise
+            cuts = [0, *(run.end() for run in RUN.finditer(text)), len(text)]
+            return np.concatenate([self._encode(text[a:b]) for a, b in itertools.pairwise(cuts)])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -278,17 +287,18 @@ def pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
     There the pattern always ends one match and starts the next, and what it looks ahead for (is the next character a
     space, is this the end) it asks only after spaces. A text that has no such place is cut after LONGEST characters.
     """
-    held = ""
+    held, seen = "", 0  # characters of `held` in which there is no place to cut, behind the first `size`
     for block in blocks:
         held += block
         start = 0
         while len(held) - start > size:
-            cut = CUT.search(held, start + size)
+            cut = CUT.search(held, start + max(size, seen))
             end = min(cut.start() if cut else len(held), start + LONGEST)
             if end == len(held):
+                seen = len(held) - start
                 break
             yield held[start:end]
-            start = end
+            start, seen = end, 0
         held = held[start:]
     if held:
         yield held

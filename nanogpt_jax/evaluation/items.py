@@ -4,7 +4,6 @@ Items come from a file with a JSON object a line, in the form in which these dat
 Hugging Face hub as hf:NAME[:CONFIG[:SPLIT]], where NAME may be a local folder.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_jax.config import UserError
+from nanogpt_jax.data import records
 from nanogpt_jax.evaluation.likelihood import Model, encode_pair, log_likelihoods
 from nanogpt_jax.evaluation.loss import Track, silent
 
@@ -124,23 +124,9 @@ def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _file_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        content = Path(source).expanduser().read_bytes()
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
-        raise UserError(f"cannot read {source}: {getattr(e, 'strerror', None) or e}") from None
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError:
-            raise UserError(f"{where} is not UTF-8 text") from None
-        except (json.JSONDecodeError, RecursionError) as e:
-            raise UserError(f"{where} is not JSON: {e}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is no JSON object, but {line[:60].decode(errors='replace')}")
-        yield where, row
+    path = Path(source).expanduser()
+    for number, row in records.rows(path, source):
+        yield f"{source}, {records.unit(path)} {number}", row
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,9 @@ from typing import NoReturn
 
 from nanogpt_jax import config
 from nanogpt_jax.config import UserError
+from nanogpt_jax.data import records
 
+LONGEST_PROMPT = 1 << 24  # characters
 LIMITS = {  # what a value must be, in words and as a test
     "num_samples": ("be at least 1", lambda n: n >= 1),
     "max_new_tokens": ("be at least 1", lambda n: n >= 1),
@@ -81,12 +83,7 @@ def read_prompt(options: argparse.Namespace) -> str | None:
         return options.prompt
     if options.prompt is not None:
         raise UserError(f"--prompt and --prompt-file={path} exclude each other; leave one out")
-    try:
-        prompt = path.read_bytes().decode()
-    except OSError as e:
-        raise UserError(f"cannot read --prompt-file={path}: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompt-file={path} is not UTF-8 text") from None
+    prompt = records.text(path, f"--prompt-file={path}", LONGEST_PROMPT)
     if not prompt:
         raise UserError(f"--prompt-file={path} is empty; leave it out to begin with a newline")
     return prompt

@@ -22,7 +22,7 @@ from nanogpt_jax.training import run_dir
 
 USAGE = """usage: nanogpt-jax classify train|eval|predict [ARGUMENTS], or nanogpt-jax classify train --help
 
-  train    make a classifier from labelled texts (.jsonl, .csv, .tsv, .parquet, hf:NAME)
+  train    make a classifier from labelled texts (.jsonl, .json, .csv, .tsv, .parquet, hf:NAME)
   eval     accuracy, macro-F1 and the confusion matrix of one
   predict  labels and probabilities of texts"""
 
@@ -30,7 +30,7 @@ EVAL_USAGE = """usage: nanogpt-jax classify eval RUN [--FLAG VALUE ...]
 
 Measures a classifier on its test split (its validation split, if it kept no test texts) or on other labelled texts.
 
-  --source SOURCE        other texts: a .jsonl, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG]
+  --source SOURCE        other texts: a .jsonl, .json, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG]
   --split NAME           of hf:NAME, the split that is taken (default: test)
   --text-column NAME     where the text stands in SOURCE (default: as in training)
   --label-column NAME    where the label stands in SOURCE (default: as in training)
@@ -46,7 +46,7 @@ Prints the likeliest label and its probability, a line for each text. Without TE
 text a line. Words after -- are texts, whatever they begin with. A blank line or a row without text is skipped: an empty
 line stands in its place, so that the first line stays that of the first text.
 
-  --file FILE            a text a line; or a column of a .jsonl, .csv or .tsv file
+  --file FILE            a text a line; or a column of a .jsonl, .json, .csv, .tsv or .parquet file
   --text-column NAME     which column (default: as in training)
   --checkpoint WHICH     best, latest or a step (default: best)
   --json                 JSON lines with the probability of every label; of a file, with the text's line, too"""

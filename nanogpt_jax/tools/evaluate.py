@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, UserError
 from nanogpt_jax.data import batches, corpora
-from nanogpt_jax.data.prepare import open_data
-from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.data.corpora import Corpus
+from nanogpt_jax.data.prepare import encode, open_data
+from nanogpt_jax.data.tokenizer import Tokenizer, UnknownText
 from nanogpt_jax.evaluation import statistics
 from nanogpt_jax.evaluation.statistics import Estimate
 from nanogpt_jax.host import files, terminal
@@ -29,7 +30,7 @@ USAGE = """usage: nanogpt-jax eval [RUN [OTHER]] [--FLAG VALUE ...]
 Measures a run (default: the newest in runs/). With OTHER, both on the same text, and which one is better.
 
 The loss of a whole text, as nats a token, perplexity and bits per byte, each with its standard error:
-  --field NAME        where rows of .jsonl, .parquet and the hub keep the text of --data (default: text)
+  --field NAME        where rows of .jsonl, .csv, .parquet and the hub keep the text of --data (default: text)
   --data SOURCE       any text that train.py takes, read with the run's tokenizer (default: what the run was trained on)
   --split val|train   which part of the run's own data (default: val)
   --stride N          windows begin N tokens apart, so that each token is predicted from at least block_size - N tokens
@@ -233,32 +234,31 @@ def _texts(wish: Wish, runs: list[Run]) -> list[Text]:
     return texts
 
 
-def _read(source: str, field: str) -> tuple[list[str], bool]:
-    """The documents of a source, and whether they are such: one plain text is none."""
-    try:
-        corpus, texts, parts = corpora.read(source, field=field), [], []
-        for text, ends in corpus.blocks(lambda _: None):
-            parts.append(text)
-            if ends:
-                texts.append("".join(parts))
-                parts.clear()
-    except UserError as e:  # known here by another name
-        ours = {"--data.source=": "--data=", "data.source=": "--data=", "--data.field=": "--field="}
-        raise UserError(functools.reduce(lambda text, name: text.replace(name, ours[name]), ours, str(e))) from None
-    return [*texts, "".join(parts)] if parts else texts, corpus.documents
+def _read(source: str, field: str) -> Corpus:
+    with _named_as_here():
+        return corpora.read(source, field=field)
 
 
-def _given_text(source: str, corpus: tuple[list[str], bool], run: Run) -> Text:
-    """As prepare.py writes it: an end-of-text token behind each document."""
-    texts, documents = corpus
-    end = [run.tokenizer.end_of_text] if documents and run.tokenizer.end_of_text is not None else []
-    try:
-        tokens = np.concatenate([part for text in texts for part in (run.tokenizer.encode(text), end)])
-    except UserError as e:
-        raise UserError(f"--data={source} cannot be read with the tokenizer of {run.path}: {e}") from None
+def _given_text(source: str, corpus: Corpus, run: Run) -> Text:
+    """As training would read it."""
+    with _named_as_here():
+        try:
+            tokens, n_bytes = encode(corpus, run.tokenizer)
+        except UnknownText as e:
+            raise UserError(f"--data={source} cannot be read with the tokenizer of {run.path}: {e}") from None
     if len(tokens) < 2:
         raise UserError(f"--data={source} has {len(tokens)} tokens; at least 2 are needed to predict one")
-    return Text(source, tokens.astype(np.int32), sum(len(text.encode()) for text in texts))
+    return Text(source, tokens, n_bytes)
+
+
+@contextlib.contextmanager
+def _named_as_here() -> Iterator[None]:
+    """Settings have other names in what goes wrong with --data."""
+    try:
+        yield
+    except UserError as e:
+        ours = {"--data.source=": "--data=", "data.source=": "--data=", "--data.field=": "--field="}
+        raise UserError(functools.reduce(lambda text, name: text.replace(name, ours[name]), ours, str(e))) from None
 
 
 def _own_text(run: Run, split: str) -> Text:

@@ -13,14 +13,15 @@ USAGE = """usage: nanogpt-jax prepare [SOURCE] [--tokenizer char|gpt2|bpe:N|DIR]
 Turns text into tokens, for train.py to find. The same command again goes on where an interrupted one stopped.
 
   SOURCE          python-docs, shakespeare, or
-                  FILE                        a UTF-8 text, or .jsonl or .parquet with a text field
-                  FOLDER                      every .txt, .md, .jsonl and .parquet in it
+                  FILE                        a UTF-8 text, or .jsonl, .json, .csv, .tsv or .parquet with a text field;
+                                              each may be packed as .gz
+                  FOLDER                      every .txt, .text, .md, .jsonl, .ndjson and .parquet in it
                   'GLOB'                      files by a pattern: 'books/**/*.txt'
                   hf:NAME[:CONFIG][:FIELD]    a data set of the Hugging Face hub, streamed
                   -                           a text from standard input
   --tokenizer T   char: one token a character (default); gpt2: GPT-2's byte pairs; bpe:8192: byte pairs learned from
                   the text, with so many tokens; DIR: the one of a run or of prepared tokens
-  --field NAME    where rows of .jsonl, .parquet and the hub keep their text (default: text)
+  --field NAME    where rows of .jsonl, .csv, .parquet and the hub keep their text (default: text)
   --val-fraction F  share kept for validation (default: 0.1): whole documents, or the end of a single text
   --mixture A=3,B=1 several sources at once, with one tokenizer and weights
   --threads N     default: one a core; the tokens do not depend on it

@@ -1,0 +1,226 @@
+"""What to say of a file that is no UTF-8 text: what it is, where that shows, and a command that makes text of it.
+
+Each command is for a shell, from the current directory, and right to the letter. It never tells to read as Latin-1 what
+is UTF-16, packed or binary, as that would give a text, but a wrong one.
+"""
+
+import codecs
+import re
+import shlex
+import unicodedata
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from nanogpt_jax.config import UserError
+
+Source = Path | BinaryIO
+GIVE = "give the text itself"
+AGAIN = "write its texts as .jsonl with the program that made it"
+
+
+class Kind(NamedTuple):
+    """How a file that is no text begins, what it is, and the remedy; {names} are those of `_names`."""
+
+    magic: bytes
+    name: str
+    remedy: str
+
+
+KINDS = [
+    Kind(b"PAR1", "Parquet", "give it its name: mv {file} {parquet}"),
+    Kind(b"\x1f\x8b", "a gzip", "unpack it first: gunzip -c < {file} > {inner}"),
+    Kind(b"BZh", "packed by bzip2", "unpack it first: bunzip2 -c < {file} > {inner}"),
+    Kind(b"\xfd7zXZ\0", "packed by xz", "unpack it first: xz -dc < {file} > {inner}"),
+    Kind(b"\x28\xb5\x2f\xfd", "packed by Zstandard", "unpack it first: zstd -dc < {file} > {inner}"),
+    Kind(b"\x04\x22\x4d\x18", "packed by LZ4", "unpack it first: lz4 -dc < {file} > {inner}"),
+    Kind(b"\x1f\x9d", "packed by compress", "unpack it first: gunzip -c < {file} > {inner}"),
+    Kind(b"PK\x03\x04", "a ZIP archive, or a .docx, .xlsx, .odt or .epub, which are such",
+         "unpack it: unzip {file} -d {folder}; or save the document as .txt or .csv"),
+    Kind(b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x -o{folder} {file}"),
+    Kind(b"Rar!\x1a\x07", "a RAR archive", "unpack it: unrar x {file} {folder}/"),
+    Kind(b"SQLite format 3\0", "an SQLite database",
+         "write a table as .csv: sqlite3 -csv -header {file} 'SELECT * FROM mytable' > {csv}"),
+    Kind(b"\xd0\xcf\x11\xe0", "a Word, Excel or PowerPoint document", "save it as .txt or .csv in its program"),
+    Kind(b"\x89PNG", "a PNG image", GIVE),
+    Kind(b"\xff\xd8\xff", "a JPEG image", GIVE),
+    Kind(b"GIF8", "a GIF image", GIVE),
+    Kind(b"RIFF", "a WebP, WAV or AVI file", GIVE),
+    Kind(b"\x7fELF", "a program", GIVE),
+    Kind(b"ARROW1", "an Arrow file", AGAIN),
+    Kind(b"\x89HDF", "an HDF5 file", AGAIN),
+    Kind(b"\x93NUMPY", "a NumPy array", AGAIN),
+    Kind(b"Obj\x01", "an Avro file", AGAIN),
+    Kind(b"ORC", "an ORC file", AGAIN),
+]  # fmt: skip
+EVEN_AS_TEXT = [
+    Kind(b"%PDF-", "a PDF", "take its text out: pdftotext {file} {txt}"),
+    Kind(b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS, not the file itself", "git lfs pull"),
+]
+TAR = Kind(b"", "a tar archive", "unpack it: mkdir {folder} && tar -xf {file} -C {folder}")
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before that of UTF-16, which it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+# ---- by the beginning -----------------------------------------------------------------------------------------------
+
+
+def check_beginning(head: bytes, source: Source, what: str, packed: bool) -> None:
+    """UserError if a file that begins so is known not to be UTF-8. `packed`: it is inside of the gzip `source`."""
+    kinds = EVEN_AS_TEXT
+    if not is_text(head):
+        for mark, encoding in MARKS.items():
+            if head.startswith(mark):
+                raise _other_encoding(encoding, source, what, packed)
+        kinds = [*EVEN_AS_TEXT, *KINDS]
+        if head[257:262] == b"ustar":
+            raise _other_kind(TAR, source, what, packed)
+    for kind in kinds:
+        if head.startswith(kind.magic):
+            raise _other_kind(kind, source, what, packed)
+    if encoding := wide(head):
+        raise _other_encoding(encoding, source, what, packed)
+
+
+def is_text(some: bytes) -> bool:
+    """Whether these bytes are UTF-8 without NULs; the last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(some)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in some
+
+
+def wide(some: bytes) -> str:
+    """UTF-16LE, UTF-16BE, UTF-32LE or UTF-32BE if these bytes are text in it, which shows by its NULs; else ""."""
+    some = some[: min(len(some), 4096) & ~3 or len(some) & ~1]
+    if b"\0" not in some:
+        return ""
+    nul = [some[i::4].count(0) / max(1, len(some[i::4])) for i in range(4)]
+    if nul[1] > 0.9 and nul[2] > 0.9 and max(nul[0], nul[3]) > 0.9:
+        guess = "UTF-32LE" if nul[3] > nul[0] else "UTF-32BE"
+    elif (nul[0] + nul[2] == 0) != (nul[1] + nul[3] == 0):  # in one half of each pair alone
+        guess = "UTF-16LE" if nul[0] + nul[2] == 0 else "UTF-16BE"
+        if 8 * some.count(0) < len(some) and is_text(rest := some.replace(b"\0", b"")) and not CONTROL.search(rest):
+            return ""  # a stray NUL in a text
+    else:
+        return ""
+    found = codecs.getincrementaldecoder(guess)(errors="replace").decode(some)
+    odd = sum(unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and c not in "\n\r\t\f" for c in found)
+    return guess if found and odd + found.count("\ufffd") <= len(found) / 50 else ""
+
+
+def _other_kind(kind: Kind, source: Source, what: str, packed: bool) -> UserError:
+    if packed:
+        unpack = f"gunzip -c < {quoted(source)} > {inner(source)}"
+        remedy = f"unpack it first: {unpack}; then {kind.remedy.format(**_names(Path(shlex.split(inner(source))[0])))}"
+    else:
+        remedy = kind.remedy.format(**_names(source))
+    return UserError(f"{what} is no text but {kind.name}\n       {remedy}")
+
+
+def _names(source: Source) -> dict[str, str]:
+    path = source if isinstance(source, Path) else Path("FILE")
+    names = {
+        "csv": f"{stem(path)}.csv",
+        "txt": f"{stem(path)}-text.txt",
+        "folder": f"{stem(path)}.d",
+        "parquet": _no_flag(str(path.with_name(f"{path.stem}.parquet"))),
+    }
+    return {"file": quoted(source), "inner": inner(source), **{key: shlex.quote(x) for key, x in names.items()}}
+
+
+def _other_encoding(encoding: str, source: Source, what: str, packed: bool) -> UserError:
+    return UserError(f"{what} is {encoding}, not UTF-8 text\n       convert it: {_iconv(encoding, source, packed)}")
+
+
+# ---- by a byte further on -------------------------------------------------------------------------------------------
+
+
+def wrong_byte(
+    source: Source, what: str, title: str, offset: int, before: bytes, after: bytes, foreign: bool
+) -> UserError:
+    """What to say of the byte that `after` begins with. `foreign`: the file has UTF-8 beyond ASCII before it."""
+    packed = isinstance(source, Path) and _is_gzip(source)
+    wrong = f"{title}: byte {after[0]:#04x} at offset {offset}"
+    some = after[:1024]
+    if some.startswith(tuple(MARKS)) or (some.count(0) > 4 and (wide(some) or wide(some[1:]))):
+        return UserError(
+            f"{what} is UTF-16 or UTF-32 from offset {offset} on: files in several encodings were joined\n"
+            "       make UTF-8 of each before you join them: iconv -f UTF-16 -t UTF-8 PART > part-utf8.txt"
+        )
+    if b"\0" in before[-1024:] + some:
+        if after[0] or not is_text(some.replace(b"\0", b"")):
+            return UserError(f"{wrong}\n       it is a binary file; give its text, or leave it out")
+        into = f"{_piped(source) if packed else ''}tr -d '\\000'{'' if packed else f' < {quoted(source)}'}"
+        return UserError(f"{wrong}\n       take such bytes out: {into} > {converted(source)}")
+    begun = 0xC2 <= after[0] <= 0xF4 and 1 < len(after) < 4 and all(0x80 <= byte < 0xC0 for byte in after[1:])
+    if foreign or begun or after in (b"\xc2", b"\xc3"):  # the last character is cut
+        without = _iconv("UTF-8", source, packed, "-c ")
+        return UserError(
+            f"{wrong}\n       all before it is UTF-8, so the file is damaged\n"
+            f"       fetch it again, or leave out what is wrong: {without}"
+        )
+    some = before[-1024:] + some
+    high = [byte for byte in some if byte >= 0x80]
+    if not {0x81, 0x8D, 0x8F, 0x90, 0x9D}.isdisjoint(high) or 2 * len(high) > len(some):
+        named = _iconv("ENCODING", source, packed)
+        return UserError(f"{wrong}\n       convert it, ENCODING being one that iconv -l lists: {named}")
+    western = "CP1252" if any(byte < 0xA0 for byte in high) else "LATIN1"
+    return UserError(f"{wrong}\n       convert it first, for example: {_iconv(western, source, packed)}")
+
+
+def _is_gzip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(3) == b"\x1f\x8b\x08"
+    except OSError:
+        return False
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def _iconv(encoding: str, source: Source, packed: bool, flags: str = "") -> str:
+    """The command that makes UTF-8 of a file."""
+    of = "" if packed else f" {quoted(source)}"
+    return f"{_piped(source) if packed else ''}iconv {flags}-f {encoding} -t UTF-8{of} > {converted(source)}"
+
+
+def _piped(source: Source) -> str:
+    return f"gunzip -c < {quoted(source)} | "
+
+
+def quoted(source: Source) -> str:
+    """The name of a file for a shell, so that no command takes it for a flag."""
+    return shlex.quote(_no_flag(str(source))) if isinstance(source, Path) else "FILE"
+
+
+def converted(source: Source) -> str:
+    """Where a converted file goes: here, with the suffix that says how it is read."""
+    path = source if isinstance(source, Path) else Path("text.txt")
+    return shlex.quote(f"{stem(path)}-utf8{Path(_without_gz(path)).suffix or '.txt'}")
+
+
+def inner(source: Source) -> str:
+    """Where an unpacked file goes: here, without the suffix of what packed it."""
+    path = source if isinstance(source, Path) else Path("text.txt")
+    if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".lz4", ".z"):
+        return shlex.quote(_no_flag(path.stem))
+    return shlex.quote(f"{stem(path)}-unpacked{path.suffix}")
+
+
+def stem(path: Path) -> str:
+    return _no_flag(Path(_without_gz(path)).stem)
+
+
+def _without_gz(path: Path) -> str:
+    return path.name[:-3] if path.name.lower().endswith(".gz") else path.name
+
+
+def _no_flag(name: str) -> str:
+    return f"./{name}" if name.startswith("-") else name
