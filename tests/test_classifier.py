@@ -227,8 +227,8 @@ def test_every_format_gives_the_same_texts_and_labels(here, source):
 def test_files_as_people_have_them(here, name, content):
     Path(name).write_text(content, encoding="utf-8")
     assert [(e.text, e.label) for e in labelled.read(LabelledConfig(source=name))] == [('a "b"', "x"), ("c", "y")]
-    assert labelled.read_texts(Path(name), "text") == ['a "b"', "c"]
-    assert labelled.lines_of("\ufeffuno\r\n\ufeffdos".encode(), "standard input") == ["uno", "dos"]
+    assert [text for _, text in labelled.read_texts(Path(name), "text")] == ['a "b"', "c"]
+    assert labelled.lines_of("\ufeffuno\r\n\ufeffdos".encode(), "standard input") == [(1, "uno"), (2, "dos")]
 
 
 def test_whole_numbers_and_class_labels_are_labels_too(here):

@@ -453,10 +453,12 @@ def test_changed_text_is_refused_on_resume(place, clean_env):
 
 
 def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(place, clean_env):
-    shutil.copytree(place / "runs/done", place / "runs/cut")
-    big = max((place / "runs/cut/checkpoints/10").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    shutil.copytree(place / "runs/done", place / "runs/truncated")
+    big = max(
+        (place / "runs/truncated/checkpoints/10").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
+    )
     os.truncate(big, 10)
-    longer = [*SMALL, "--train.steps", "20", "--run-dir", "runs/cut"]
+    longer = [*SMALL, "--train.steps", "20", "--run-dir", "runs/truncated"]
     result = run(place, clean_env, "train.py", *longer)
     refused(result, "checkpoints/10 is damaged", f"{big.relative_to(place)} has 10 bytes")
     advice = re.search("go on from checkpoint 5: (.*)", result.stderr)
@@ -868,7 +870,7 @@ def test_a_configuration_that_is_none_is_refused_by_name(done, content, words):
 def test_commands_that_are_printed_can_be_typed(monkeypatch):
     argv = ["--run-dir", "my run", "--resume", "must", "--overwrite", "--data.source=a'b", "--train.steps", "5"]
     again = shlex.split(run_dir.command_again(argv, steps=10))
-    assert again[-4:] == ["--run-dir", "my run", "--data.source=a'b", "--train.steps=10"]
+    assert again[-5:] == ["--run-dir", "my run", "--data.source=a'b", "--train.steps", "10"]
     monkeypatch.setattr(sys, "argv", ["/my tools/sample.py", "my run", "--checkpoint", "10", "--top-k=5"])
     typed = shlex.split(run_dir.typed(("--checkpoint",), "--checkpoint=5"))
     assert typed == ["python", "/my tools/sample.py", "my run", "--top-k=5", "--checkpoint=5"]

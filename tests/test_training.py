@@ -248,7 +248,7 @@ def test_metrics_that_are_there_are_read_at_once(tmp_path):
     done = {name: jnp.ones(2).block_until_ready() for name in ("loss", "grad_norm", "learning_rate")}
     cfg = change(TINY, train__log_every=1)
     with metrics.MetricsLog(tmp_path, cfg.train, 0) as log:
-        reader = loop._Reader(cfg, 0, 128, log, metrics.Progress(0, 10))
+        reader = loop._Reader(cfg, lambda *_: None, 128, log, metrics.Progress(0, 10))
         reader.add(0, 2, done)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]

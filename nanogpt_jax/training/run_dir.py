@@ -361,12 +361,12 @@ def finished(run_dir: Path, cfg: Config) -> str:
 
 def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
     """The command that goes on with this run: the one that was typed, with other `steps` if given."""
-    more = f"--train.steps={steps}" if steps else ""
+    more = ["--train.steps", str(min(steps, config.MOST_STEPS))] if steps else []
     without = ("--resume", "--train.steps") if steps else ("--resume",)
-    return shlex.join([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), more)])
+    return shlex.join([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), *more)])
 
 
-def typed(without: tuple[str, ...] = (), more: str = "") -> str:
+def typed(without: tuple[str, ...] = (), *more: str) -> str:
     """The command line of this process, edited: for people to type. "" if the process is another program."""
     program = Path(sys.argv[0])
     if program.name in config.DOORS:
@@ -377,11 +377,11 @@ def typed(without: tuple[str, ...] = (), more: str = "") -> str:
         words = ["nanogpt-jax"]
     else:
         return ""
-    return shlex.join([*words, *_edited(sys.argv[1:], without, more)])
+    return shlex.join([*words, *_edited(sys.argv[1:], without, *more)])
 
 
-def _edited(argv: list[str], without: tuple[str, ...], more: str) -> list[str]:
-    """A command line without some flags and their values, and with one more. Behind `--` nothing is a flag."""
+def _edited(argv: list[str], without: tuple[str, ...], *more: str) -> list[str]:
+    """A command line without some flags and their values, and with `more`. Behind `--` nothing is a flag."""
     end = argv.index("--") if "--" in argv else len(argv)
     words, skip = [], False
     for word in argv[:end]:
@@ -390,7 +390,7 @@ def _edited(argv: list[str], without: tuple[str, ...], more: str) -> list[str]:
         if not skip and not dropped:
             words.append(word)
         skip = not skip and dropped and not equals and flag != "--overwrite"
-    return [*words, *filter(None, [more]), *argv[end:]]
+    return [*words, *more, *argv[end:]]
 
 
 def load_tokenizer(run_dir: Path, cfg: Config) -> Tokenizer:
