@@ -434,24 +434,6 @@ def test_every_command_of_the_readme_is_understood(words, tmp_path, monkeypatch)
         assert name in cli.COMMANDS, words
 
 
-def test_overwrite_starts_over(place, clean_env):
-    flags = [*SMALL, "--train.steps", "5", "--run-dir", "runs/over"]
-    shutil.copytree(place / "runs/done", place / "runs/over")
-    result = run(place, clean_env, "train.py", *flags, "--overwrite", "--train.seed", "7")
-    assert result.returncode == 0
-    assert "training in runs/over" in result.stdout
-    assert '"seed": 7' in (place / "runs/over/config.json").read_text()
-
-
-def test_changed_text_is_refused_on_resume(place, clean_env):
-    flags = [*SMALL, "--run-dir", "runs/changed"]
-    flags[flags.index("text.txt")] = "own.txt"
-    (place / "own.txt").write_text("uno dos tres " * 100)
-    assert run(place, clean_env, "train.py", *flags, "--train.steps", "5").returncode == 0
-    (place / "own.txt").write_text("uno dos tres " * 101)
-    refused(run(place, clean_env, "train.py", *flags, "--train.steps", "9"), "the data of runs/changed has changed")
-
-
 def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(place, clean_env):
     shutil.copytree(place / "runs/done", place / "runs/truncated")
     big = max(
@@ -813,6 +795,11 @@ def test_leftovers_of_killed_processes_are_taken_away(done):
     assert not [name for name in left if (done / name).exists()]
     assert [p.name for p in (done / "checkpoints").iterdir()] == ["10"]
     assert kept.exists()
+
+
+def test_changed_text_is_refused_on_resume(done):
+    with pytest.raises(UserError, match="the data of done has changed"):
+        attempt("--run-dir", "done", data=SimpleNamespace(**{**vars(DATA), "fingerprint": "abd"}))
 
 
 def test_the_same_text_in_another_place_is_the_same_data(done, capsys):
