@@ -38,6 +38,14 @@ def check_file(flag: str, place: str) -> None:
         raise UserError(f"{flag}={place} cannot be written: {e.strerror or e}") from None
 
 
+def write_file(flag: str, place: str, content: str | bytes) -> None:
+    """Write a result where --FLAG=PLACE asks for it: a link, a device or a pipe stays what it is."""
+    try:
+        files.write_result(Path(place), content)
+    except OSError as e:
+        raise UserError(f"cannot write {flag}={place}: {e.strerror or e}") from None
+
+
 def guarded(main: Main, argv: list[str] | None = None) -> int:
     """`main` with errors as a person wants them: the message and what to do on stderr, exit code 2, no traceback."""
     terminal.set_up()

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import shlex
 import stat
 import sys
@@ -30,6 +29,7 @@ from typing import Any, BinaryIO
 from nanogpt_jax.config import UserError, suggestion
 from nanogpt_jax.data import records
 from nanogpt_jax.data.records import Tell
+from nanogpt_jax.host import files
 
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -138,10 +138,10 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
     def fail(e: OSError) -> None:
         raise UserError(f"cannot read {e.filename}, of data.source={source}: {e.strerror}") from None
 
-    for place, folders, files in os.walk(folder, onerror=fail):
+    for place, folders, names in os.walk(folder, onerror=fail):
         within = Path(place).relative_to(folder)
         out["linked folders"] += sum(Path(place, name).is_symlink() for name in folders)
-        for name in files:
+        for name in names:
             path = Path(place, name)
             if any(part.startswith(".") for part in (*within.parts, name)):
                 out["hidden"] += 1
@@ -206,23 +206,21 @@ IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
 def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
     """What can be read only once, as a text file in `folder` that is named by its content."""
     digest = hashlib.sha256()
-    partial = folder / f".stdin.{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as out:
-            while block := stream.read(records.BLOCK):
-                digest.update(block)
-                out.write(block)
-        if not partial.stat().st_size:
-            raise UserError(
-                f"data.source={source} gave no text\n       what comes through a pipe has to come each time"
-            )
-        kept = folder / f"stdin-{digest.hexdigest()[:12]}.txt"
-        os.replace(partial, kept)
+        with files.folder_beside(folder / "stdin") as beside:
+            with (beside / "text").open("wb") as out:
+                while block := stream.read(records.BLOCK):
+                    digest.update(block)
+                    out.write(block)
+            if not (beside / "text").stat().st_size:
+                raise UserError(
+                    f"data.source={source} gave no text\n       what comes through a pipe has to come each time"
+                )
+            kept = folder / f"stdin-{digest.hexdigest()[:12]}.txt"
+            os.replace(beside / "text", kept)
     except OSError as e:
         raise UserError(f"cannot keep data.source={source} in data.dir={folder}: {e.strerror or e}") from None
-    finally:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
     return kept
 
 
@@ -404,9 +402,7 @@ def _shakespeare_text(kept: Path) -> str:
     if not kept.exists():
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}.tmp")
-            partial.write_bytes(content)
-            os.replace(partial, kept)
+            files.write(kept, content)
         except OSError as e:
             raise UserError(f"cannot write {kept}: {e.strerror}; set data.dir to a directory of yours") from None
     return content.decode()

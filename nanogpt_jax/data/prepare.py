@@ -33,7 +33,7 @@ from nanogpt_jax.data import corpora, records, tokenizer
 from nanogpt_jax.data.batches import Mixture
 from nanogpt_jax.data.corpora import Block, Corpus, Tell, sha256_of_json
 from nanogpt_jax.data.tokenizer import Tokenizer
-from nanogpt_jax.host import terminal
+from nanogpt_jax.host import files, terminal
 
 FORMAT = 1  # of the folder, and of how corpora compose their texts; a new number prepares everything anew
 MIB = 1 << 20
@@ -422,9 +422,8 @@ def _make_shard(folder: Path, number: int, pieces: list[Piece], tok: Tokenizer, 
         counts[split]["tokens"] = sum(map(len, ids))
     content = np.concatenate([np.array([], dtype), *streams["train"], *streams["val"]]).tobytes()
     header = {"text": digest.hexdigest(), "ids": hashlib.sha256(content).hexdigest(), **counts}
-    beside = path.with_suffix(".shard.tmp")
-    beside.write_bytes(json.dumps(header).encode() + b"\n" + content)
-    os.replace(beside, path)
+    with files.replacing(path) as beside:
+        beside.write_bytes(json.dumps(header).encode() + b"\n" + content)
     return header
 
 

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 
 from nanogpt_jax import runtime
 from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.host import files
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.model.losses import without_padding
 
@@ -121,12 +121,8 @@ def _hash(content: bytes) -> str:
 
 def _keep(built: Path, path: Path) -> None:
     """A copy, there at once and whole: another process may look for it."""
-    partial = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-    try:
-        shutil.copy(built, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(path) as beside:
+        shutil.copy(built, beside)
 
 
 def _compiles(compiler: list[str], built: Path) -> bool:

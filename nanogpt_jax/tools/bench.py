@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     if options["json"]:
         numbers = {name: int(options[name]) for name in ("rounds", "seconds", "batch", "prompt", "new")}
         table = {"work": work, "cfg": order["cfg"], **numbers, "results": results}
-        Path(options["json"]).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        cli.write_file("--json", options["json"], json.dumps(table, indent=2, allow_nan=False) + "\n")
     return 0
 
 

@@ -443,10 +443,7 @@ def _draw(plt: Any, confusion: np.ndarray, labels: list[labelled.Label], path: P
             axis.text(j, i, confusion[i, j], ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
     picture = BytesIO()
     figure.savefig(picture, format=_format(path))
-    try:
-        files.write_result(path, picture.getvalue())
-    except OSError as e:
-        raise UserError(f"cannot write --picture={path}: {e.strerror}") from None
+    cli.write_file("--picture", str(path), picture.getvalue())
 
 
 def _baseline() -> Callable[[Texts, Texts, int, str], np.ndarray]:

@@ -135,10 +135,7 @@ def main(argv: list[str]) -> int:
         for difference in result["differences"]:
             print(difference["words"])
     if wish.json:
-        try:
-            files.write_result(Path(wish.json), json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
-        except OSError as e:
-            raise UserError(f"cannot write --json={wish.json}: {e.strerror or e}") from None
+        cli.write_file("--json", wish.json, json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
     return 0
 
 

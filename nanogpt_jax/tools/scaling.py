@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ def main(argv: list[str]) -> int:
         fits[axis] = [_exponent(row, "seconds_per_token"), _exponent(row, "flops_per_token")]
         print(f"{axis:<20}{fits[axis][0]:>10.2f}{fits[axis][1]:>10.2f}")
     if own["json"]:
-        Path(own["json"]).write_text(json.dumps({"points": points, "exponents": fits}, indent=2) + "\n")
+        cli.write_file("--json", own["json"], json.dumps({"points": points, "exponents": fits}, indent=2) + "\n")
     if own["picture"]:
-        _draw(points, fits, Path(own["picture"]))
+        cli.write_file("--picture", own["picture"], _drawn(points, fits, Path(own["picture"]).suffix))
     return 0
 
 
@@ -99,7 +100,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def _draw(points: dict[str, list[dict[str, Any]]], fits: dict[str, list[float]], path: Path) -> None:
+def _drawn(points: dict[str, list[dict[str, Any]]], fits: dict[str, list[float]], suffix: str) -> bytes:
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(points), figsize=(3.2 * len(points), 3.2), sharey=True, layout="constrained")
     for axis, (name, row) in zip(axes, points.items(), strict=True):
@@ -114,4 +115,6 @@ def _draw(points: dict[str, list[dict[str, Any]]], fits: dict[str, list[float]],
         axis.set_xlabel(name)
         axis.legend(fontsize=7)
     axes[0].set_ylabel("µs a token")
-    figure.savefig(path)
+    picture = BytesIO()
+    figure.savefig(picture, format=suffix.lstrip(".").lower() or "png")
+    return picture.getvalue()
