@@ -14,11 +14,12 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -232,7 +233,22 @@ def program(name: str, briefly: bool = False) -> str:
 def word(value: str | Path) -> str:
     """A path as one word of a command that a person may copy into a shell."""
     text = str(value)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    return quoted(f"./{text}" if text.startswith("-") else text)
+
+
+def quoted(text: str) -> str:
+    """Any word of a command for a shell. A byte that is no UTF-8 is written as bash and zsh write it."""
+    if not any("\ud800" <= c <= "\udfff" for c in text):
+        return shlex.quote(text)
+    escaped = "".join(
+        f"\\x{byte:02x}" if byte > 126 or byte < 32 or byte in b"\\'" else chr(byte) for byte in os.fsencode(text)
+    )
+    return f"$'{escaped}'"
+
+
+def joined(words: Iterable[str]) -> str:
+    """A command to be copied into a shell."""
+    return " ".join(map(quoted, words))
 
 
 def suggestion(word: str, known: Any) -> str:

@@ -96,7 +96,9 @@ def _complete_cache() -> None:
         return
     with contextlib.suppress(OSError):  # no such folder, or not ours to write in
         folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-        names = set(os.listdir(folder))
+        names = {entry.name for entry in os.scandir(folder) if entry.is_file() or entry.is_dir()}
+        for name in set(os.listdir(folder)) - names:  # JAX would wait for a pipe
+            (folder / name).unlink()
         for name in names:
             note = f"{name[:-5]}atime"
             if name.endswith("-cache") and note not in names:

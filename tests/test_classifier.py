@@ -389,7 +389,7 @@ NEAR_LABELS = [
     (["spam", "sp\u200bam", "Spam", "SPAM"], "SPAM (3), Spam (3), spam (3) and 'sp\\u200bam' (3)"),
     (["sí", "si\u0301"], "'si\\u0301' (3) and 's\\xed' (3)"),
     (["1", "01", "1.0"], "the labels 01 (3), 1 (3) and 1.0 (3) are the same number, and are 3 labels"),
-    (["NA", "x"], "NA (3) counts as a label; if it means that there is none, remove the rows"),
+    (["NA", "x"], "NA (3) counts as a label; if that means that there is none, remove the rows"),
     ([True, "true", False], "some labels are text and some true or false: all are taken as text; one label is made of both for true"),
     ([1, "1", 2], "some labels are numbers and some text: all are taken as text; one label is made of both for 1"),
     (["spam", "sparm", "ham", "1", "11", "not spam", "none"], None),

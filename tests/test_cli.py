@@ -863,6 +863,7 @@ def test_commands_that_are_printed_can_be_typed(monkeypatch):
     assert typed == ["python", "/my tools/sample.py", "my run", "--top-k=5", "--checkpoint=5"]
     assert shlex.split(config.program("train")) == ["python", "/my tools/train.py"]
     monkeypatch.setattr(sys, "argv", ["nanogpt-jax", "classify", "predict", "r", "--", "--checkpoint", "5"])
+    assert config.quoted(os.fsdecode(b"fo\xff'")) == r"$'fo\xff\x27'"
     typed = shlex.split(run_dir.typed(("--checkpoint",), "--checkpoint=5"))
     assert typed[3:] == ["r", "--checkpoint=5", "--", "--checkpoint", "5"]
     assert shlex.split(config.word(Path("-x"))) == ["./-x"]

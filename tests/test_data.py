@@ -454,10 +454,10 @@ def test_tokenizers_differ_by_fingerprint(gpt2: tokenizer.Tokenizer):
             b'{"kind": "charr", "fingerprint": ""}',
             "unknown kind 'charr', known: char, gpt2, bpe\n.*char?",
         ),
-        ("tokenizer.json", b'{"kind": "char", "fingerprint": ""}', "characters.txt is damaged: its fingerprint"),
+        ("tokenizer.json", b'{"kind": "char", "fingerprint": ""}', "characters.txt is damaged, or tokenizer.json"),
         ("characters.txt", None, "no tokenizer in .*: characters.txt is missing"),
-        ("characters.txt", b"ba", "characters.txt is damaged: its fingerprint"),
-        ("characters.txt", b"\xff", "characters.txt is damaged: its fingerprint"),
+        ("characters.txt", b"ba", "characters.txt is damaged, or tokenizer.json"),
+        ("characters.txt", b"\xff", "characters.txt is damaged, or tokenizer.json"),
     ],
 )
 def test_damaged_tokenizers(tmp_path: Path, file: str, content: bytes | None, message: str):

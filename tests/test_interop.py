@@ -736,7 +736,7 @@ WRONG_COMMANDS = [
     ("one word", "import-hf hf", ["import-hf takes MODEL RUN, but got hf"]),
     ("misspelt flag", "import-hf hf new --tokeniser x", ["unknown flag --tokeniser", "did you mean --tokenizer?"]),
     ("run exists", "import-hf hf run", ["run exists and is not empty"]),
-    ("run is a file", "import-hf hf text.txt", ["text.txt is a file"]),
+    ("run is a file", "import-hf hf text.txt", ["text.txt is no directory"]),
     ("no such tokenizer", "import-hf hf new --tokenizer home", ["--tokenizer=home has neither tokenizer.json"]),
     ("tokenizer too large", "import-hf hf new --tokenizer gpt2", ["has 50257 tokens, the model only 300"]),
     ("no run", "export-hf gone new", ["gone is not a run directory"]),
@@ -751,7 +751,7 @@ WRONG_COMMANDS = [
     ("a device", "export-hf run null.gguf --overwrite", ["null.gguf is a device or a pipe"]),
     ("a name without end", f"import-hf {'x' * 300} new", ["no file or directory xxx"]),
     ("a file of an adapter", "import-hf adapter_model.safetensors new", ["holds an adapter"]),
-    ("a file", "export-hf run text.txt", ["text.txt is a file"]),
+    ("a file", "export-hf run text.txt", ["text.txt is no directory"]),
     ("gguf exists", "export-hf run old.gguf", ["old.gguf exists", "--overwrite"]),
     ("no checkpoint", "export-hf run new --checkpoint 7", ["run has no checkpoint 7; it has 0"]),
 ]

@@ -241,6 +241,30 @@ def test_a_marked_text_is_not_taken_from_tokens_that_have_the_mark():
     assert corpora.read("text.txt").identity != hashlib.sha256(Path("text.txt").read_bytes()).hexdigest()
 
 
+def test_rows_without_text_links_to_files_that_are_taken_and_pipes_are_what_they_are(
+    capsys: pytest.CaptureFixture[str],
+):
+    Path("rows.jsonl").write_text(
+        "".join(f'{{"text": {text}}}\n' for text in ['"uno"', "null", '""', '"dos"', '"tres"'])
+    )
+    tokens = prepare.open_data(DataConfig(source="rows.jsonl")).manifest
+    assert tokens["source"]["documents"] == 3
+    assert "2 rows or files are left out, having no text" in capsys.readouterr().err
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("uno dos tres")
+    Path("texts/b.txt").write_text("cuatro cinco")
+    Path("texts/loop").symlink_to(".")
+    assert prepare.open_data(DataConfig(source="texts/**/*.txt")).manifest["source"]["documents"] == 2
+    assert "links to files that it takes" in capsys.readouterr().err
+    os.mkfifo("pipe.jsonl")
+    with subprocess.Popen(["sh", "-c", "cat rows.jsonl > pipe.jsonl"]):
+        assert (
+            prepare.open_data(DataConfig(source="pipe.jsonl")).manifest["train"]["tokens"] == tokens["train"]["tokens"]
+        )
+    with pytest.raises(UserError, match="neither a file or folder"):
+        prepare.open_data(DataConfig(source="~nosuchuser/x.txt"))
+
+
 def test_a_folder_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str]):
     for name in ("a.TXT", "b.text", "c.Md", "d.JSONL", "e.pdf", "f.PDF", "g.csv", "h", ".i.txt", ".git/j", "k.txt.gz"):
         spoil(f"f/{name}", b'{"text": "x"}\n')

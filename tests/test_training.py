@@ -821,7 +821,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*: python sample.py 'a run' --checkpoint=10$"):
         load_params(run, cfg)
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*rm -r {run}/checkpoints/20\n"):
-        load_params(run, cfg, to_start=True)
+        load_params(run, cfg, use="start")
     shutil.rmtree(run / "checkpoints/10")
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*no other"):
         load_params(run, cfg)

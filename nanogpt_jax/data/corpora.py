@@ -74,12 +74,14 @@ def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpu
 def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
     """A file, a folder or a pattern with * or **. One plain text is one text; otherwise each plain text is a document,
     and so is each row of the formats in records.py, in the order of the names."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path's own has an error for a user that does not exist
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        files = sorted(f for f in found if f.is_file())
+        found = sorted(f for name in glob.glob(str(path), recursive=True) if (f := Path(name)).is_file())
+        files = list({os.path.realpath(f): f for f in reversed(found)}.values())[::-1]  # ** follows links to folders
+        if n := len(found) - len(files):
+            print(f"note: data.source={source} leaves out {n:,} links to files that it takes", file=sys.stderr)
         if not glob.has_magic(source):
             known = ", ".join(CORPORA)
             here = "" if path.is_absolute() else f" in {Path.cwd()}"
@@ -88,7 +90,9 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
                 f"{suggestion(source, CORPORA)}"
             ) from None
         if not files:
-            raise UserError(f"data.source={source} matches no file; ** stands for folders at any depth") from None
+            exact = "; [[] stands for a [ in a name" if "[" in source else ""
+            what = f"data.source={source} matches no file"
+            raise UserError(f"{what}; ** stands for folders at any depth{exact}") from None
         name = next((part for part in reversed(path.parts) if not glob.has_magic(part)), "files")
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
         raise UserError(f"cannot read data.source={source}: {getattr(e, 'strerror', None) or e}") from None
@@ -157,7 +161,7 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
     if not taken:
         raise UserError(
             f"data.source={source} is a folder that holds no {', '.join(IN_FOLDERS)} file\n"
-            f"       for other text files give a pattern, for example {shlex.quote(f'{folder}/**/*.py')}"
+            f"       for other text files give a pattern: {shlex.quote(glob.escape(str(folder)) + '/**/*.py')}"
         )
     return sorted(taken)
 
@@ -185,11 +189,17 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{where}: the field {field!r} is not text but {type(value).__name__}")
+        raise UserError(
+            f"{where}: the field {field!r} is not text but {type(value).__name__}\n"
+            "       write it as text, or name the field that holds the text with --data.field=NAME"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as e:  # JSON's \ud800 alone
-        raise UserError(f"{where} holds {value[e.start]!r}, which is half a character") from None
+        raise UserError(
+            f"{where} holds {value[e.start]!r}, which is half a character\n"
+            "       take it out, or write the file again with the program that made it"
+        ) from None
     return value
 
 
@@ -217,11 +227,18 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
                 raise UserError(
                     f"data.source={source} gave no text\n       what comes through a pipe has to come each time"
                 )
-            kept = folder / f"stdin-{digest.hexdigest()[:12]}.txt"
+            kept = folder / f"stdin-{digest.hexdigest()[:12]}{_suffixes(source) or '.txt'}"
             os.replace(beside / "text", kept)
     except OSError as e:
         raise UserError(f"cannot keep data.source={source} in data.dir={folder}: {e.strerror or e}") from None
     return kept
+
+
+def _suffixes(name: str) -> str:
+    """What a pipe's name says of the text that comes through it."""
+    path = Path(name)
+    known = records.suffix(path) in (*IN_FOLDERS, *records.ROWS)
+    return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]) if known else ""
 
 
 def _known_by(path: Path, stat: os.stat_result, content: bool) -> str:

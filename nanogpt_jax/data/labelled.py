@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sysconfig
 import unicodedata
@@ -106,12 +107,12 @@ def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.
 
 def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
     """The lines and texts of a file, without labels: a column of rows, or else a text a line. Unchecked: `Rows`."""
-    what = str(path)
+    what, place = str(path), Path(os.path.expanduser(path))
     if records.suffix(path) in records.ROWS:
-        found = records.rows(path.expanduser(), what, [column])
+        found = records.rows(place, what, [column])
         texts = [(line, _column(what, line, record, "--text-column", column)) for line, record in found]
     else:
-        texts = list(records.lines(path.expanduser(), what))
+        texts = list(records.lines(place, what))
     if not texts:
         raise UserError(f"{what} holds no texts")
     return texts
@@ -131,7 +132,7 @@ def _open(
     """The rows of a source, and what gives its labels, in the last of the columns, their names."""
     if source.startswith("hf:"):
         return _datasets(what, source, split, columns[-1])
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     suffix = records.suffix(path)
     if suffix not in records.ROWS:
         known = ", ".join([*records.ROWS, "hf:NAME", *SOURCES])
@@ -214,6 +215,8 @@ class Rows:
             self._refuse("label", line, f"the label {label!r:.60} must be text or a whole number")
         elif str(label) not in self._types and not _plain(str(label)):
             self._refuse("empty", line, "the label is empty")
+        elif any("\ud800" <= c <= "\udfff" for c in str(label)):  # JSON can write one: "\\ud800"
+            self._refuse("half", line, "the label holds half a character, so it is not text")
         else:
             self._types[str(label)].add(next(name for kind, name in TYPES.items() if isinstance(given, kind)))
             return label
@@ -389,7 +392,8 @@ def label_notes(examples: list[Example]) -> list[str]:
     if len(notes) > 6:
         notes = [*notes[:5], f"and {len(notes) - 5:,} more labels that are nearly alike"]
     if absent := [f"{shown(name)} ({n:,})" for name, n in counts.items() if name.casefold() in ABSENT]:
-        notes.append(f"{listed(absent)} counts as a label; if it means that there is none, remove the rows")
+        count = "counts as a label" if len(absent) == 1 else "count as labels"
+        notes.append(f"{listed(absent)} {count}; if that means that there is none, remove the rows")
     return notes
 
 

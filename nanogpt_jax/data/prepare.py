@@ -72,7 +72,7 @@ def open_data(cfg: DataConfig) -> Dataset:
 def encode(corpus: Corpus, tok: Tokenizer) -> tuple[np.ndarray, int]:
     """The tokens [N] int32 of a whole corpus, as they are in the shards of `open_data`, and its bytes of UTF-8."""
     if corpus.documents:
-        pieces = _documents(corpus.blocks(records.silent), 0.0)
+        pieces = _documents(corpus.blocks(records.silent), 0.0, [])
     else:
         pieces = _text(corpus.blocks(records.silent), 0)
     found, n_bytes = [np.array([], np.int32)], 0
@@ -220,9 +220,9 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
     with _Progress(f"preparing {cfg.source}") as progress:
         tok = given or _tokenizer_of_before(whole) or _make_tokenizer(cfg.tokenizer, [corpus], progress)
         tok.save(whole / "tokenizer")
-        facts = {"name": corpus.name, **corpus.origin}
+        facts, blank = {"name": corpus.name, **corpus.origin}, []
         if corpus.documents:
-            pieces = _documents(corpus.blocks(progress.tell), cfg.val_fraction)
+            pieces = _documents(corpus.blocks(progress.tell), cfg.val_fraction, blank)
             what = ""
         else:
             progress.begin("reading")
@@ -242,6 +242,7 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
                 f"data.source={cfg.source} holds 1 document, but training and validation need one each\n"
                 "       give more documents; a single text belongs into a .txt file"
             )
+        _say_blank(cfg.source, blank)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "source": facts,
@@ -269,6 +270,12 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
         manifest[split] = {**counts, "fingerprint": fingerprint(path)}
     manifest["checksum"] = sha256_of_json(manifest)
     (whole / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _say_blank(source: str, blank: list[None]) -> None:
+    if blank:
+        rows = "row or file is" if len(blank) == 1 else "rows or files are"
+        print(f"note: of data.source={source} {len(blank):,} {rows} left out, having no text", file=sys.stderr)
 
 
 def _tokenizer_of_before(whole: Path) -> Tokenizer | None:
@@ -323,14 +330,15 @@ def _text(blocks: Iterator[Block], cut: int) -> Iterator[Piece]:
         yield Piece("val", text, False)
 
 
-def _documents(blocks: Iterator[Block], val_fraction: float) -> Iterator[Piece]:
+def _documents(blocks: Iterator[Block], val_fraction: float, blank: list[None]) -> Iterator[Piece]:
     """Documents, each in one split. The first trains and the second validates, so that neither split is empty; of the
-    others a hash of the number decides. Documents without text are passed over and not counted."""
+    others a hash of the number decides. Those without text have no number; for each of them `blank` grows."""
     number = 0
     for block in blocks:
         pieces = tokenizer.pieces(_rest_of_document(block, blocks), PIECE)
         text = next(pieces, "")
         if not text:
+            blank.append(None)
             continue
         split = "val" if number == 1 or (number > 1 and _chance(number) < val_fraction) else "train"
         number += 1

@@ -267,7 +267,7 @@ def load(folder: Path) -> Tokenizer:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: it does not describe a tokenizer") from None
     if _fingerprint(kind, stored) != fingerprint:  # before the bytes are parsed
-        raise UserError(f"{path} is damaged: its fingerprint is not the one in tokenizer.json")
+        raise UserError(f"{path} is damaged, or tokenizer.json beside it: they are not of one tokenizer")
     try:
         return TOKENIZERS[kind](stored)
     except (ValueError, IndexError, AssertionError):  # written by no `save`, but with the right fingerprint

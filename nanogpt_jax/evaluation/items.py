@@ -4,6 +4,7 @@ Items come from a file with a JSON object a line, in the form in which these dat
 Hugging Face hub as hf:NAME[:CONFIG[:SPLIT]], where NAME may be a local folder.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _file_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     for number, row in records.rows(path, source):
         yield f"{source}, {records.unit(path)} {number}", row
 

@@ -62,7 +62,8 @@ class Weights:
                 names = list(opened.keys())
             except (SafetensorError, OSError, ValueError) as e:
                 raise UserError(
-                    f"{path} is cut short or no safetensors file ({first_line(e)})\n       download it again"
+                    f"{path} is cut short or no safetensors file ({first_line(e)})\n"
+                    "       download it again; if it is a pointer of Git LFS: git lfs pull"
                 ) from None
             for name in names:
                 short = short_name(name)

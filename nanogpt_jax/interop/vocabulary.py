@@ -179,7 +179,7 @@ def _byte_pairs(path: Path, model: Any, ends: set[int]) -> GPT2Tokenizer:
 
 def _lines_of(merges: Path) -> list[str]:
     try:
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        lines = merges.read_text(encoding="utf-8-sig").split("\n")
     except OSError as e:
         raise UserError(f"cannot read {merges}: {e.strerror}") from None
     except UnicodeDecodeError as e:

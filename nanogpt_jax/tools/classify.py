@@ -164,7 +164,8 @@ def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, stop: Any):
                 outcome = fit(cfg, mesh, state, step, K, task, checkpoints, log, meta, stop)
     if outcome.signal:
         return outcome, None, {}
-    params, best = load_params(run, cfg)  # the best checkpoint, as eval and predict take it: on one device
+    then = f"{config.program('classify')} eval {config.word(run)}"
+    params, best = load_params(run, cfg, use=then)  # the best checkpoint, as eval and predict take it: on one device
     return outcome, best, scores(params, make_predict_step(cfg, make_mesh(config.MeshConfig())))
 
 

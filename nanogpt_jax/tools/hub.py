@@ -197,7 +197,7 @@ def arguments(command: str, argv: list[str]) -> tuple[list[str], dict[str, str]]
 
 def _refuse_existing(run: Path) -> None:
     if os.path.exists(run) and not run.is_dir():
-        raise UserError(f"{run} is a file; give a new directory for the run")
+        raise UserError(f"{run} is no directory; give a new one for the run")
     if _names_in(run):
         raise UserError(f"{run} exists and is not empty\n       choose a new directory for the run")
     place = files.target(run)
@@ -233,7 +233,7 @@ def _refuse_target(out: Path, overwrite: bool) -> None:
             raise UserError(f"{out} exists\n       choose another name, or write over it with --overwrite")
         _check_writable(place, out)
     elif os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"{out} is a file; give a new directory, or a name that ends with .gguf")
+        raise UserError(f"{out} is no directory; give a new one, or a name that ends with .gguf")
     elif os.path.isdir(out):
         names = _names_in(out)
         begun = {name: found[1] for name in names if (found := files.LEFTOVER.fullmatch(name))}

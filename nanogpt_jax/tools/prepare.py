@@ -80,7 +80,7 @@ def train_command(command: config.Command) -> str:
     changed = {key: value for key, value in values.items() if value != getattr(default, key.removeprefix("data."))}
     shown = [f"--{key}={_shown(value)}" for key, value in changed.items()]
     named = {where for where in command.origin.values() if where not in ("command line", "default")}
-    return shlex.join([*shlex.split(config.program("train")), *named, *shown])
+    return config.joined([*shlex.split(config.program("train")), *named, *shown])
 
 
 def _shown(value: object) -> str:

@@ -11,7 +11,6 @@ import inspect
 import json
 import logging
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ import tensorstore
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from nanogpt_jax.config import Config, UserError, read_json
+from nanogpt_jax.config import Config, UserError, joined, read_json
 from nanogpt_jax.distributed.sharding import shardings
 from nanogpt_jax.host import files
 from nanogpt_jax.model.gpt2 import Params
@@ -164,7 +163,7 @@ class Checkpointer:
         if self.latest is None:
             first, params = Path(cfg.train.init_from), None
             if cfg.train.init_from != "scratch":
-                params, _ = load_params(first, read_json(first / "config.json"), mesh=mesh, to_start=True)
+                params, _ = load_params(first, read_json(first / "config.json"), mesh=mesh, use=START)
             return init_state(cfg, tx, mesh, params), fresh
         _check(self._run_dir, self.latest, RESUME)
         shapes, shardings = state_shardings(cfg, tx, mesh)
@@ -189,15 +188,16 @@ def save_params(run_dir: Path, params: Params) -> None:
 
 
 def load_params(
-    run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | None = None, to_start: bool = False
+    run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | None = None, use: str = "read"
 ) -> tuple[Params, int]:
     """The parameters of a checkpoint, laid out on `mesh` or on one device, and its step. No optimizer, no data needed.
 
     `which`: "best" by validation loss (the newest where none was measured), "latest", or a step's number.
-    `to_start`: another run is about to start from them, with a command that has no --checkpoint.
+    `use`: READ, by a command that has --checkpoint; START, by another run that is about to start from them; or the
+    command that will read the run which has just ended.
     """
     runs.check_name(run_dir)
-    use, steps = START if to_start else READ, checkpoint_steps(run_dir)
+    steps = checkpoint_steps(run_dir)
     if not steps:
         raise UserError(f"{run_dir} has no checkpoint yet")
     if which == "latest":
@@ -324,11 +324,13 @@ def _unusable(run_dir: Path, step: int, use: str, wrong: str, detail: str = "") 
     bad = [s for s in steps if s == step or _damage(run_dir, s, use)]
     good = [s for s in steps if s not in bad]
     before = max([s for s in good if s < step], default=min(good, default=step))
-    delete = shlex.join(["rm", "-r", *(str(_folder(run_dir, s)) for s in bad)])
+    delete = joined(["rm", "-r", *(str(_folder(run_dir, s)) for s in bad)])
     if not good and use == RESUME:
         remedy = f"there is no other; start over: {runs.typed(('--resume',), '--overwrite') or '--overwrite'}"
     elif not good:
         remedy = "the run has no other"
+    elif use not in (RESUME, READ, START):
+        remedy = f"the run itself has ended and is saved; take checkpoint {max(good)}: {use} --checkpoint={max(good)}"
     elif use == READ and len([word for word in sys.argv[1:] if os.path.isdir(f"{word}/checkpoints")]) > 1:
         remedy = f"delete it, and another is taken: {delete}"  # two runs, and --checkpoint would be for both
     elif use == READ and (again := runs.typed(("--checkpoint",), f"--checkpoint={before}")):

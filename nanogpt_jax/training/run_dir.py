@@ -55,7 +55,8 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
         return []
     except OSError as e:
         raise UserError(f"cannot read {folder}: {e.strerror}") from None
-    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and os.path.isdir(folder / name))
+    numbers = [int(name) for name in names if name.isascii() and name.isdecimal() and str(int(name)) == name]
+    return sorted(step for step in numbers if os.path.isdir(folder / str(step)))
 
 
 @contextlib.contextmanager
@@ -88,6 +89,8 @@ def claim(command: Command) -> Iterator[Path]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another process is training in {run_dir}\n       choose another --run-dir") from None
+    except FileExistsError:
+        raise UserError(f"--run-dir {run_dir}: there is a link on the way that leads nowhere") from None
     except OSError as e:
         _remove_folders(missing)
         raise UserError(f"cannot write in {run_dir}: {e.strerror or e}") from None
@@ -123,7 +126,7 @@ def check_name(run_dir: Path) -> None:
         str(run_dir.resolve()).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{run_dir} has a name that is not UTF-8, and no checkpoint can be kept in it\n       rename it"
+            f"{run_dir} has a name that is not UTF-8, and no checkpoint can be kept in it\n       give it another name"
         ) from None
     except (OSError, RuntimeError) as e:  # links in a circle
         raise UserError(f"cannot use {run_dir}: {getattr(e, 'strerror', None) or e}") from None
@@ -363,7 +366,7 @@ def command_again(argv: list[str], steps: int | None = None, name: str = "train"
     """The command that goes on with this run: the one that was typed, with other `steps` if given."""
     more = ["--train.steps", str(min(steps, config.MOST_STEPS))] if steps else []
     without = ("--resume", "--train.steps") if steps else ("--resume",)
-    return shlex.join([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), *more)])
+    return config.joined([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), *more)])
 
 
 def typed(without: tuple[str, ...] = (), *more: str) -> str:
@@ -377,7 +380,7 @@ def typed(without: tuple[str, ...] = (), *more: str) -> str:
         words = ["nanogpt-jax"]
     else:
         return ""
-    return shlex.join([*words, *_edited(sys.argv[1:], without, *more)])
+    return config.joined([*words, *_edited(sys.argv[1:], without, *more)])
 
 
 def _edited(argv: list[str], without: tuple[str, ...], *more: str) -> list[str]:
