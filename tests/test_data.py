@@ -191,6 +191,7 @@ def packed(content: bytes) -> bytes:
         ("crlf.txt", "one\r\ntwo\r", ["one\r\ntwo\r"]),
         ("PACKED.TXT.GZ", packed(b"\xef\xbb\xbfone\n") + packed(b"two") + bytes(9), ["one\ntwo"]),
         ("packed.txt", packed(PROSE.encode()), [PROSE]),
+        ("magic.txt", "%PDF- is the magic of a PDF file", ["%PDF- is the magic of a PDF file"]),
         ("ROWS.JSONL", '\ufeff{"text": "a"}\n\n\ufeff{"text": "b"}\r\n{"text": "c"}', ["a", "b", "c"]),
         ("cr.ndjson", '{"text": "a"}\r{"text": "b"}\r', ["a", "b"]),
         ("others.jsonl", '{"text": "a", "n": NaN, "m": {"x": 1, "x": 2}}', ["a"]),
@@ -222,6 +223,7 @@ def test_what_is_read_however_it_is_cut(
 
 # (file, content, words of the message, what its command makes; None: the command is not for us to run)
 TAR = b"x.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(247)
+TREE, MERG, KANA = "├── src\n│   └── main.py\n─── end Ā\n", "Ștefan și Āris merg. ", "あいうえお　かきくけこ　\n"
 REFUSED = [
     ("le.txt", PROSE.encode("utf-16-le"), ["le.txt is UTF-16LE, not UTF-8 text"], PROSE),
     ("be.csv", "text,n\nä,1\n".encode("utf-16-be"), ["be.csv is UTF-16BE"], ["ä"]),
@@ -231,6 +233,26 @@ REFUSED = [
     ("32.txt", PROSE.encode("utf-32"), ["32.txt is UTF-32"], PROSE),
     ("32le.txt", PROSE.encode("utf-32-le"), ["is UTF-32LE"], PROSE),
     ("packed.jsonl.gz", packed('{"text": "ä"}\n'.encode("utf-16")), ["is UTF-16"], ["ä"]),
+    ("tree.txt", (TREE * 10).encode("utf-16-le"), ["is UTF-16LE"], TREE * 10),
+    ("romanian.txt", (MERG * 30).encode("utf-16-be"), ["is UTF-16BE"], MERG * 30),
+    ("romanian le.txt", (MERG * 30).encode("utf-16-le"), ["is UTF-16LE"], MERG * 30),
+    ("spaces.txt", (KANA * 20).encode("utf-16-le"), ["is UTF-16LE"], KANA * 20),
+    ("spaces be.txt", (KANA * 20).encode("utf-16-be"), ["is UTF-16BE"], KANA * 20),
+    ("cyrillic 32.txt", ("Привет, мир\n" * 9).encode("utf-32-le"), ["is UTF-32LE"], "Привет, мир\n" * 9),
+    ("line at end.txt", (PROSE + "── end ──").encode("utf-16-le"), ["is UTF-16LE"], PROSE + "── end ──"),
+    ("short.txt", "你好\n".encode("utf-16-le"), ["is UTF-16LE"], "你好\n"),
+    ("nul even.txt", b"abc\0def\n", ["byte 0x00 at offset 3", "tr -d"], "abcdef\n"),
+    ("nuls.txt", b"abc\0def\0ghi\0jkl\0", ["byte 0x00 at offset 3", "tr -d"], "abcdefghijkl"),
+    ("nul words.txt", b"one\0two\0three\n", ["byte 0x00 at offset 3", "tr -d"], "onetwothree\n"),
+    ("nul one.txt", b"a\0b", ["byte 0x00 at offset 1", "tr -d"], "ab"),
+    ("nul many.txt", b"./a/b.py\0./a/bcd.py\0" * 40, ["byte 0x00 at offset 8", "tr -d"], "./a/b.py./a/bcd.py" * 40),
+    ("nul greek.txt", "Καλημέρ\0α κόσμε\n".encode(), ["byte 0x00 at offset 14", "tr -d"], "Καλημέρα κόσμε\n"),
+    ("latin orc.txt", "ORCHESTRE de la cité".encode("latin-1"), ["byte 0xe9", "LATIN1"], "ORCHESTRE de la cité"),
+    ("latin riff.txt", "RIFFIFI à Paris".encode("latin-1"), ["byte 0xe0", "LATIN1"], "RIFFIFI à Paris"),
+    ("latin gif.txt", "GIF89a est un format dépassé".encode("latin-1"), ["LATIN1"], "GIF89a est un format dépassé"),
+    ("latin par.csv", "text\nPAR1 est\n".encode() + "une chaîne\n".encode("latin-1"), ["LATIN1"], ["PAR1 est", "une chaîne"]),
+    ("latin par.txt", "PAR1 est une chaîne".encode("latin-1"), ["byte 0xee", "LATIN1"], "PAR1 est une chaîne"),
+    ("sound.txt", b"RIFF\x24\x08\0\0WAVEfmt ", ["a WebP, WAV or AVI file"], None),
     ("joined.txt", PROSE.encode() + PROSE.encode("utf-16"), ["UTF-16 or UTF-32 from offset 800 on", "make UTF-8 of each"], None),
     ("-it's latin.txt", "café crème\n".encode("latin-1"), ["byte 0xe9 at offset 3", "iconv -f LATIN1"], "café crème\n"),
     ("latin end.txt", "un café".encode("latin-1"), ["byte 0xe9 at offset 6"], "un café"),
