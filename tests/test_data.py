@@ -203,6 +203,9 @@ def packed(content: bytes) -> bytes:
         ("escaped.csv", 'text,n\n"a \\"x\\", y",1\nb \\\\,2\n', ['a "x", y', "b \\"]),
         ("inches.csv", 'text,n\n19" wide,1\nb,2\n', ['19" wide', "b"]),
         ("letter.csv", 'text,n\na,yes\nb,no\nc,no\n"Dear Sir, how\nare you",yes\n', ["a", "b", "c", "Dear Sir, how\nare you"]),
+        ("poem.csv", 'text,label\n"roses, red\nviolets, blue\nsugar",x\nb,x\n', ["roses, red\nviolets, blue\nsugar", "b"]),
+        ("recipe.csv", 'text,n\n"flour, 200\nsugar, 100\nmix",1.5\nb,2.5\n', ["flour, 200\nsugar, 100\nmix", "b"]),
+        ("all.csv", '"text","n"\n"a,1\nb,2\nc","1"\n"d","2"\n', ["a,1\nb,2\nc", "d"]),
         ("raw.tsv", 'n\ttext\n1\t"Yes" he said\n2\t"no"\n3\t19" wide\n', ['"Yes" he said', '"no"', '19" wide']),
         ("open.tsv", 'n\ttext\n1\t"so it goes\n2\tfine\n3\tsix foot 2"\n', ['"so it goes', "fine", 'six foot 2"']),
         ("whole.tsv", 'text\tn\n"whole."\t1\n', ['"whole."']),
@@ -224,6 +227,7 @@ def test_what_is_read_however_it_is_cut(
 # (file, content, words of the message, what its command makes; None: the command is not for us to run)
 TAR = b"x.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(247)
 TREE, MERG, KANA = "├── src\n│   └── main.py\n─── end Ā\n", "Ștefan și Āris merg. ", "あいうえお　かきくけこ　\n"
+SWALLOW = 'text,n\na,{0}\n"open,{1}\nb,{2}\nclose",{3}\nd,{1}\n'
 REFUSED = [
     ("le.txt", PROSE.encode("utf-16-le"), ["le.txt is UTF-16LE, not UTF-8 text"], PROSE),
     ("be.csv", "text,n\nä,1\n".encode("utf-16-be"), ["be.csv is UTF-16BE"], ["ä"]),
@@ -250,7 +254,7 @@ REFUSED = [
     ("latin orc.txt", "ORCHESTRE de la cité".encode("latin-1"), ["byte 0xe9", "LATIN1"], "ORCHESTRE de la cité"),
     ("latin riff.txt", "RIFFIFI à Paris".encode("latin-1"), ["byte 0xe0", "LATIN1"], "RIFFIFI à Paris"),
     ("latin gif.txt", "GIF89a est un format dépassé".encode("latin-1"), ["LATIN1"], "GIF89a est un format dépassé"),
-    ("latin par.csv", "text\nPAR1 est\n".encode() + "une chaîne\n".encode("latin-1"), ["LATIN1"], ["PAR1 est", "une chaîne"]),
+    ("latin par.csv", b"text\nPAR1 est\n" + "une chaîne\n".encode("latin-1"), ["LATIN1"], ["PAR1 est", "une chaîne"]),
     ("latin par.txt", "PAR1 est une chaîne".encode("latin-1"), ["byte 0xee", "LATIN1"], "PAR1 est une chaîne"),
     ("sound.txt", b"RIFF\x24\x08\0\0WAVEfmt ", ["a WebP, WAV or AVI file"], None),
     ("joined.txt", PROSE.encode() + PROSE.encode("utf-16"), ["UTF-16 or UTF-32 from offset 800 on", "make UTF-8 of each"], None),
@@ -289,6 +293,13 @@ REFUSED = [
     ("open.csv", 'text,label\na,b\n"open,b\nc,d\n', ["open.csv, line 3: a quote opens in this row and never closes", "written twice"], None),
     ("swallow.csv", 'text,label\na,x\nb,y\nc,x\nd,y\n"so it goes,x\nfine,y\nsix foot 2",x\n', ["line 6: a quote opens in this row and closes in line 8"], None),
     ("numbers.csv", 'n,text\n1,a\n2,"so it goes\n3,fine\n4,six foot 2"\n', ["line 3: a quote opens in this row and closes in line 5"], None),
+    ("decimals.csv", SWALLOW.format("1.85", "-2.5", "0.1", "3.0"), ["line 3: a quote opens in this row and closes in line 5"], None),
+    ("negative.csv", SWALLOW.format("-1", "2", "-3", "4"), ["line 3: a quote opens"], None),
+    ("dates.csv", SWALLOW.format("2024-01-31", "2023-10-02", "2024-01-30", "2022-05-06"), ["line 3: a quote opens"], None),
+    ("times.csv", SWALLOW.format("2024-01-31 10:00:00", "2023-10-02T09:30:00Z", "2024-01-30 07:01", "2022-05-06"), ["line 3: a quote"], None),
+    ("small.csv", 'text,label\n"open,y\nb,x\nclose",y\nd,x\n', ["line 2: a quote opens in this row and closes in line 4"], None),
+    ("header.csv", '"text",label\na,x\n"open,y\nb,x\nclose",y\nd,x\n', ["line 3: a quote opens"], None),
+    ("doubled.csv", 'text,label\n"a ""b""",x\n"open,y\nb,x\nclose",y\nd,x\n', ["line 3: a quote opens"], None),
     ("escaped.csv", 'text,n\n"C:\\new \\"x\\", y",1\n', ["line 2: its quotes do not fit together"], ['C:\\new "x", y']),
     ("cells.csv", "text,label\na,b\nc,d,e\n", ["line 3: 3 cells, but the header has 2", "stands in quotes"], None),
     ("semicolons.csv", "text;label\na, b;c\n", ["line 2: 2 cells, but the header has 1", "not by semicolons"], None),

@@ -473,7 +473,8 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
     """How the quotes of a table are meant: RFC, ESCAPED, or None for letters. UserError if no way gives a table.
 
     A program has written the quotes if the header has them, or if some are doubled within quotes and none stands within
-    a cell without quotes. Otherwise a person may have, and it is no table if rows seem to have swallowed others.
+    a cell without quotes. Otherwise a person may have. It is no table if rows seem to have swallowed others. To
+    believe that of a program takes more; if each line has quotes, the header's around each name, it is not asked.
 
     The quotes of a .csv are those of RFC 4180; or, if that gives no table, a quote within quotes has a backslash before
     it, provided that there are no other backslashes. The quotes of a .tsv are letters if each line then has as many
@@ -481,21 +482,27 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
     """
     lines, broken = _Lines(found(), separator), None
     header_quoted = stray = doubled = program = False
+    all_quoted = True
     try:
         swallowed = _Swallowed(separator)
         for begin, end, row in _quoted_rows(iter(lines), separator, RFC):
             swallowed.see(begin, end, row)
-            if lines.quotes and begin == end and '"' in (line := lines.line(end)):
-                header_quoted = header_quoted or (begin == lines.begin and line.startswith('"'))
+            if begin == end and not (lines.quotes and '"' in lines.line(end)):
+                all_quoted = False
+            elif begin == end:
+                line = lines.line(end)
+                if begin == lines.begin:
+                    header_quoted = line.startswith('"')
+                    all_quoted = line == separator.join(f'"{cell}"' for cell in row)
                 cells = line.split(separator)
                 for cell, raw in zip(row, cells if len(cells) == len(row) else row, strict=True):
                     stray = stray or ('"' in raw and cell == raw)
                     doubled = doubled or ('"' in cell and cell != raw)
-            elif begin != end:
+            else:
                 doubled = doubled or any('"' in cell and "\n" in cell for cell in row)
         program = header_quoted or (doubled and not stray)
-        if not program:
-            swallowed.check()
+        if not all_quoted:
+            swallowed.check(program)
     except _Broken as e:
         broken = e
         lines.finish()
@@ -510,7 +517,7 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
             swallowed = _Swallowed(separator)
             for begin, end, row in _quoted_rows(found(), separator, ESCAPED):
                 swallowed.see(begin, end, row)
-            swallowed.check()
+            swallowed.check(False)
             return ESCAPED
     if separator == "\t" and lines.broken and lines.broken.line > broken.line:
         broken = lines.broken  # the quotes are most likely letters, and this is the row that is wrong
@@ -569,31 +576,38 @@ class _Lines:
             pass
 
 
+KINDS = [  # of numbers and times; a column is of the first that all of its cells match
+    re.compile(r"[-+]?[0-9]+"),
+    re.compile(r"[-+]?[0-9]*\.[0-9]+"),
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?%?"),
+    re.compile(r"[0-9]{4}[-/.][0-9]{1,2}[-/.][0-9]{1,2}(?:[ T][0-9:.]+(?:Z|[-+][0-9:]+)?)?"),
+    re.compile(r"[0-9]{1,2}[-/.][0-9]{1,2}[-/.](?:[0-9]{4}|[0-9]{2})(?: [0-9:.]+)?"),
+    re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?"),
+]
+
+
 class _Swallowed:
     """Rows that look as if a quote had swallowed others: it opens a cell by mistake and finds another to close it.
 
-    The lines within such a cell are rows: they have the header's number of cells, and where a column holds labels or
-    numbers, it holds one there too.
+    The lines within such a cell are rows: they have the header's number of cells, and where a column holds labels,
+    numbers or times, it holds one there too.
     """
 
     def __init__(self, separator: str) -> None:
         self._separator = separator
-        self._values: list[set[str] | None] = []  # of each column, in rows of one line; None: too many to be labels
-        self._numbers: list[bool] = []
-        self._rows = 0
-        self._doubtful: list[tuple[int, int, list[tuple[int, str]]]] = []  # lines, and the values within by columns
+        self._values: list[set[str] | None] = []  # of each column, outside of the lines in doubt; None: too many
+        self._kinds: list[list[re.Pattern[str]]] = []  # those that all cells of each column match
+        self._rows = 0  # if the lines in doubt are some
+        # lines, the column that holds them, and the values within by columns
+        self._doubtful: list[tuple[int, int, int, list[tuple[int, str]]]] = []
 
     def see(self, begin: int, end: int, row: list[str]) -> None:
         if not self._values:  # the header
-            self._values, self._numbers = [set() for _ in row], [True] * len(row)
+            self._values, self._kinds = [set() for _ in row], [KINDS for _ in row]
         elif begin == end:
             self._rows += 1
             for i, cell in enumerate(row):
-                self._numbers[i] = self._numbers[i] and cell.isdecimal()
-                if (values := self._values[i]) is not None:
-                    values.add(cell)
-                    if len(values) > FEW or len(cell) > 100:
-                        self._values[i] = None
+                self._know(i, cell)
         elif len(self._doubtful) < FEW:
             for i, cell in enumerate(row):
                 first, *others = [line.split(self._separator) for line in cell.splitlines() or [""]]
@@ -601,17 +615,35 @@ class _Swallowed:
                 if not (len(first) == len(row) - i and len(last) == i + 1 and all(len(b) == len(row) for b in between)):
                     continue
                 inside = [*enumerate(first[1:], i + 1), *(pair for b in between for pair in enumerate(b))]
-                self._doubtful.append((begin, end, [*inside, *enumerate(last[:-1])]))
+                self._doubtful.append((begin, end, i, [*inside, *enumerate(last[:-1])]))
+                self._rows += len(between) + 2
+                for j in {*range(len(row))} - {i}:
+                    self._know(j, row[j])
+                break
 
-    def check(self) -> None:
-        few = [values is not None and 2 * len(values) <= self._rows for values in self._values]
-        for begin, end, inside in self._doubtful:
-            for column in {i for i, _ in inside if few[i] or (self._numbers[i] and self._rows)}:
-                known = self._values[column] or set()
+    def _know(self, i: int, cell: str) -> None:
+        if self._kinds[i]:
+            self._kinds[i] = [kind for kind in self._kinds[i] if kind.fullmatch(cell)]
+        if (values := self._values[i]) is not None:
+            values.add(cell)
+            if len(values) > FEW or len(cell) > 100:
+                self._values[i] = None
+
+    def check(self, program: bool) -> None:
+        """_Broken if rows are swallowed. Of a program, each column must say so, by two labels or three numbers."""
+        labels = [values if values and 2 * len(values) <= self._rows else None for values in self._values]
+        for begin, end, swallower, inside in self._doubtful:
+            signs = []
+            for column in {i for i, _ in inside} - {swallower}:
                 values = [value for i, value in inside if i == column]
-                if all(value.isdecimal() if self._numbers[column] else value in known for value in values):
-                    why = f"a quote opens in this row and closes in line {end}, and the lines within are rows"
-                    raise _Broken(begin, why)
+                known, kinds = labels[column], self._kinds[column] if self._values[column] != set() else []
+                label = known is not None and len(values) > program and known.issuperset(values)
+                number = kinds and len(values) > 2 * program and all(kinds[0].fullmatch(value) for value in values)
+                if known is not None or kinds:
+                    signs.append(label or (number and (known is None or not program)))
+            if signs and (all(signs) if program else any(signs)):
+                why = f"a quote opens in this row and closes in line {end}, and the lines within are rows"
+                raise _Broken(begin, why)
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
