@@ -287,6 +287,23 @@ REFUSED = [
     ("list.jsonl", '[{"text": "a"}]', ["line 1 is not a JSON object", "name it .json"], None),
     ("cut.json", '[\n{"text": "a"},', ["cut.json ends before its list does", "fetch"], None),
     ("broken.json", '[\n{"text": "a"},\n{"text": }]', ["broken.json, line 3 is not JSON: Expecting value at column 10"], None),
+    ("a list.jsonl", '[\n{"text": "a"},\n{"text": "b"}\n]\n', ["line 1 is not a JSON object: the file is JSON, not JSON lines"], ["a", "b"]),
+    ("printed.jsonl", '\n{\n "text": "a"\n}\n', ["line 2", "mv printed.jsonl printed.json"], ["a"]),
+    ("printed.jsonl.gz", packed(b'[\n {"text": "a"}]'), ["mv printed.jsonl.gz printed.json.gz"], ["a"]),
+    ("half.jsonl", '{"text": "a\n{"text": "b"}\n', ["line 1 is not JSON: Invalid control", "mend or delete"], None),
+    ("lists.json", '[{"text": "a"}]\n[{"text": "b"}]\n', ["line 2", "jq -c '.[]'"], ["a", "b"]),
+    ("null.json", '[null, {"text": "a"}]', ["but null", "jq -c '.[] | objects'"], ["a"]),
+    ("cells.json", '[["a", "x"]]', ["""jq -c '.[] | {"text": .[0]}'"""], ["a"]),
+    ("comment.json", '// c\n[{"text": "a"}]', ["line 1", "JSON has no comments"], ["a"]),
+    ("prefix.json", ')]}\'\n[{"text": "a"}]', ["line 1", "take out what is before the JSON"], ["a"]),
+    ("prefix.json.gz", packed(b')]}\',[{"text": "a"}]'), ["line 1", "gunzip -c < prefix.json.gz | sed"], ["a"]),
+    ("behind.json", '[{"text": "a"}] x', ["nothing may stand behind the list"], None),
+    ("column.json", "[" + '{"text": "a"},' * 9999 + '{"text": }]', ["line 1 is not JSON: Expecting value at column 139997"], None),
+    ("sep.csv", "sep=,\ntext,n\na,1\n", ["sep.csv, line 1 is not the header, but tells Excel"], ["a"]),
+    ("sep three.csv", "\ufeffsep=,\r\ntext,n,m\r\na,1,2\r\n", ["line 1 is not the header", "sed 1d"], ["a"]),
+    ("sep other.csv", "sep=;\ntext;n\na;1\n", ["line 1 is not the header"], None),
+    ("commas.tsv", "text,n\na,1\nb\tc,2\n", ["name it .csv"], None),
+    ("packed.parquet.gz", packed(b"PAR1"), ["is a gzip", "gunzip -c < packed.parquet.gz > packed.parquet"], None),
     ("texts.json", '["a", "b"]', ["texts.json, line 1 is not a JSON object"], ["a", "b"]),
     ("inside.json", '{"a b": [{"text": "a"}], "n": 1}', ["line 1: the rows are in 'a b' of one object"], ["a"]),
     ("twice.csv", "text,label,text\na,b,c\n", ["line 1: 2 columns are called 'text'", "rename"], None),
@@ -321,12 +338,19 @@ def test_what_is_refused_says_where_and_its_command_gives_the_right_text(
     message = str(e.value)
     assert all(word in message for word in words), message
     assert "LATIN1" not in message or "latin" in name
-    command = re.search(r"(gunzip|iconv|tr|bunzip2|xz|jq|sed) .*", message.partition("\n")[2])
+    command = re.search(r"(gunzip|iconv|tr|bunzip2|xz|jq|sed|mv) .*", message.partition("\n")[2])
     if made is None or not command or not shutil.which(command[1]):
         return
     subprocess.run(command[0], shell=True)  # `iconv -c` ends with 1
     (result,) = set(os.listdir()) - {name}
     assert texts_of(Path(result)) == ([made] if isinstance(made, str) else made)
+
+
+def test_the_only_column_of_a_table_tells_its_separator():
+    hints = [records.separator_hint([name]) for name in ("text,label", "text\tlabel", "text;label", "text")]
+    assert ["name it .csv" in hints[0], "name it .tsv" in hints[1], "semicolons" in hints[2], hints[3]] == [
+        True
+    ] * 3 + [""]
 
 
 def test_a_gzip_that_unpacks_to_gigabytes_is_refused_before_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

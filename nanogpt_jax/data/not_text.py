@@ -176,7 +176,7 @@ def wrong_byte(
     source: Source, what: str, title: str, offset: int, before: bytes, after: bytes, foreign: bool
 ) -> UserError:
     """What to say of the byte that `after` begins with. `foreign`: the file has UTF-8 beyond ASCII before it."""
-    packed = isinstance(source, Path) and _is_gzip(source)
+    packed = isinstance(source, Path) and is_gzip(source)
     wrong = f"{title}: byte {after[0]:#04x} at offset {offset}"
     some = after[:1024]
     if some.startswith(tuple(MARKS)) or (some.count(0) > 4 and (wide(some) or wide(some[1:]))):
@@ -205,7 +205,7 @@ def wrong_byte(
     return UserError(f"{wrong}\n       convert it first, for example: {_iconv(western, source, packed)}")
 
 
-def _is_gzip(path: Path) -> bool:
+def is_gzip(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return path.is_file() and file.read(3) == b"\x1f\x8b\x08"

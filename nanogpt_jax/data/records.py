@@ -267,16 +267,40 @@ def rows(source: Path, what: str, columns: Sequence[str] | None = None, tell: Te
 def _json_lines(source: Source, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
     """An object a line. Blank lines are passed over."""
     decode = _json_decoder(columns).decode
+    first = True
     for number, line in _lines(source, what, tell):
         if not line.strip():
             continue
         try:
             row = decode(line)
         except (ValueError, RecursionError) as e:
+            if first and getattr(e, "msg", "Extra data") != "Extra data":
+                _check_lines(source, what, number, columns)
             raise _not_json(f"{what}, line {number}", e, getattr(e, "colno", 0)) from None
         if not isinstance(row, dict):
+            if first:
+                _check_lines(source, what, number, columns)
             raise _no_object(f"{what}, line {number}", line, columns)
         yield number, row
+        first = False
+
+
+def _check_lines(source: Source, what: str, number: int, columns: Sequence[str] | None) -> None:
+    """UserError if a file that should be JSON lines is a .json."""
+    if not isinstance(source, Path) or not source.is_file():
+        return
+    try:
+        if next(_json_objects(source, what, columns, silent), None) is None:
+            return
+    except UserError:
+        return
+    packed = ".gz" if source.name.lower().endswith(".gz") else ""
+    names = [f"{Path(not_text.stem(source)).name}{more}.json{packed}" for more in ("", "-list")]
+    new = next((name for name in names if not source.with_name(name).exists()), names[-1])
+    raise UserError(
+        f"{what}, line {number} is not a JSON object: the file is JSON, not JSON lines\n"
+        f"       name it .json: mv {quoted(source)} {quoted(source.with_name(new))}"
+    )
 
 
 def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
@@ -284,6 +308,7 @@ def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell
     decode = _json_decoder(columns).raw_decode
     between = re.compile(r"[\s,]*")
     held, line, needed, n, listed, closed = "", 1, 0, 0, False, False
+    column = 0  # characters of the line before `held`
     for block in itertools.chain(text_blocks(source, what, tell), [None]):
         held += block or ""
         if block is not None and len(held) < needed:
@@ -300,7 +325,7 @@ def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell
             elif held[at] == "]" and listed and not closed:
                 closed, at = True, at + 1
             elif held[at] != "{" or closed:
-                raise _no_object(where, held[at : at + 60], columns, source)
+                raise _no_object(where, held[at : at + 60], columns, source, listed, closed)
             else:
                 try:
                     row, end = decode(held, at)
@@ -308,7 +333,8 @@ def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell
                     cut = e.pos > len(held) - 16 or e.msg.startswith("Unterminated string")
                     if block is None or not cut:
                         line += held.count("\n", counted, e.pos)
-                        raise _not_json(f"{what}, line {line}", e, e.colno) from None
+                        colno = e.colno if "\n" in held[: e.pos] else column + e.pos + 1
+                        raise _not_json(f"{what}, line {line}", e, colno) from None
                     needed = 2 * (len(held) - at)
                     if needed > 2 * LONGEST:
                         raise UserError(f"{where}: an object of more than {LONGEST >> 20} MiB is too long") from None
@@ -320,6 +346,7 @@ def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell
                     _check_nesting(row, source, where, columns)
                 yield line, row
                 at, needed = end, 0
+        column = at - held.rfind("\n", 0, at) - 1 if "\n" in held[:at] else column + at
         held = held[at:]
     if listed and not closed:
         raise UserError(f"{what} ends before its list does\n       fetch or write it again")
@@ -369,16 +396,61 @@ def _not_json(where: str, e: Exception, column: int) -> UserError:
     return UserError(f"{where} is not JSON: {wrong}\n       {remedy}")
 
 
-def _no_object(where: str, found: str, columns: Sequence[str] | None, source: Source | None = None) -> UserError:
+def _no_object(
+    where: str,
+    found: str,
+    columns: Sequence[str] | None,
+    source: Source | None = None,
+    listed: bool = False,
+    closed: bool = False,
+) -> UserError:
+    """`source` is given of a .json, and whether a list has begun in it, and ended."""
     wanted = ", ".join(f'{json.dumps(name)}: "..."' for name in columns or [])
     like = f", like {{{wanted}}}" if wanted else ""
     hint = ""
     if source is None and found.lstrip().startswith(("[{", "[\n")):
-        hint = "\n       if the file is one list of objects, name it .json"
-    elif source is not None and found.startswith('"') and isinstance(source, Path):
-        make = shlex.quote(f".[] | {{{json.dumps((columns or ['text'])[0])}: .}}")
-        hint = f"\n       make objects of the texts: jq -c {make} {quoted(source)} > {shlex.quote(stem(source))}.jsonl"
+        hint = "if the file is one list of objects, name it .json"
+    elif isinstance(source, Path):
+        hint = _object_hint(found, columns or ["text"], source, listed, closed)
+    hint = f"\n       {hint}" if hint else ""
     return UserError(f"{where} is not a JSON object{like}, but {found.strip()[:60]}{hint}")
+
+
+def _object_hint(found: str, columns: Sequence[str], source: Path, listed: bool, closed: bool) -> str:
+    each = ".[] | " if listed else ""
+    into = shlex.quote(f"{stem(source)}.jsonl")
+    if found.startswith(("//", "/*", "#")):
+        if not found.startswith("//"):
+            return "JSON has no comments: delete them"
+        command = _filtered(r"sed '/^[[:space:]]*\/\//d'", source, converted(source))
+        return f"JSON has no comments; delete such lines: {command}"
+    if found.startswith(")]}'"):
+        return f"take out what is before the JSON: {_filtered(f'sed {shlex.quote(PREFIX)}', source, converted(source))}"
+    if closed:
+        if found.startswith("["):
+            return "write the rows of these lists a row a line: " + _filtered("jq -c '.[]'", source, into)
+        return "nothing may stand behind the list: delete it"
+    if found.startswith("["):
+        cells = ", ".join(f"{json.dumps(name)}: .[{i}]" for i, name in enumerate(columns))
+        make = shlex.quote(f"{each}{{{cells}}}")
+        return f"make objects of these lists, for example: {_filtered(f'jq -c {make}', source, into)}"
+    if found.startswith('"'):
+        make = shlex.quote(f"{each}{{{json.dumps(columns[0])}: .}}")
+        return f"make objects of the texts: {_filtered(f'jq -c {make}', source, into)}"
+    if re.match(r"(null|true|false|-?[0-9.]+)\b", found):
+        make = shlex.quote(f"{each}objects")
+        return f"to leave out what is no object: {_filtered(f'jq -c {make}', source, into)}"
+    return "give a list of objects, or an object a line"
+
+
+PREFIX = "1s/^)]}',*//"  # which some servers put before their JSON
+
+
+def _filtered(tool: str, source: Path, into: str) -> str:
+    """The command that sends a file, unpacked, through a tool."""
+    if source.name.lower().endswith(".gz"):
+        return f"gunzip -c < {quoted(source)} | {tool} > {into}"
+    return f"{tool} {quoted(source)} > {into}"
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -415,6 +487,7 @@ def _table(separator: str) -> Callable[[Path, str, Sequence[str] | None, Tell], 
         _, _, header = next(records, (0, 0, None))
         if header is None:
             raise UserError(f"{what} is empty")
+        _check_excel(separator.join(header), what, path)
         _check_columns(header, columns, f"{what}, line 1")
         for number, _, row in records:
             if row == header and len(row) > 1:
@@ -430,12 +503,22 @@ def _check_columns(names: Sequence[str], columns: Sequence[str] | None, where: s
             raise UserError(f"{where}: {n} columns are called {name!r}\n       rename all but the one that is meant")
 
 
+def _check_excel(header: str, what: str, path: Path) -> None:
+    if re.fullmatch(r'"?sep=.?"?', header):
+        raise UserError(
+            f"{what}, line 1 is not the header, but tells Excel how cells are separated\n"
+            f"       delete that line: {_filtered('sed 1d', path, converted(path))}"
+        )
+
+
 def separator_hint(names: Sequence[Any]) -> str:
     """A second line for an error, if the only column of a table looks like several."""
     only = str(names[0]) if len(names) == 1 else ""
     if ";" in only:
         return "\n       cells are separated by commas, not by semicolons, or by tabs in a .tsv"
-    return "\n       tabs separate the cells of a .tsv, commas those of a .csv: rename it" if "\t" in only else ""
+    if "\t" in only:
+        return "\n       tabs separate the cells of a .tsv, commas those of a .csv: name it .tsv"
+    return "\n       commas separate the cells of a .csv, tabs those of a .tsv: name it .csv" if "," in only else ""
 
 
 def _plain_rows(found: LineBlocks, separator: str) -> Iterator[tuple[int, int, list[str]]]:
@@ -527,7 +610,8 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
 def _no_table(broken: _Broken, path: Path, what: str, separator: str, lines: "_Lines") -> UserError:
     name, quotes = ("tabs", "") if separator == "\t" else ("commas", "quotes, ")
     remedy = f"a cell with {quotes}{name} or line breaks stands in quotes, and a quote within is written twice"
-    if separator == "," and lines.width == 1 and (hint := separator_hint([lines.header])):
+    _check_excel(lines.header, what, path)
+    if lines.width == 1 and (hint := separator_hint([lines.header])):
         return UserError(f"{what}, line {broken.line}: {broken.why}{hint}")
     if lines.escaped and "quote" in broken.why:
         remedy += f'; to make such of \\": sed \'s/\\\\"/""/g\' {quoted(path)} > {converted(path)}'
@@ -654,6 +738,8 @@ def _parquet(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -
     import pyarrow
     import pyarrow.parquet
 
+    if not_text.is_gzip(path):
+        raise UserError(f"{what} is a gzip\n       unpack it first: gunzip -c < {quoted(path)} > {inner(path)}")
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
