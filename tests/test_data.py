@@ -290,6 +290,7 @@ REFUSED = [
     ("a list.jsonl", '[\n{"text": "a"},\n{"text": "b"}\n]\n', ["line 1 is not a JSON object: the file is JSON, not JSON lines"], ["a", "b"]),
     ("printed.jsonl", '\n{\n "text": "a"\n}\n', ["line 2", "mv printed.jsonl printed.json"], ["a"]),
     ("printed.jsonl.gz", packed(b'[\n {"text": "a"}]'), ["mv printed.jsonl.gz printed.json.gz"], ["a"]),
+    ("nested.jsonl", '{\n "data": [{"text": "a"}]\n}', ["line 1", "mv nested.jsonl nested.json"], None),
     ("half.jsonl", '{"text": "a\n{"text": "b"}\n', ["line 1 is not JSON: Invalid control", "mend or delete"], None),
     ("lists.json", '[{"text": "a"}]\n[{"text": "b"}]\n', ["line 2", "jq -c '.[]'"], ["a", "b"]),
     ("null.json", '[null, {"text": "a"}]', ["but null", "jq -c '.[] | objects'"], ["a"]),

@@ -275,22 +275,22 @@ def _json_lines(source: Source, what: str, columns: Sequence[str] | None, tell: 
             row = decode(line)
         except (ValueError, RecursionError) as e:
             if first and getattr(e, "msg", "Extra data") != "Extra data":
-                _check_lines(source, what, number, columns)
+                _check_lines(source, what, number)
             raise _not_json(f"{what}, line {number}", e, getattr(e, "colno", 0)) from None
         if not isinstance(row, dict):
             if first:
-                _check_lines(source, what, number, columns)
+                _check_lines(source, what, number)
             raise _no_object(f"{what}, line {number}", line, columns)
         yield number, row
         first = False
 
 
-def _check_lines(source: Source, what: str, number: int, columns: Sequence[str] | None) -> None:
+def _check_lines(source: Source, what: str, number: int) -> None:
     """UserError if a file that should be JSON lines is a .json."""
     if not isinstance(source, Path) or not source.is_file():
         return
     try:
-        if next(_json_objects(source, what, columns, silent), None) is None:
+        if next(_json_objects(source, what, None, silent), None) is None:
             return
     except UserError:
         return
@@ -706,9 +706,12 @@ class _Swallowed:
                 break
 
     def _know(self, i: int, cell: str) -> None:
+        values = self._values[i]
+        if values is not None and cell in values:
+            return
         if self._kinds[i]:
             self._kinds[i] = [kind for kind in self._kinds[i] if kind.fullmatch(cell)]
-        if (values := self._values[i]) is not None:
+        if values is not None:
             values.add(cell)
             if len(values) > FEW or len(cell) > 100:
                 self._values[i] = None
