@@ -191,6 +191,7 @@ def packed(content: bytes) -> bytes:
         ("crlf.txt", "one\r\ntwo\r", ["one\r\ntwo\r"]),
         ("PACKED.TXT.GZ", packed(b"\xef\xbb\xbfone\n") + packed(b"two") + bytes(9), ["one\ntwo"]),
         ("packed.txt", packed(PROSE.encode()), [PROSE]),
+        ("magic.txt", "%PDF- is the magic of a PDF file", ["%PDF- is the magic of a PDF file"]),
         ("ROWS.JSONL", '\ufeff{"text": "a"}\n\n\ufeff{"text": "b"}\r\n{"text": "c"}', ["a", "b", "c"]),
         ("cr.ndjson", '{"text": "a"}\r{"text": "b"}\r', ["a", "b"]),
         ("others.jsonl", '{"text": "a", "n": NaN, "m": {"x": 1, "x": 2}}', ["a"]),
@@ -202,6 +203,9 @@ def packed(content: bytes) -> bytes:
         ("escaped.csv", 'text,n\n"a \\"x\\", y",1\nb \\\\,2\n', ['a "x", y', "b \\"]),
         ("inches.csv", 'text,n\n19" wide,1\nb,2\n', ['19" wide', "b"]),
         ("letter.csv", 'text,n\na,yes\nb,no\nc,no\n"Dear Sir, how\nare you",yes\n', ["a", "b", "c", "Dear Sir, how\nare you"]),
+        ("poem.csv", 'text,label\n"roses, red\nviolets, blue\nsugar",x\nb,x\n', ["roses, red\nviolets, blue\nsugar", "b"]),
+        ("recipe.csv", 'text,n\n"flour, 200\nsugar, 100\nmix",1.5\nb,2.5\n', ["flour, 200\nsugar, 100\nmix", "b"]),
+        ("all.csv", '"text","n"\n"a,1\nb,2\nc","1"\n"d","2"\n', ["a,1\nb,2\nc", "d"]),
         ("raw.tsv", 'n\ttext\n1\t"Yes" he said\n2\t"no"\n3\t19" wide\n', ['"Yes" he said', '"no"', '19" wide']),
         ("open.tsv", 'n\ttext\n1\t"so it goes\n2\tfine\n3\tsix foot 2"\n', ['"so it goes', "fine", 'six foot 2"']),
         ("whole.tsv", 'text\tn\n"whole."\t1\n', ['"whole."']),
@@ -222,6 +226,8 @@ def test_what_is_read_however_it_is_cut(
 
 # (file, content, words of the message, what its command makes; None: the command is not for us to run)
 TAR = b"x.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(247)
+TREE, MERG, KANA = "├── src\n│   └── main.py\n─── end Ā\n", "Ștefan și Āris merg. ", "あいうえお　かきくけこ　\n"
+SWALLOW = 'text,n\na,{0}\n"open,{1}\nb,{2}\nclose",{3}\nd,{1}\n'
 REFUSED = [
     ("le.txt", PROSE.encode("utf-16-le"), ["le.txt is UTF-16LE, not UTF-8 text"], PROSE),
     ("be.csv", "text,n\nä,1\n".encode("utf-16-be"), ["be.csv is UTF-16BE"], ["ä"]),
@@ -231,6 +237,26 @@ REFUSED = [
     ("32.txt", PROSE.encode("utf-32"), ["32.txt is UTF-32"], PROSE),
     ("32le.txt", PROSE.encode("utf-32-le"), ["is UTF-32LE"], PROSE),
     ("packed.jsonl.gz", packed('{"text": "ä"}\n'.encode("utf-16")), ["is UTF-16"], ["ä"]),
+    ("tree.txt", (TREE * 10).encode("utf-16-le"), ["is UTF-16LE"], TREE * 10),
+    ("romanian.txt", (MERG * 30).encode("utf-16-be"), ["is UTF-16BE"], MERG * 30),
+    ("romanian le.txt", (MERG * 30).encode("utf-16-le"), ["is UTF-16LE"], MERG * 30),
+    ("spaces.txt", (KANA * 20).encode("utf-16-le"), ["is UTF-16LE"], KANA * 20),
+    ("spaces be.txt", (KANA * 20).encode("utf-16-be"), ["is UTF-16BE"], KANA * 20),
+    ("cyrillic 32.txt", ("Привет, мир\n" * 9).encode("utf-32-le"), ["is UTF-32LE"], "Привет, мир\n" * 9),
+    ("line at end.txt", (PROSE + "── end ──").encode("utf-16-le"), ["is UTF-16LE"], PROSE + "── end ──"),
+    ("short.txt", "你好\n".encode("utf-16-le"), ["is UTF-16LE"], "你好\n"),
+    ("nul even.txt", b"abc\0def\n", ["byte 0x00 at offset 3", "tr -d"], "abcdef\n"),
+    ("nuls.txt", b"abc\0def\0ghi\0jkl\0", ["byte 0x00 at offset 3", "tr -d"], "abcdefghijkl"),
+    ("nul words.txt", b"one\0two\0three\n", ["byte 0x00 at offset 3", "tr -d"], "onetwothree\n"),
+    ("nul one.txt", b"a\0b", ["byte 0x00 at offset 1", "tr -d"], "ab"),
+    ("nul many.txt", b"./a/b.py\0./a/bcd.py\0" * 40, ["byte 0x00 at offset 8", "tr -d"], "./a/b.py./a/bcd.py" * 40),
+    ("nul greek.txt", "Καλημέρ\0α κόσμε\n".encode(), ["byte 0x00 at offset 14", "tr -d"], "Καλημέρα κόσμε\n"),
+    ("latin orc.txt", "ORCHESTRE de la cité".encode("latin-1"), ["byte 0xe9", "LATIN1"], "ORCHESTRE de la cité"),
+    ("latin riff.txt", "RIFFIFI à Paris".encode("latin-1"), ["byte 0xe0", "LATIN1"], "RIFFIFI à Paris"),
+    ("latin gif.txt", "GIF89a est un format dépassé".encode("latin-1"), ["LATIN1"], "GIF89a est un format dépassé"),
+    ("latin par.csv", b"text\nPAR1 est\n" + "une chaîne\n".encode("latin-1"), ["LATIN1"], ["PAR1 est", "une chaîne"]),
+    ("latin par.txt", "PAR1 est une chaîne".encode("latin-1"), ["byte 0xee", "LATIN1"], "PAR1 est une chaîne"),
+    ("sound.txt", b"RIFF\x24\x08\0\0WAVEfmt ", ["a WebP, WAV or AVI file"], None),
     ("joined.txt", PROSE.encode() + PROSE.encode("utf-16"), ["UTF-16 or UTF-32 from offset 800 on", "make UTF-8 of each"], None),
     ("-it's latin.txt", "café crème\n".encode("latin-1"), ["byte 0xe9 at offset 3", "iconv -f LATIN1"], "café crème\n"),
     ("latin end.txt", "un café".encode("latin-1"), ["byte 0xe9 at offset 6"], "un café"),
@@ -261,12 +287,37 @@ REFUSED = [
     ("list.jsonl", '[{"text": "a"}]', ["line 1 is not a JSON object", "name it .json"], None),
     ("cut.json", '[\n{"text": "a"},', ["cut.json ends before its list does", "fetch"], None),
     ("broken.json", '[\n{"text": "a"},\n{"text": }]', ["broken.json, line 3 is not JSON: Expecting value at column 10"], None),
+    ("a list.jsonl", '[\n{"text": "a"},\n{"text": "b"}\n]\n', ["line 1 is not a JSON object: the file is JSON, not JSON lines"], ["a", "b"]),
+    ("printed.jsonl", '\n{\n "text": "a"\n}\n', ["line 2", "mv printed.jsonl printed.json"], ["a"]),
+    ("printed.jsonl.gz", packed(b'[\n {"text": "a"}]'), ["mv printed.jsonl.gz printed.json.gz"], ["a"]),
+    ("nested.jsonl", '{\n "data": [{"text": "a"}]\n}', ["line 1", "mv nested.jsonl nested.json"], None),
+    ("half.jsonl", '{"text": "a\n{"text": "b"}\n', ["line 1 is not JSON: Invalid control", "mend or delete"], None),
+    ("lists.json", '[{"text": "a"}]\n[{"text": "b"}]\n', ["line 2", "jq -c '.[]'"], ["a", "b"]),
+    ("null.json", '[null, {"text": "a"}]', ["but null", "jq -c '.[] | objects'"], ["a"]),
+    ("cells.json", '[["a", "x"]]', ["""jq -c '.[] | {"text": .[0]}'"""], ["a"]),
+    ("comment.json", '// c\n[{"text": "a"}]', ["line 1", "JSON has no comments"], ["a"]),
+    ("prefix.json", ')]}\'\n[{"text": "a"}]', ["line 1", "take out what is before the JSON"], ["a"]),
+    ("prefix.json.gz", packed(b')]}\',[{"text": "a"}]'), ["line 1", "gunzip -c < prefix.json.gz | sed"], ["a"]),
+    ("behind.json", '[{"text": "a"}] x', ["nothing may stand behind the list"], None),
+    ("column.json", "[" + '{"text": "a"},' * 9999 + '{"text": }]', ["line 1 is not JSON: Expecting value at column 139997"], None),
+    ("sep.csv", "sep=,\ntext,n\na,1\n", ["sep.csv, line 1 is not the header, but tells Excel"], ["a"]),
+    ("sep three.csv", "\ufeffsep=,\r\ntext,n,m\r\na,1,2\r\n", ["line 1 is not the header", "sed 1d"], ["a"]),
+    ("sep other.csv", "sep=;\ntext;n\na;1\n", ["line 1 is not the header"], None),
+    ("commas.tsv", "text,n\na,1\nb\tc,2\n", ["name it .csv"], None),
+    ("packed.parquet.gz", packed(b"PAR1"), ["is a gzip", "gunzip -c < packed.parquet.gz > packed.parquet"], None),
     ("texts.json", '["a", "b"]', ["texts.json, line 1 is not a JSON object"], ["a", "b"]),
     ("inside.json", '{"a b": [{"text": "a"}], "n": 1}', ["line 1: the rows are in 'a b' of one object"], ["a"]),
     ("twice.csv", "text,label,text\na,b,c\n", ["line 1: 2 columns are called 'text'", "rename"], None),
     ("open.csv", 'text,label\na,b\n"open,b\nc,d\n', ["open.csv, line 3: a quote opens in this row and never closes", "written twice"], None),
     ("swallow.csv", 'text,label\na,x\nb,y\nc,x\nd,y\n"so it goes,x\nfine,y\nsix foot 2",x\n', ["line 6: a quote opens in this row and closes in line 8"], None),
     ("numbers.csv", 'n,text\n1,a\n2,"so it goes\n3,fine\n4,six foot 2"\n', ["line 3: a quote opens in this row and closes in line 5"], None),
+    ("decimals.csv", SWALLOW.format("1.85", "-2.5", "0.1", "3.0"), ["line 3: a quote opens in this row and closes in line 5"], None),
+    ("negative.csv", SWALLOW.format("-1", "2", "-3", "4"), ["line 3: a quote opens"], None),
+    ("dates.csv", SWALLOW.format("2024-01-31", "2023-10-02", "2024-01-30", "2022-05-06"), ["line 3: a quote opens"], None),
+    ("times.csv", SWALLOW.format("2024-01-31 10:00:00", "2023-10-02T09:30:00Z", "2024-01-30 07:01", "2022-05-06"), ["line 3: a quote"], None),
+    ("small.csv", 'text,label\n"open,y\nb,x\nclose",y\nd,x\n', ["line 2: a quote opens in this row and closes in line 4"], None),
+    ("header.csv", '"text",label\na,x\n"open,y\nb,x\nclose",y\nd,x\n', ["line 3: a quote opens"], None),
+    ("doubled.csv", 'text,label\n"a ""b""",x\n"open,y\nb,x\nclose",y\nd,x\n', ["line 3: a quote opens"], None),
     ("escaped.csv", 'text,n\n"C:\\new \\"x\\", y",1\n', ["line 2: its quotes do not fit together"], ['C:\\new "x", y']),
     ("cells.csv", "text,label\na,b\nc,d,e\n", ["line 3: 3 cells, but the header has 2", "stands in quotes"], None),
     ("semicolons.csv", "text;label\na, b;c\n", ["line 2: 2 cells, but the header has 1", "not by semicolons"], None),
@@ -288,12 +339,19 @@ def test_what_is_refused_says_where_and_its_command_gives_the_right_text(
     message = str(e.value)
     assert all(word in message for word in words), message
     assert "LATIN1" not in message or "latin" in name
-    command = re.search(r"(gunzip|iconv|tr|bunzip2|xz|jq|sed) .*", message.partition("\n")[2])
+    command = re.search(r"(gunzip|iconv|tr|bunzip2|xz|jq|sed|mv) .*", message.partition("\n")[2])
     if made is None or not command or not shutil.which(command[1]):
         return
     subprocess.run(command[0], shell=True)  # `iconv -c` ends with 1
     (result,) = set(os.listdir()) - {name}
     assert texts_of(Path(result)) == ([made] if isinstance(made, str) else made)
+
+
+def test_the_only_column_of_a_table_tells_its_separator():
+    hints = [records.separator_hint([name]) for name in ("text,label", "text\tlabel", "text;label", "text")]
+    assert ["name it .csv" in hints[0], "name it .tsv" in hints[1], "semicolons" in hints[2], hints[3]] == [
+        True
+    ] * 3 + [""]
 
 
 def test_a_gzip_that_unpacks_to_gigabytes_is_refused_before_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,9 +5,11 @@ is UTF-16, packed or binary, as that would give a text, but a wrong one.
 """
 
 import codecs
+import itertools
 import re
 import shlex
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -15,11 +17,13 @@ from nanogpt_jax.config import UserError
 
 Source = Path | BinaryIO
 GIVE = "give the text itself"
+CODES = rb"(?=[\s\S]{0,60}[\x00-\x08\x0e-\x1a])"  # no text has these soon after what looks like a magic number
 AGAIN = "write its texts as .jsonl with the program that made it"
 
 
 class Kind(NamedTuple):
-    """How a file that is no text begins, what it is, and the remedy; {names} are those of `_names`."""
+    """How a file that is no text begins, as a pattern that no text matches, what it is, and the remedy; {names} are
+    those of `_names`."""
 
     magic: bytes
     name: str
@@ -27,11 +31,11 @@ class Kind(NamedTuple):
 
 
 KINDS = [
-    Kind(b"PAR1", "Parquet", "give it its name: mv {file} {parquet}"),
+    Kind(b"PAR1" + CODES, "Parquet", "give it its name: mv {file} {parquet}"),
     Kind(b"\x1f\x8b", "a gzip", "unpack it first: gunzip -c < {file} > {inner}"),
-    Kind(b"BZh", "packed by bzip2", "unpack it first: bunzip2 -c < {file} > {inner}"),
+    Kind(b"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "packed by bzip2", "unpack it first: bunzip2 -c < {file} > {inner}"),
     Kind(b"\xfd7zXZ\0", "packed by xz", "unpack it first: xz -dc < {file} > {inner}"),
-    Kind(b"\x28\xb5\x2f\xfd", "packed by Zstandard", "unpack it first: zstd -dc < {file} > {inner}"),
+    Kind(b"\\x28\xb5\x2f\xfd", "packed by Zstandard", "unpack it first: zstd -dc < {file} > {inner}"),
     Kind(b"\x04\x22\x4d\x18", "packed by LZ4", "unpack it first: lz4 -dc < {file} > {inner}"),
     Kind(b"\x1f\x9d", "packed by compress", "unpack it first: gunzip -c < {file} > {inner}"),
     Kind(b"PK\x03\x04", "a ZIP archive, or a .docx, .xlsx, .odt or .epub, which are such",
@@ -41,23 +45,29 @@ KINDS = [
     Kind(b"SQLite format 3\0", "an SQLite database",
          "write a table as .csv: sqlite3 -csv -header {file} 'SELECT * FROM mytable' > {csv}"),
     Kind(b"\xd0\xcf\x11\xe0", "a Word, Excel or PowerPoint document", "save it as .txt or .csv in its program"),
-    Kind(b"\x89PNG", "a PNG image", GIVE),
+    Kind(b"\x89PNG\r?\n", "a PNG image", GIVE),
     Kind(b"\xff\xd8\xff", "a JPEG image", GIVE),
-    Kind(b"GIF8", "a GIF image", GIVE),
-    Kind(b"RIFF", "a WebP, WAV or AVI file", GIVE),
+    Kind(b"GIF8[79]a" + CODES, "a GIF image", GIVE),
+    Kind(b"RIFF[\\s\\S]{4}(?:WAVE|WEBP|AVI )", "a WebP, WAV or AVI file", GIVE),
     Kind(b"\x7fELF", "a program", GIVE),
-    Kind(b"ARROW1", "an Arrow file", AGAIN),
-    Kind(b"\x89HDF", "an HDF5 file", AGAIN),
-    Kind(b"\x93NUMPY", "a NumPy array", AGAIN),
+    Kind(b"ARROW1" + CODES, "an Arrow file", AGAIN),
+    Kind(b"\x89HDF\r?\n", "an HDF5 file", AGAIN),
+    Kind(b"\x93NUMPY[\x00-\x08]", "a NumPy array", AGAIN),
     Kind(b"Obj\x01", "an Avro file", AGAIN),
-    Kind(b"ORC", "an ORC file", AGAIN),
+    Kind(b"ORC" + CODES, "an ORC file", AGAIN),
 ]  # fmt: skip
 EVEN_AS_TEXT = [
-    Kind(b"%PDF-", "a PDF", "take its text out: pdftotext {file} {txt}"),
-    Kind(b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS, not the file itself", "git lfs pull"),
+    Kind(b"%PDF-[0-9][.][0-9] *[\r\n]", "a PDF", "take its text out: pdftotext {file} {txt}"),
+    Kind(
+        b"version https://git-lfs[.]github[.]com/spec/v[0-9]+\r?\n",
+        "a pointer of Git LFS, not the file itself",
+        "git lfs pull",
+    ),
 ]
 TAR = Kind(b"", "a tar archive", "unpack it: mkdir {folder} && tar -xf {file} -C {folder}")
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
+WORDY = frozenset(b" \n\r\t0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+EASTERN = {"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "BOPOMOFO", "FULLWIDTH", "HALFWIDTH", "IDEOGRAPHIC"}
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before that of UTF-16, which it begins with
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -80,7 +90,7 @@ def check_beginning(head: bytes, source: Source, what: str, packed: bool) -> Non
         if head[257:262] == b"ustar":
             raise _other_kind(TAR, source, what, packed)
     for kind in kinds:
-        if head.startswith(kind.magic):
+        if re.match(kind.magic, head):
             raise _other_kind(kind, source, what, packed)
     if encoding := wide(head):
         raise _other_encoding(encoding, source, what, packed)
@@ -96,22 +106,43 @@ def is_text(some: bytes) -> bool:
 
 
 def wide(some: bytes) -> str:
-    """UTF-16LE, UTF-16BE, UTF-32LE or UTF-32BE if these bytes are text in it, which shows by its NULs; else ""."""
-    some = some[: min(len(some), 4096) & ~3 or len(some) & ~1]
-    if b"\0" not in some:
+    """UTF-16LE, UTF-16BE, UTF-32LE or UTF-32BE if these bytes have NULs and are text in it; else "".
+
+    Of UTF-16, the more regular half holds the high bytes. A text in another encoding, with stray NULs, has two like
+    halves, and gives a word without them.
+    """
+    some = some[:4096]
+    if b"\0" not in some or (len(some) < 64 and len(some) % 2):
         return ""
-    nul = [some[i::4].count(0) / max(1, len(some[i::4])) for i in range(4)]
-    if nul[1] > 0.9 and nul[2] > 0.9 and max(nul[0], nul[3]) > 0.9:
-        guess = "UTF-32LE" if nul[3] > nul[0] else "UTF-32BE"
-    elif (nul[0] + nul[2] == 0) != (nul[1] + nul[3] == 0):  # in one half of each pair alone
-        guess = "UTF-16LE" if nul[0] + nul[2] == 0 else "UTF-16BE"
-        if 8 * some.count(0) < len(some) and is_text(rest := some.replace(b"\0", b"")) and not CONTROL.search(rest):
-            return ""  # a stray NUL in a text
-    else:
-        return ""
-    found = codecs.getincrementaldecoder(guess)(errors="replace").decode(some)
+    for guess in ("UTF-32LE", "UTF-32BE"):
+        if len(some) >= 4 and _plausible(some[: len(some) & ~3], guess):
+            return guess
+    some = some[: len(some) & ~1]
+    halves = [Counter(some[i::2]) for i in range(2)]
+    regular = [sum(n * n for n in half.values()) for half in halves]
+    order = ["UTF-16LE", "UTF-16BE"] if regular[1] >= regular[0] else ["UTF-16BE", "UTF-16LE"]
+    rest = some.replace(b"\0", b"")
+    if is_text(rest) and not CONTROL.search(rest):
+        if not rest.isascii() and 4 * len(rest) > 3 * len(some):
+            return ""  # bytes beyond ASCII are hardly UTF-8 by chance
+        short = len(some) < 16  # a few characters may have any bytes
+        most = max(sum(n for _, n in half.most_common(1 if short else 2)) for half in halves)
+        wordy = sum(byte in WORDY for byte in rest) >= 0.9 * len(rest)
+        if most < (0.9 if short else 0.75) * len(some) / 2 and (wordy or not short):
+            return ""
+    return next((guess for guess in order if _plausible(some, guess)), "")
+
+
+def _plausible(some: bytes, encoding: str) -> bool:
+    """Whether these bytes give characters that are printed, and whose scripts seldom change within a word."""
+    found = codecs.getincrementaldecoder(encoding)(errors="replace").decode(some)
     odd = sum(unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and c not in "\n\r\t\f" for c in found)
-    return guess if found and odd + found.count("\ufffd") <= len(found) / 50 else ""
+    if not found or odd + found.count("\ufffd") > len(found) / 50:
+        return False
+    scripts = [unicodedata.name(c, "?").split()[0] if c.isalpha() else "" for c in found]
+    scripts = ["CJK" if script in EASTERN else script for script in scripts]
+    pairs = [(a, b) for a, b in itertools.pairwise(scripts) if a and b]
+    return sum(a != b for a, b in pairs) <= len(pairs) / 4
 
 
 def _other_kind(kind: Kind, source: Source, what: str, packed: bool) -> UserError:
@@ -145,7 +176,7 @@ def wrong_byte(
     source: Source, what: str, title: str, offset: int, before: bytes, after: bytes, foreign: bool
 ) -> UserError:
     """What to say of the byte that `after` begins with. `foreign`: the file has UTF-8 beyond ASCII before it."""
-    packed = isinstance(source, Path) and _is_gzip(source)
+    packed = isinstance(source, Path) and is_gzip(source)
     wrong = f"{title}: byte {after[0]:#04x} at offset {offset}"
     some = after[:1024]
     if some.startswith(tuple(MARKS)) or (some.count(0) > 4 and (wide(some) or wide(some[1:]))):
@@ -174,7 +205,7 @@ def wrong_byte(
     return UserError(f"{wrong}\n       convert it first, for example: {_iconv(western, source, packed)}")
 
 
-def _is_gzip(path: Path) -> bool:
+def is_gzip(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return path.is_file() and file.read(3) == b"\x1f\x8b\x08"

@@ -267,16 +267,40 @@ def rows(source: Path, what: str, columns: Sequence[str] | None = None, tell: Te
 def _json_lines(source: Source, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
     """An object a line. Blank lines are passed over."""
     decode = _json_decoder(columns).decode
+    first = True
     for number, line in _lines(source, what, tell):
         if not line.strip():
             continue
         try:
             row = decode(line)
         except (ValueError, RecursionError) as e:
+            if first and getattr(e, "msg", "Extra data") != "Extra data":
+                _check_lines(source, what, number)
             raise _not_json(f"{what}, line {number}", e, getattr(e, "colno", 0)) from None
         if not isinstance(row, dict):
+            if first:
+                _check_lines(source, what, number)
             raise _no_object(f"{what}, line {number}", line, columns)
         yield number, row
+        first = False
+
+
+def _check_lines(source: Source, what: str, number: int) -> None:
+    """UserError if a file that should be JSON lines is a .json."""
+    if not isinstance(source, Path) or not source.is_file():
+        return
+    try:
+        if next(_json_objects(source, what, None, silent), None) is None:
+            return
+    except UserError:
+        return
+    packed = ".gz" if source.name.lower().endswith(".gz") else ""
+    names = [f"{Path(not_text.stem(source)).name}{more}.json{packed}" for more in ("", "-list")]
+    new = next((name for name in names if not source.with_name(name).exists()), names[-1])
+    raise UserError(
+        f"{what}, line {number} is not a JSON object: the file is JSON, not JSON lines\n"
+        f"       name it .json: mv {quoted(source)} {quoted(source.with_name(new))}"
+    )
 
 
 def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
@@ -284,6 +308,7 @@ def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell
     decode = _json_decoder(columns).raw_decode
     between = re.compile(r"[\s,]*")
     held, line, needed, n, listed, closed = "", 1, 0, 0, False, False
+    column = 0  # characters of the line before `held`
     for block in itertools.chain(text_blocks(source, what, tell), [None]):
         held += block or ""
         if block is not None and len(held) < needed:
@@ -300,7 +325,7 @@ def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell
             elif held[at] == "]" and listed and not closed:
                 closed, at = True, at + 1
             elif held[at] != "{" or closed:
-                raise _no_object(where, held[at : at + 60], columns, source)
+                raise _no_object(where, held[at : at + 60], columns, source, listed, closed)
             else:
                 try:
                     row, end = decode(held, at)
@@ -308,7 +333,8 @@ def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell
                     cut = e.pos > len(held) - 16 or e.msg.startswith("Unterminated string")
                     if block is None or not cut:
                         line += held.count("\n", counted, e.pos)
-                        raise _not_json(f"{what}, line {line}", e, e.colno) from None
+                        colno = e.colno if "\n" in held[: e.pos] else column + e.pos + 1
+                        raise _not_json(f"{what}, line {line}", e, colno) from None
                     needed = 2 * (len(held) - at)
                     if needed > 2 * LONGEST:
                         raise UserError(f"{where}: an object of more than {LONGEST >> 20} MiB is too long") from None
@@ -320,6 +346,7 @@ def _json_objects(source: Source, what: str, columns: Sequence[str] | None, tell
                     _check_nesting(row, source, where, columns)
                 yield line, row
                 at, needed = end, 0
+        column = at - held.rfind("\n", 0, at) - 1 if "\n" in held[:at] else column + at
         held = held[at:]
     if listed and not closed:
         raise UserError(f"{what} ends before its list does\n       fetch or write it again")
@@ -369,16 +396,61 @@ def _not_json(where: str, e: Exception, column: int) -> UserError:
     return UserError(f"{where} is not JSON: {wrong}\n       {remedy}")
 
 
-def _no_object(where: str, found: str, columns: Sequence[str] | None, source: Source | None = None) -> UserError:
+def _no_object(
+    where: str,
+    found: str,
+    columns: Sequence[str] | None,
+    source: Source | None = None,
+    listed: bool = False,
+    closed: bool = False,
+) -> UserError:
+    """`source` is given of a .json, and whether a list has begun in it, and ended."""
     wanted = ", ".join(f'{json.dumps(name)}: "..."' for name in columns or [])
     like = f", like {{{wanted}}}" if wanted else ""
     hint = ""
     if source is None and found.lstrip().startswith(("[{", "[\n")):
-        hint = "\n       if the file is one list of objects, name it .json"
-    elif source is not None and found.startswith('"') and isinstance(source, Path):
-        make = shlex.quote(f".[] | {{{json.dumps((columns or ['text'])[0])}: .}}")
-        hint = f"\n       make objects of the texts: jq -c {make} {quoted(source)} > {shlex.quote(stem(source))}.jsonl"
+        hint = "if the file is one list of objects, name it .json"
+    elif isinstance(source, Path):
+        hint = _object_hint(found, columns or ["text"], source, listed, closed)
+    hint = f"\n       {hint}" if hint else ""
     return UserError(f"{where} is not a JSON object{like}, but {found.strip()[:60]}{hint}")
+
+
+def _object_hint(found: str, columns: Sequence[str], source: Path, listed: bool, closed: bool) -> str:
+    each = ".[] | " if listed else ""
+    into = shlex.quote(f"{stem(source)}.jsonl")
+    if found.startswith(("//", "/*", "#")):
+        if not found.startswith("//"):
+            return "JSON has no comments: delete them"
+        command = _filtered(r"sed '/^[[:space:]]*\/\//d'", source, converted(source))
+        return f"JSON has no comments; delete such lines: {command}"
+    if found.startswith(")]}'"):
+        return f"take out what is before the JSON: {_filtered(f'sed {shlex.quote(PREFIX)}', source, converted(source))}"
+    if closed:
+        if found.startswith("["):
+            return "write the rows of these lists a row a line: " + _filtered("jq -c '.[]'", source, into)
+        return "nothing may stand behind the list: delete it"
+    if found.startswith("["):
+        cells = ", ".join(f"{json.dumps(name)}: .[{i}]" for i, name in enumerate(columns))
+        make = shlex.quote(f"{each}{{{cells}}}")
+        return f"make objects of these lists, for example: {_filtered(f'jq -c {make}', source, into)}"
+    if found.startswith('"'):
+        make = shlex.quote(f"{each}{{{json.dumps(columns[0])}: .}}")
+        return f"make objects of the texts: {_filtered(f'jq -c {make}', source, into)}"
+    if re.match(r"(null|true|false|-?[0-9.]+)\b", found):
+        make = shlex.quote(f"{each}objects")
+        return f"to leave out what is no object: {_filtered(f'jq -c {make}', source, into)}"
+    return "give a list of objects, or an object a line"
+
+
+PREFIX = "1s/^)]}',*//"  # which some servers put before their JSON
+
+
+def _filtered(tool: str, source: Path, into: str) -> str:
+    """The command that sends a file, unpacked, through a tool."""
+    if source.name.lower().endswith(".gz"):
+        return f"gunzip -c < {quoted(source)} | {tool} > {into}"
+    return f"{tool} {quoted(source)} > {into}"
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -415,6 +487,7 @@ def _table(separator: str) -> Callable[[Path, str, Sequence[str] | None, Tell], 
         _, _, header = next(records, (0, 0, None))
         if header is None:
             raise UserError(f"{what} is empty")
+        _check_excel(separator.join(header), what, path)
         _check_columns(header, columns, f"{what}, line 1")
         for number, _, row in records:
             if row == header and len(row) > 1:
@@ -430,12 +503,22 @@ def _check_columns(names: Sequence[str], columns: Sequence[str] | None, where: s
             raise UserError(f"{where}: {n} columns are called {name!r}\n       rename all but the one that is meant")
 
 
+def _check_excel(header: str, what: str, path: Path) -> None:
+    if re.fullmatch(r'"?sep=.?"?', header):
+        raise UserError(
+            f"{what}, line 1 is not the header, but tells Excel how cells are separated\n"
+            f"       delete that line: {_filtered('sed 1d', path, converted(path))}"
+        )
+
+
 def separator_hint(names: Sequence[Any]) -> str:
     """A second line for an error, if the only column of a table looks like several."""
     only = str(names[0]) if len(names) == 1 else ""
     if ";" in only:
         return "\n       cells are separated by commas, not by semicolons, or by tabs in a .tsv"
-    return "\n       tabs separate the cells of a .tsv, commas those of a .csv: rename it" if "\t" in only else ""
+    if "\t" in only:
+        return "\n       tabs separate the cells of a .tsv, commas those of a .csv: name it .tsv"
+    return "\n       commas separate the cells of a .csv, tabs those of a .tsv: name it .csv" if "," in only else ""
 
 
 def _plain_rows(found: LineBlocks, separator: str) -> Iterator[tuple[int, int, list[str]]]:
@@ -473,7 +556,8 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
     """How the quotes of a table are meant: RFC, ESCAPED, or None for letters. UserError if no way gives a table.
 
     A program has written the quotes if the header has them, or if some are doubled within quotes and none stands within
-    a cell without quotes. Otherwise a person may have, and it is no table if rows seem to have swallowed others.
+    a cell without quotes. Otherwise a person may have. It is no table if rows seem to have swallowed others. To
+    believe that of a program takes more; if each line has quotes, the header's around each name, it is not asked.
 
     The quotes of a .csv are those of RFC 4180; or, if that gives no table, a quote within quotes has a backslash before
     it, provided that there are no other backslashes. The quotes of a .tsv are letters if each line then has as many
@@ -481,21 +565,27 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
     """
     lines, broken = _Lines(found(), separator), None
     header_quoted = stray = doubled = program = False
+    all_quoted = True
     try:
         swallowed = _Swallowed(separator)
         for begin, end, row in _quoted_rows(iter(lines), separator, RFC):
             swallowed.see(begin, end, row)
-            if lines.quotes and begin == end and '"' in (line := lines.line(end)):
-                header_quoted = header_quoted or (begin == lines.begin and line.startswith('"'))
+            if begin == end and not (lines.quotes and '"' in lines.line(end)):
+                all_quoted = False
+            elif begin == end:
+                line = lines.line(end)
+                if begin == lines.begin:
+                    header_quoted = line.startswith('"')
+                    all_quoted = line == separator.join(f'"{cell}"' for cell in row)
                 cells = line.split(separator)
                 for cell, raw in zip(row, cells if len(cells) == len(row) else row, strict=True):
                     stray = stray or ('"' in raw and cell == raw)
                     doubled = doubled or ('"' in cell and cell != raw)
-            elif begin != end:
+            else:
                 doubled = doubled or any('"' in cell and "\n" in cell for cell in row)
         program = header_quoted or (doubled and not stray)
-        if not program:
-            swallowed.check()
+        if not all_quoted:
+            swallowed.check(program)
     except _Broken as e:
         broken = e
         lines.finish()
@@ -510,7 +600,7 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
             swallowed = _Swallowed(separator)
             for begin, end, row in _quoted_rows(found(), separator, ESCAPED):
                 swallowed.see(begin, end, row)
-            swallowed.check()
+            swallowed.check(False)
             return ESCAPED
     if separator == "\t" and lines.broken and lines.broken.line > broken.line:
         broken = lines.broken  # the quotes are most likely letters, and this is the row that is wrong
@@ -520,7 +610,8 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
 def _no_table(broken: _Broken, path: Path, what: str, separator: str, lines: "_Lines") -> UserError:
     name, quotes = ("tabs", "") if separator == "\t" else ("commas", "quotes, ")
     remedy = f"a cell with {quotes}{name} or line breaks stands in quotes, and a quote within is written twice"
-    if separator == "," and lines.width == 1 and (hint := separator_hint([lines.header])):
+    _check_excel(lines.header, what, path)
+    if lines.width == 1 and (hint := separator_hint([lines.header])):
         return UserError(f"{what}, line {broken.line}: {broken.why}{hint}")
     if lines.escaped and "quote" in broken.why:
         remedy += f'; to make such of \\": sed \'s/\\\\"/""/g\' {quoted(path)} > {converted(path)}'
@@ -569,31 +660,38 @@ class _Lines:
             pass
 
 
+KINDS = [  # of numbers and times; a column is of the first that all of its cells match
+    re.compile(r"[-+]?[0-9]+"),
+    re.compile(r"[-+]?[0-9]*\.[0-9]+"),
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?%?"),
+    re.compile(r"[0-9]{4}[-/.][0-9]{1,2}[-/.][0-9]{1,2}(?:[ T][0-9:.]+(?:Z|[-+][0-9:]+)?)?"),
+    re.compile(r"[0-9]{1,2}[-/.][0-9]{1,2}[-/.](?:[0-9]{4}|[0-9]{2})(?: [0-9:.]+)?"),
+    re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?"),
+]
+
+
 class _Swallowed:
     """Rows that look as if a quote had swallowed others: it opens a cell by mistake and finds another to close it.
 
-    The lines within such a cell are rows: they have the header's number of cells, and where a column holds labels or
-    numbers, it holds one there too.
+    The lines within such a cell are rows: they have the header's number of cells, and where a column holds labels,
+    numbers or times, it holds one there too.
     """
 
     def __init__(self, separator: str) -> None:
         self._separator = separator
-        self._values: list[set[str] | None] = []  # of each column, in rows of one line; None: too many to be labels
-        self._numbers: list[bool] = []
-        self._rows = 0
-        self._doubtful: list[tuple[int, int, list[tuple[int, str]]]] = []  # lines, and the values within by columns
+        self._values: list[set[str] | None] = []  # of each column, outside of the lines in doubt; None: too many
+        self._kinds: list[list[re.Pattern[str]]] = []  # those that all cells of each column match
+        self._rows = 0  # if the lines in doubt are some
+        # lines, the column that holds them, and the values within by columns
+        self._doubtful: list[tuple[int, int, int, list[tuple[int, str]]]] = []
 
     def see(self, begin: int, end: int, row: list[str]) -> None:
         if not self._values:  # the header
-            self._values, self._numbers = [set() for _ in row], [True] * len(row)
+            self._values, self._kinds = [set() for _ in row], [KINDS for _ in row]
         elif begin == end:
             self._rows += 1
             for i, cell in enumerate(row):
-                self._numbers[i] = self._numbers[i] and cell.isdecimal()
-                if (values := self._values[i]) is not None:
-                    values.add(cell)
-                    if len(values) > FEW or len(cell) > 100:
-                        self._values[i] = None
+                self._know(i, cell)
         elif len(self._doubtful) < FEW:
             for i, cell in enumerate(row):
                 first, *others = [line.split(self._separator) for line in cell.splitlines() or [""]]
@@ -601,17 +699,38 @@ class _Swallowed:
                 if not (len(first) == len(row) - i and len(last) == i + 1 and all(len(b) == len(row) for b in between)):
                     continue
                 inside = [*enumerate(first[1:], i + 1), *(pair for b in between for pair in enumerate(b))]
-                self._doubtful.append((begin, end, [*inside, *enumerate(last[:-1])]))
+                self._doubtful.append((begin, end, i, [*inside, *enumerate(last[:-1])]))
+                self._rows += len(between) + 2
+                for j in {*range(len(row))} - {i}:
+                    self._know(j, row[j])
+                break
 
-    def check(self) -> None:
-        few = [values is not None and 2 * len(values) <= self._rows for values in self._values]
-        for begin, end, inside in self._doubtful:
-            for column in {i for i, _ in inside if few[i] or (self._numbers[i] and self._rows)}:
-                known = self._values[column] or set()
+    def _know(self, i: int, cell: str) -> None:
+        values = self._values[i]
+        if values is not None and cell in values:
+            return
+        if self._kinds[i]:
+            self._kinds[i] = [kind for kind in self._kinds[i] if kind.fullmatch(cell)]
+        if values is not None:
+            values.add(cell)
+            if len(values) > FEW or len(cell) > 100:
+                self._values[i] = None
+
+    def check(self, program: bool) -> None:
+        """_Broken if rows are swallowed. Of a program, each column must say so, by two labels or three numbers."""
+        labels = [values if values and 2 * len(values) <= self._rows else None for values in self._values]
+        for begin, end, swallower, inside in self._doubtful:
+            signs = []
+            for column in {i for i, _ in inside} - {swallower}:
                 values = [value for i, value in inside if i == column]
-                if all(value.isdecimal() if self._numbers[column] else value in known for value in values):
-                    why = f"a quote opens in this row and closes in line {end}, and the lines within are rows"
-                    raise _Broken(begin, why)
+                known, kinds = labels[column], self._kinds[column] if self._values[column] != set() else []
+                label = known is not None and len(values) > program and known.issuperset(values)
+                number = kinds and len(values) > 2 * program and all(kinds[0].fullmatch(value) for value in values)
+                if known is not None or kinds:
+                    signs.append(label or (number and (known is None or not program)))
+            if signs and (all(signs) if program else any(signs)):
+                why = f"a quote opens in this row and closes in line {end}, and the lines within are rows"
+                raise _Broken(begin, why)
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
@@ -622,6 +741,8 @@ def _parquet(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -
     import pyarrow
     import pyarrow.parquet
 
+    if not_text.is_gzip(path):
+        raise UserError(f"{what} is a gzip\n       unpack it first: gunzip -c < {quoted(path)} > {inner(path)}")
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
