@@ -331,6 +331,7 @@ def test_a_terminal_that_is_closed_saves_the_run_and_under_nohup_ends_nothing(
         assert len(rows) == steps + steps // 10
 
 
+@pytest.mark.slow  # test_host.py has the same without a training
 def test_a_reader_that_goes_away_and_a_closed_stderr_end_no_run(place, clean_env):
     words = [sys.executable, str(ROOT / "train.py"), *SMALL, "--train.steps", "20", "--run-dir", "runs/head"]
     line = f"({shlex.join(words)} 2>&-; echo $? > code) | head -1"

@@ -195,7 +195,7 @@ def test_gradients_of_micro_batches_meet_once_a_step():
     assert not [body for body in bodies if "all-reduce" in parts[body]]
 
 
-@pytest.mark.parametrize("micro_batch", [0, 4])
+@pytest.mark.parametrize("micro_batch", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_many_logits_exist_in_pieces_and_change_no_number(micro_batch, monkeypatch):
     cfg = change(
         TINY,
