@@ -206,10 +206,9 @@ def _log_probabilities(
     """[N, K] float32, in batches of one shape. With `bar`, progress on a terminal's standard error."""
     from rich.progress import track
 
-    starts = range(0, len(texts), batch_size)
-    watched = track(
-        starts, "texts", console=terminal.console(), transient=True, disable=not (bar and sys.stderr.isatty())
-    )
+    watched = starts = range(0, len(texts), batch_size)
+    if bar and sys.stderr.isatty():
+        watched = track(starts, "texts", console=terminal.console(), transient=True)
     found = [
         predict(params, texts.rows(np.minimum(np.arange(i, i + batch_size), len(texts) - 1), width)) for i in watched
     ]

@@ -517,8 +517,8 @@ def _track(what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
         from rich.markup import escape
         from rich.progress import track
 
-        hidden = not sys.stderr.isatty()
-        shown = escape(terminal.visible(what))
-        return track(items, shown, n, console=terminal.console(), transient=True, disable=hidden)
+        if not sys.stderr.isatty():
+            return items
+        return track(items, escape(terminal.visible(what)), n, console=terminal.console(), transient=True)
 
     return track

@@ -315,7 +315,10 @@ def _progress(what: str, total: int) -> Iterator[Any]:
     from rich.progress import Progress
 
     console = terminal.console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:  # rich before 14 prints an empty line for a bar that is disabled
+        yield lambda: None
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
 
