@@ -1,7 +1,7 @@
 """What JAX is told before it starts, in one place: where compiled programs are kept, and what XLA may say.
 
 What a user has set is left as it is. XLA's flags would stand here too, but none of those tried makes every program on
-a CPU faster (README, "Speed"), and an XLA that does not know a flag ends the process.
+a CPU faster (model/kernels/README.md), and an XLA that does not know a flag ends the process.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """The command line as a person meets it: real processes, and for each wrong input its message and exit code 2."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -193,29 +192,6 @@ def test_a_program_in_any_folder_is_a_word_of_a_shell_and_its_help_has_its_name_
     assert config.program("train") == "python train.py"
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """A directory with the settings of the runs that configs and README commands start from."""
-    for name in ("gpt2", "default"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        model = config.load(["gpt2"]).cfg.model
-        settings = config.Config(model=dataclasses.replace(model, vocab_size=50257))
-        (tmp_path / "runs" / name / "config.json").write_text(config.to_json(settings))
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
-@pytest.mark.usefixtures("runs")
-def test_every_config_loads_by_name_and_tells_its_story(path):
-    command = config.load([path.stem])
-    assert command.run_dir == Path("runs") / path.stem
-    story = path.read_text(encoding="utf-8")
-    assert story.startswith("# ")
-    assert f"python train.py {path.stem}" in story
-    # it lists only what differs from the default, or what it wants to show: no key twice, none unknown
-    assert config.load([str(path)]).cfg == command.cfg
-
-
 def test_sizes_of_gpt2():
     """Radford et al. 2019, table 2, as counted from the released weights."""
     from dataclasses import replace
@@ -380,59 +356,6 @@ def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(place, clean_env):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert re.search(r"step +0/20 .*compiling the step +left", text), text
     assert re.search(r"step +\d+/20 .*loss \d\.\d{4} +[\d,]+ tokens/s +left \d+:\d\d:\d\d", text), text
-
-
-COMMAND = re.compile(r"^(?:.*&& )?((?:python |nanogpt-jax ).*)$")
-
-
-def commands_of_the_readme() -> list[list[str]]:
-    """Every command that the README names, in a block or in backticks, without placeholders and grammar."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
-    lines = [re.sub(r"^(XLA_FLAGS=\S+ |next: |or train longer: )", "", line.strip()) for line in lines]
-    found = [m[1] for line in lines if (m := COMMAND.match(line)) and not re.search(r"[\[…]|COMMAND", line)]
-    values = {"S": "--data.source=text.txt", "FILE": "text.txt", "N": "2", "RUN": "runs/done", "TEXT": "x"}
-    return [[values.get(w, w).replace("=FILE", "=text.txt") for w in shlex.split(line)] for line in found]
-
-
-def test_the_readme_is_whole_and_names_commands():
-    headings = re.findall("^## .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert len(headings) == len(set(headings)) > 8  # no part of it stands there twice
-    assert ["python", "train.py"] in commands_of_the_readme()
-    assert len(commands_of_the_readme()) > 8
-
-
-@pytest.mark.parametrize("words", commands_of_the_readme(), ids=" ".join)
-@pytest.mark.usefixtures("runs")
-def test_every_command_of_the_readme_is_understood(words, tmp_path, monkeypatch):
-    """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
-    from nanogpt_jax import cli
-    from nanogpt_jax.inference import options
-    from nanogpt_jax.tools import classify, evaluate, hub, prepare
-
-    name, *rest = words[1:] if words[0] == "python" else words
-    if name == "nanogpt-jax":
-        name, *rest = rest
-    if name.removesuffix(".py") == "train":
-        config.load(rest)
-    elif name.removesuffix(".py") == "sample":
-        options.read(rest)
-    elif name == "prepare":
-        prepare.read(rest)
-    elif name == "eval":
-        evaluate.read(rest)
-    elif name in hub.ARGUMENTS:
-        hub.arguments(name, rest)
-    elif name == "classify" and rest[0] == "train":
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "runs/done").mkdir(parents=True)
-        (tmp_path / "runs/done/config.json").write_text(config.to_json(config.Config()))
-        config.load(rest[1:], config.ClassifierConfig)
-    elif name == "classify":
-        classify.arguments(rest[0], rest[1:])
-    else:
-        assert name in cli.COMMANDS, words
 
 
 def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(place, clean_env):

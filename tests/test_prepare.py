@@ -797,7 +797,7 @@ sys.exit(cli.guarded(command.main, ["text.txt"]))
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["char", "gpt2", "bpe:1024"])
 def test_memory_does_not_grow_with_the_text(clean_env, kind: str):
-    """Peak resident memory for 2 MB and for 200 MB; the README has 2 GB."""
+    """Peak resident memory for 2 MB and for 200 MB; the page of data has 2 GB."""
     words, chance = PYTHON_TEXT.split(), random.Random(0)
     peaks = []
     for megabytes in (2, 200):

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
         print(USAGE)
         return 0
-    work, cfg, options = _read(argv)
+    work, cfg, options = read(argv)
     engines = ["jax", *(PEERS[work] if options["versus"] else ())]
     order = {"work": work, "cfg": json.loads(config.to_json(cfg)), **options}
     workers: dict[str, _Worker] = {}
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
+def read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
     """The kind of work, the settings, and our own options, checked."""
 
     def check(key: str) -> None:

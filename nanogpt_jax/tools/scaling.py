@@ -36,6 +36,24 @@ def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
         print(USAGE)
         return 0
+    own, settings = read(argv)
+    if own["picture"]:
+        _pyplot()  # missing now is better than missing after minutes
+    points = {axis: [_measure(axis, value, settings, own["rounds"]) for value in AXES[axis]] for axis in AXES}
+    print(f"{'':<20}{'measured':>10}{'counted':>10}   exponents of the cost of a token")
+    fits = {}
+    for axis, row in points.items():
+        fits[axis] = [_exponent(row, "seconds_per_token"), _exponent(row, "flops_per_token")]
+        print(f"{axis:<20}{fits[axis][0]:>10.2f}{fits[axis][1]:>10.2f}")
+    if own["json"]:
+        cli.write_file("--json", own["json"], json.dumps({"points": points, "exponents": fits}, indent=2) + "\n")
+    if own["picture"]:
+        cli.write_file("--picture", own["picture"], _drawn(points, fits, Path(own["picture"]).suffix))
+    return 0
+
+
+def read(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Our own options and the settings of train.py, checked."""
     own, settings = {"picture": "", "json": "", "rounds": "3"}, {}
 
     def check(key: str) -> None:
@@ -49,20 +67,8 @@ def main(argv: list[str]) -> int:
         (own if key in own else settings)[key] = value
     for key in {"picture", "json"} & flags.keys():
         cli.check_file(f"--{key}", own[key])
-    if own["picture"]:
-        _pyplot()  # missing now is better than missing after minutes
     config.load([word for key, value in settings.items() for word in (f"--{key}", value)])
-    points = {axis: [_measure(axis, value, settings, own["rounds"]) for value in AXES[axis]] for axis in AXES}
-    print(f"{'':<20}{'measured':>10}{'counted':>10}   exponents of the cost of a token")
-    fits = {}
-    for axis, row in points.items():
-        fits[axis] = [_exponent(row, "seconds_per_token"), _exponent(row, "flops_per_token")]
-        print(f"{axis:<20}{fits[axis][0]:>10.2f}{fits[axis][1]:>10.2f}")
-    if own["json"]:
-        cli.write_file("--json", own["json"], json.dumps({"points": points, "exponents": fits}, indent=2) + "\n")
-    if own["picture"]:
-        cli.write_file("--picture", own["picture"], _drawn(points, fits, Path(own["picture"]).suffix))
-    return 0
+    return own, settings
 
 
 def _measure(axis: str, value: int, settings: dict[str, str], rounds: str) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""The pages: short where people come in, true about the files, and every command in them is one that runs."""
+
+import dataclasses
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from nanogpt_jax import cli, config
+from nanogpt_jax.inference import options
+from nanogpt_jax.tools import bench, classify, evaluate, hub, prepare, scaling
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A directory with the settings of the runs that configs and the pages' commands start from."""
+    for name in ("gpt2", "default"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        model = config.load(["gpt2"]).cfg.model
+        settings = config.Config(model=dataclasses.replace(model, vocab_size=50257))
+        (tmp_path / "runs" / name / "config.json").write_text(config.to_json(settings))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.usefixtures("runs")
+def test_every_config_loads_by_name_and_tells_its_story(path):
+    command = config.load([path.stem])
+    assert command.run_dir == Path("runs") / path.stem
+    story = path.read_text(encoding="utf-8")
+    assert story.startswith("# ")
+    assert f"python train.py {path.stem}" in story
+    if "setting for setting" not in story:  # else it lists only what differs from the default
+        defaults = config.load([]).cfg
+        for section, keys in tomllib.loads(story).items():
+            same = [key for key, value in keys.items() if getattr(getattr(defaults, section), key) == value]
+            assert not same, section
+
+
+COMMAND = re.compile(r"^(?:.*&& )?((?:python |nanogpt-jax ).*)$")
+
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted(p for room in ("configs", "nanogpt_jax", "tests") for p in (ROOT / room).rglob("README.md")),
+]
+
+
+def commands_of(pages: list[Path]) -> list[list[str]]:
+    """Every command that these pages name, in a block or in backticks, without placeholders and grammar."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+    lines = [re.sub(r"^(XLA_FLAGS=\S+ |next: |or train longer: )", "", line.strip()) for line in lines]
+    found = [m[1] for line in lines if (m := COMMAND.match(line)) and not re.search(r"[\[…]|COMMAND|\| ", line)]
+    values = {"S": "--data.source=text.txt", "FILE": "text.txt", "N": "2", "RUN": "runs/done", "TEXT": "x"}
+    commands = [[values.get(w, w).replace("=FILE", "=text.txt") for w in shlex.split(line)] for line in found]
+    return sorted(map(list, {tuple(command) for command in commands}))
+
+
+def test_the_front_page_is_one_that_people_read():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160
+    assert len(text.encode()) <= 10_000
+    assert ["python", "train.py"] in commands_of([ROOT / "README.md"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.parent.relative_to(ROOT)))
+def test_a_page_says_things_once_and_its_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall("^## .*", text, re.M)
+    assert len(headings) == len(set(headings))
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for name in re.findall(r"^ *(\w+\.\w+)  +\S", text, re.M):  # a line of a map
+        assert list(page.parent.rglob(name)), name
+
+
+@pytest.mark.parametrize("room", [path for path in (ROOT / "nanogpt_jax").iterdir() if (path / "README.md").exists()])
+def test_a_room_with_a_page_names_each_of_its_files(room):
+    text = (room / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in room.glob("*.py") if path.name not in text] in ([], ["__init__.py"])
+
+
+@pytest.mark.parametrize("words", commands_of(PAGES), ids=" ".join)
+@pytest.mark.usefixtures("runs")
+def test_every_command_of_every_page_is_understood(words, tmp_path, monkeypatch):
+    """Read to the end by the parser that would run it: each flag is known, each value allowed, each config there."""
+    name, *rest = words[1:] if words[0] == "python" else words
+    if name == "nanogpt-jax":
+        name, *rest = rest
+    if "--help" in rest:
+        assert cli.asks_for_help(rest)
+    elif name.startswith("tests/"):
+        assert (ROOT / name).is_file()
+    elif name.removesuffix(".py") == "train":
+        config.load(rest)
+    elif name.removesuffix(".py") == "sample":
+        options.read(rest)
+    elif name == "prepare":
+        prepare.read(rest)
+    elif name == "eval":
+        evaluate.read(rest)
+    elif name in hub.ARGUMENTS:
+        hub.arguments(name, rest)
+    elif name == "classify" and rest[0] == "train":
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs/done").mkdir(parents=True)
+        (tmp_path / "runs/done/config.json").write_text(config.to_json(config.Config()))
+        config.load(rest[1:], config.ClassifierConfig)
+    elif name == "classify":
+        classify.arguments(rest[0], rest[1:])
+    elif name == "bench":
+        monkeypatch.setattr(bench, "find_spec", lambda name: name)  # as if torch was there
+        bench.read(rest)
+    else:
+        assert name == "scaling", words
+        scaling.read(rest)
