@@ -19,6 +19,10 @@ from nanogpt_jax.inference import native
 from nanogpt_jax.model import gpt2
 
 
+# axes of a kernel's inputs
+KERNEL_INPUTS = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}
+
+
 @dataclass(frozen=True)
 class Rules:
     """How the next token is drawn from the logits. Hashable: each set of rules compiles to its own program."""
@@ -63,19 +67,7 @@ def choose(rules: Rules, logits: jax.Array, seen: jax.Array | None, keys: jax.Ar
     logits = filter_logits(rules, logits, seen)
     if rules.temperature:  # the likeliest after noise of Gumbel's distribution: drawn by the probabilities
         logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return _argmax(logits)
-
-
-def _argmax(x: jax.Array) -> jax.Array:
-    """The first place of the greatest in each row of x [B, V] -> [B] int32.
-
-    On a CPU, jnp.argmax looks at one number after the other. So it looks at the greatest of each block, and inside one.
-    """
-    width = math.gcd(x.shape[-1], 128)  # V is a multiple of that
-    blocks = lax.optimization_barrier(x).reshape(len(x), -1, width)
-    best = blocks.max(axis=-1).argmax(axis=-1)
-    place = jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0].argmax(axis=-1)
-    return (best * width + place).astype(jnp.int32)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def row_keys(seed: jax.typing.ArrayLike, batch_size: int) -> jax.Array:
@@ -92,12 +84,21 @@ class State(NamedTuple):
 
 
 def for_decoding(cfg: ModelConfig, params: gpt2.Params) -> gpt2.Params:
-    """`params` as `prefill` and `decode` take them: layers apart, matrices turned and in the compute dtype.
+    """`params` in the layout of generation: h a list of L layers, kernels [*O, *I] as wte is, in the compute dtype.
 
-    The embedding is cut to cfg's vocabulary, so that ids for which a tokenizer has no text cannot be drawn. Not jitted:
-    one slice program a shape compiles sooner than L slices of each array.
+    So every weight is read once, in the order of memory (kernels/linear.py, project_few). The embedding is cut to cfg's
+    vocabulary, so that ids for which a tokenizer has no text cannot be drawn. Not jitted: one slice program a shape
+    compiles sooner than L slices of each array.
     """
-    params = gpt2.for_texts({**params, "wte": params["wte"][: cfg.padded_vocab_size]})
+
+    def transposed(path, p: jax.Array) -> jax.Array:
+        name = "/".join(key.key for key in path)
+        inputs = next((n for kernel, n in KERNEL_INPUTS.items() if name.endswith(kernel + "/kernel")), 0)
+        return jnp.moveaxis(p, range(inputs), range(-inputs, 0))
+
+    layers = [jax.tree.map(lambda p, i=i: p[i], params["h"]) for i in range(cfg.n_layer)]
+    layers = [jax.tree.map_with_path(transposed, layer) for layer in layers]
+    params = {**params, "h": layers, "wte": params["wte"][: cfg.padded_vocab_size]}
     return jax.tree.map(lambda p: p.astype(cfg.dtype) if p.ndim > 1 else p, params)  # vectors cost nothing
 
 

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.model import blocked_attention
 from nanogpt_jax.model.dropout import dropout
+from nanogpt_jax.model.kernels import blocked_attention
 
 HEADS = ((0,), (0,))  # of queries, keys and values that have all heads in one row: their common axis
-PIECE = 8  # positions of a cache that are added up at once
 
 
 def causal_mask(T: int, documents: jax.Array | None = None) -> jax.Array:
@@ -63,22 +62,7 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax
     may_look = jnp.arange(k.shape[1]) <= position[:, :, None]
     scores = jnp.where(may_look, scores.swapaxes(1, 2), jnp.finfo(jnp.float32).min)  # [N, T, S]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    if q.shape[1] > 1 or v.shape[1] % PIECE or v.dtype != jnp.float32:
-        return _mean(weights, v)
-    return jax.lax.platform_dependent(weights, v, cpu=_mean_in_pieces, default=_mean)
-
-
-def _mean(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """weights [N, T, S], v [N, S, D] -> [N, T, D]"""
     return jax.lax.dot_general(weights, v, (((2,), (1,)), HEADS))
-
-
-def _mean_in_pieces(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """The same for T = 1: sums of PIECE positions, a loop that both cores of a CPU run, where the product takes one."""
-    N, S, D = v.shape
-    w, v = jax.lax.optimization_barrier(weights).reshape(N, -1, PIECE, 1), v.reshape(N, -1, PIECE, D)
-    pieces = functools.reduce(jnp.add, [w[:, :, i] * v[:, :, i] for i in range(PIECE)])  # [N, S / PIECE, D]
-    return _mean(jnp.ones((N, 1, S // PIECE), v.dtype), jax.lax.optimization_barrier(pieces))
 
 
 def _on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -139,35 +123,3 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "cudnn": _jax_nn("cudnn"),
     "splash": splash,
 }
-
-
-def choose(cfg: ModelConfig, platform: str) -> str:
-    """The back-end that `model.attention = "auto"` means on this platform ("cpu", "gpu", "tpu").
-
-    cuDNN's flash attention needs 16-bit numbers and a recent NVIDIA card, so it is tried on a small case first.
-    """
-    needs = {"cudnn": "gpu", "splash": "tpu"}
-    if needs.get(cfg.attention, platform) != platform:
-        raise UserError(
-            f"model.attention={cfg.attention} needs a {needs[cfg.attention].upper()}, and this is a "
-            f"{platform.upper()}; use auto, reference, blocked or xla"
-        )
-    if cfg.attention != "auto":
-        return cfg.attention
-    if platform == "cpu":  # measured: below 256 positions there is little to skip, and the scores fit into the cache
-        return "blocked" if cfg.block_size >= 256 else "reference"
-    if cfg.dropout:
-        return "reference"
-    if platform == "tpu":
-        return "xla" if cfg.block_size % 128 else "splash"
-    return "cudnn" if cfg.dtype == "bfloat16" and _cudnn_runs(cfg.head_dim) else "xla"
-
-
-@functools.cache
-def _cudnn_runs(head_dim: int) -> bool:
-    x = jnp.zeros((1, 64, 1, head_dim), jnp.bfloat16)
-    try:
-        jax.block_until_ready(jax.jit(jax.grad(lambda x: BACKENDS["cudnn"](x, x, x).sum().astype(jnp.float32)))(x))
-    except (RuntimeError, ValueError, NotImplementedError):  # no cuDNN, an old card, an odd head size
-        return False
-    return True

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.model import gpt2, initial, losses
+from nanogpt_jax.model import gpt2, losses
 from nanogpt_jax.model.gpt2 import Params
 
 
 def init_params(cfg: ModelConfig, n_labels: int, key: jax.Array) -> Params:
     """GPT-2's initial weights for the same key, and a head ~ N(0, 0.02²) with bias zero."""
-    kernel = initial.normal(jax.random.fold_in(key, 1), (cfg.n_embd, n_labels), gpt2.INIT_STD)
+    kernel = jax.random.normal(jax.random.fold_in(key, 1), (cfg.n_embd, n_labels)) * gpt2.INIT_STD
     return {**gpt2.init_params(cfg, key), "head": {"kernel": kernel, "bias": jnp.zeros(n_labels)}}
 
 

@@ -9,15 +9,14 @@ The parameters are one nested dict, named as OpenAI named them, with the layers 
     h.mlp.c_fc      {kernel [L, C, 4C],      bias [L, 4C]}
     h.mlp.c_proj    {kernel [L, 4C, C],      bias [L, C]}
 
-V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `forward` scans over L, or loops
-over h where it is a list of layers, as `unstack` makes it; `prefill` and `decode_step` take `for_texts(params)`.
+V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `prefill` and `decode_step` take
+the same weights in the layout of generation: `inference.generate.for_decoding(params)`.
 """
 
 # B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
 
 import dataclasses
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,37 +25,30 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.model import attention, initial, layers
+from nanogpt_jax.model import attention
 from nanogpt_jax.model.dropout import dropout
+from nanogpt_jax.model.kernels.linear import linear, project, project_few
+from nanogpt_jax.model.kernels.norm_gelu import gelu, layer_norm
 from nanogpt_jax.model.losses import without_padding
 
 Params = dict[str, Any]
 INIT_STD = 0.02
 
 
-def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
-    """`cfg` with what was left to choose ("auto", 0) chosen for a platform: "cpu", "gpu" or "tpu"."""
-    # a scan compiles and starts sooner; a step of 124M takes 1.07 of the time on a CPU, and 1.22 on an H100
-    unroll = cfg.scan_unroll or (1 if platform == "tpu" else cfg.n_layer)
-    return dataclasses.replace(cfg, attention=attention.choose(cfg, platform), scan_unroll=unroll)
-
-
 class Linear(nn.Module):
-    """x [B, ..., *I] -> [B, ..., *O]. Kernel [*I, *O] ~ N(0, std²), or as `for_texts` turns it; bias zero."""
+    """x [B, ..., *I] -> [B, ..., *O]. Kernel [*I, *O] ~ N(0, std²), in generation transposed; bias zero."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     bias: bool
     std: float = INIT_STD
-    few: bool = False  # in generation: few rows, and the kernel turned
+    transposed: bool = False  # in generation: few rows, kernel [*O, *I]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*self.outputs, *self.inputs) if self.few else (*self.inputs, *self.outputs)
-        # where a layer is applied, Flax asks for the shape alone, and 160 operations would be traced for it
-        first = functools.partial(initial.normal, std=self.std) if self.is_initializing() else nn.initializers.zeros
-        kernel = self.param("kernel", first, shape)
-        y = (layers.project_few if self.few else layers.project)(x, kernel, len(self.inputs))
+        shape = (*self.outputs, *self.inputs) if self.transposed else (*self.inputs, *self.outputs)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
+        y = (project_few if self.transposed else project)(x, kernel, len(self.inputs))
         if self.bias:
             y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)  # gradient: a float32 sum
         return y
@@ -71,7 +63,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         C = x.shape[-1:]
         bias = self.param("bias", nn.initializers.zeros, C) if self.bias else None
-        return layers.layer_norm(x, self.param("scale", nn.initializers.ones, C), bias)
+        return layer_norm(x, self.param("scale", nn.initializers.ones, C), bias)
 
 
 class SelfAttention(nn.Module):
@@ -87,8 +79,8 @@ class SelfAttention(nn.Module):
     def __call__(self, x, cache=None, start: Any = None, train: bool = False, documents=None):
         cfg, (B, T, C) = self.cfg, x.shape
         heads = (cfg.n_head, cfg.head_dim)
-        few = cache is not None
-        qkv = Linear((C,), (3, *heads), cfg.bias, few=few, name="c_attn")(x)
+        decoding = cache is not None
+        qkv = Linear((C,), (3, *heads), cfg.bias, transposed=decoding, name="c_attn")(x)
         q, k, v = (x.squeeze(2) for x in jnp.split(qkv, 3, axis=2))  # Q = X·Wq, K = X·Wk, V = X·Wv: each [B, T, H, D]
         if cache is None:
             drop = {"dropout_rate": cfg.dropout, "dropout_key": self.make_rng("dropout")} if train else {}
@@ -100,20 +92,20 @@ class SelfAttention(nn.Module):
             k, v = (old.at[row, position].set(new) for old, new in zip(cache, (k, v), strict=True))
             y = attention.cached(q, k, v, position).reshape(B, cfg.n_head, T, cfg.head_dim).swapaxes(1, 2)
         std = INIT_STD / (2 * cfg.n_layer) ** 0.5
-        return Linear(heads, (C,), cfg.bias, std, few, name="c_proj")(y), (k, v)
+        return Linear(heads, (C,), cfg.bias, std, decoding, name="c_proj")(y), (k, v)
 
 
 class MLP(nn.Module):
     """x [B, T, C] -> 4C hidden units with GPT-2's tanh GELU -> [B, T, C]."""
 
     cfg: ModelConfig
-    few: bool = False
+    decoding: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, C, std = self.cfg, self.cfg.n_embd, INIT_STD / (2 * self.cfg.n_layer) ** 0.5
-        x = layers.gelu(Linear((C,), (4 * C,), cfg.bias, few=self.few, name="c_fc")(x))
-        return Linear((4 * C,), (C,), cfg.bias, std, self.few, name="c_proj")(x)
+        x = gelu(Linear((C,), (4 * C,), cfg.bias, transposed=self.decoding, name="c_fc")(x))
+        return Linear((4 * C,), (C,), cfg.bias, std, self.decoding, name="c_proj")(x)
 
 
 class Block(nn.Module):
@@ -139,8 +131,8 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     wte_key, wpe_key, h_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, cfg.n_embd))
     return {
-        "wte": initial.normal(wte_key, (cfg.padded_vocab_size, cfg.n_embd), INIT_STD),
-        "wpe": initial.normal(wpe_key, (cfg.block_size, cfg.n_embd), INIT_STD),
+        "wte": jax.random.normal(wte_key, (cfg.padded_vocab_size, cfg.n_embd)) * INIT_STD,
+        "wpe": jax.random.normal(wpe_key, (cfg.block_size, cfg.n_embd)) * INIT_STD,
         "h": jax.vmap(lambda k: Block(cfg).init(k, x)["params"])(jax.random.split(h_key, cfg.n_layer)),
         "ln_f": LayerNorm(cfg.bias).init(h_key, x)["params"],
     }
@@ -151,17 +143,6 @@ def n_params(cfg: ModelConfig) -> int:
     """Number of parameters, without the padding of the vocabulary."""
     params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     return sum(p.size for p in jax.tree.leaves(params)) - (cfg.padded_vocab_size - cfg.vocab_size) * cfg.n_embd
-
-
-def unstack(params: Params) -> Params:
-    """`params` with h as a list of L layers."""
-    n_layer = jax.tree.leaves(params["h"])[0].shape[0]
-    return {**params, "h": [jax.tree.map(operator.itemgetter(i), params["h"]) for i in range(n_layer)]}
-
-
-def stack(params: Params) -> Params:
-    """The inverse of `unstack`."""
-    return {**params, "h": jax.tree.map(lambda *layers: jnp.stack(layers), *params["h"])}
 
 
 def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:
@@ -184,10 +165,10 @@ def last_norm(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     return LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, x)  # pyright: ignore
 
 
-def head(cfg: ModelConfig, params: Params, x: jax.Array, few: bool = False) -> jax.Array:
+def head(cfg: ModelConfig, params: Params, x: jax.Array, decoding: bool = False) -> jax.Array:
     """x [N, C] -> logits [N, V'] float32; -inf for the padding of the vocabulary."""
     x = last_norm(cfg, params, x)
-    logits = layers.project_few(x, params["wte"]) if few else layers.linear(x, params["wte"].T)
+    logits = project_few(x, params["wte"]) if decoding else linear(x, params["wte"].T)
     return without_padding(logits.astype(jnp.float32), cfg.vocab_size)
 
 
@@ -208,19 +189,13 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
 
     # "dots" keeps the results of matrix products and recomputes what is elementwise; "block" keeps only block inputs
     policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
-    apart = isinstance(params["h"], list)
     if cfg.remat != "none":
-        layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=apart or cfg.scan_unroll > 1)
-    if apart:
-        layer = jax.jit(layer, inline=True)  # traced once, not L times
-        for i, block in enumerate(params["h"]):
-            x, _ = layer(x, (block, None if keys is None else keys[i]))
-        return x
+        layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=cfg.scan_unroll > 1)
     return lax.scan(layer, x, (params["h"], keys), unroll=cfg.scan_unroll)[0]
 
 
 def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-    """tokens [B, T] int32, T <= block_size -> logits [B, T, V'] float32. Dropout is on where a key is given."""
+    """tokens [B, T] int32, T <= block_size -> logits [B, T, V'] float32. With a key, dropout is on."""
     B, T = tokens.shape
     assert cfg.block_size >= T, f"{T} tokens do not fit into a context of {cfg.block_size}"
     x = hidden(cfg, params, tokens, dropout_key)
@@ -236,22 +211,6 @@ class Cache(NamedTuple):
     k: list[jax.Array]  # L arrays [B·H, S, D], as attention.cached wants them
     v: list[jax.Array]
     length: jax.Array  # [B] int32, filled positions in each row
-
-
-def for_texts(params: Params) -> Params:
-    """`params` as generation reads them: unstacked, and kernels with their outputs first, [*O, *I], as wte has them.
-
-    So every weight is read once, in the order of memory: see layers.project_few.
-    """
-    params = unstack(params)
-    n_in = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}  # axes of the inputs
-
-    def turn(path, p: jax.Array) -> jax.Array:
-        name = "/".join(key.key for key in path)
-        inputs = next((n for kernel, n in n_in.items() if name.endswith(kernel + "/kernel")), 0)
-        return jnp.moveaxis(p, range(inputs), range(-inputs, 0))
-
-    return {**params, "h": [jax.tree.map_with_path(turn, layer) for layer in params["h"]]}
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:
@@ -285,7 +244,7 @@ def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Ar
     """
     x, cache = _extend(cfg, params, tokens, cache._replace(length=jnp.zeros_like(lengths)))
     last = x[jnp.arange(len(tokens)), lengths - 1]
-    return head(cfg, params, last, few=True), cache._replace(length=lengths)
+    return head(cfg, params, last, decoding=True), cache._replace(length=lengths)
 
 
 def decode_step(cfg: ModelConfig, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -295,4 +254,4 @@ def decode_step(cfg: ModelConfig, params: Params, token: jax.Array, cache: Cache
     Equals forward(...)[:, -1] on the whole prefix (tests/test_generate.py).
     """
     x, cache = _extend(cfg, params, token[:, None], cache)
-    return head(cfg, params, x[:, 0], few=True), cache
+    return head(cfg, params, x[:, 0], decoding=True), cache

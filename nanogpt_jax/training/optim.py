@@ -120,20 +120,10 @@ def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])  # pyright: ignore[reportReturnType]
 
 
-def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """optax's, but with a factor: XLA:CPU multiplies inside the update, and divides in a pass of its own before it."""
-
-    def clip(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
-        factor = most / jnp.maximum(optax.tree.norm(updates), most)
-        return jax.tree.map(lambda g: g * factor, updates), state
-
-    return optax.GradientTransformation(optax.init_empty_state, clip)
-
-
 def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The whole chain from gradient to update: clip by global norm, then the optimizer with its schedule."""
     update = OPTIMIZERS[cfg.name](cfg, make_schedule(cfg, steps))
-    update = optax.chain(_clip_by_global_norm(cfg.grad_clip), update) if cfg.grad_clip else update
+    update = optax.chain(optax.clip_by_global_norm(cfg.grad_clip), update) if cfg.grad_clip else update
     if not (cfg.freeze_layers or cfg.freeze_embeddings):
         return update
 
