@@ -72,7 +72,7 @@ def train(cfg, run, data, stop):
             outcome = fit(cfg, mesh, state, step, K, language_model(cfg, mesh, data), checkpoints, log, meta, stop)
     if outcome.signal:
         return outcome, ""
-    params, _ = load_params(run, cfg, use=f"{config.program('sample')} {config.word(run)}")  # the best checkpoint
+    params, _ = load_params(run, cfg, command=f"{config.program('sample')} {config.word(run)}")  # the best checkpoint
     return outcome, opening_and_continuation(cfg.model, params, data.tokenizer, data.val[:16], seed=cfg.train.seed)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
 from nanogpt_jax.model import attention, gpt2
-from nanogpt_jax.training import checkpoint, checksums, loop, metrics, program, signals
+from nanogpt_jax.training import checksums, loop, metrics, program, signals
 from nanogpt_jax.training.checkpoint import Checkpointer, load_params
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
 from nanogpt_jax.training.program import Program
@@ -799,13 +800,13 @@ def flip(path: Path, bit: int) -> None:
 
 def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
     run, cfg = saved()
-    assert checkpoint._damage(run, 20, checkpoint.RESUME) == ""
+    assert checksums.damage(run / "checkpoints/20") == ""
     parts = sorted(p for p in (run / "checkpoints/20").rglob("*") if p.is_file() and p.stat().st_size)
     chance = random.Random(0)
     for path in parts:
         bit = chance.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        assert str(path) in checkpoint._damage(run, 20, checkpoint.RESUME)
+        assert str(path) in checksums.damage(run / "checkpoints/20")
         flip(path, bit)
     assert len(parts) > 20
     bad = run / "checkpoints/20/opt_state/_METADATA"
@@ -820,8 +821,11 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "a run"])
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*: python sample.py 'a run' --checkpoint=10$"):
         load_params(run, cfg)
-    with pytest.raises(UserError, match=rf"{bad} has .*\n.*rm -r {run}/checkpoints/20\n"):
-        load_params(run, cfg, use="start")
+    with pytest.raises(UserError, match=rf"{bad} has .*\n.*take checkpoint 10: eval --checkpoint=10$"):
+        load_params(run, cfg, command="eval")
+    again = rf"{bad} has .*\n.*rm -r {run}/checkpoints/20\n"
+    with Checkpointer(run.with_name("new"), 2) as checkpoints, pytest.raises(UserError, match=again):
+        checkpoints.resume(change(cfg, train__init_from=str(run)), tx, mesh)
     shutil.rmtree(run / "checkpoints/10")
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*no other"):
         load_params(run, cfg)
@@ -844,6 +848,42 @@ def test_other_damage_is_found_too(saved, spoil, words):
     spoil(run / "checkpoints/20")
     with pytest.raises(UserError, match=rf"checkpoints/20 is damaged\n.*checkpoints/20/{words}"):
         load_params(run, cfg)
+
+
+def test_every_file_that_is_read_is_verified_once(saved, monkeypatch):
+    run, cfg = saved()
+    verified, checksum = [], checksums._checksum
+
+    def count(folder: Path, name: str, start: int) -> int:
+        verified.append(str(Path(folder.name, name)))
+        return checksum(folder, name, start)
+
+    def files_of(*parts: str) -> list[str]:
+        folder = run / "checkpoints"
+        found = (path for part in parts for path in [folder / part, *(folder / part).rglob("*")] if path.is_file())
+        return sorted(str(path.relative_to(folder)) for path in found if path.stat().st_size)
+
+    monkeypatch.setattr(checksums, "_checksum", count)
+    load_params(run, cfg)
+    read = files_of("10/metrics", "20/metrics", "20/params", "20/meta", "20/_CHECKPOINT_METADATA")
+    assert sorted(verified) == read
+    verified.clear()
+    with Checkpointer(run, 2) as checkpoints:
+        checkpoints.resume(cfg, make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh))
+    assert sorted(verified) == sorted([*read, *files_of("20/opt_state")])
+
+
+def test_a_disk_that_cannot_be_read_is_told_with_the_file(saved, monkeypatch):
+    run, _ = saved()
+
+    def fail(data: bytes, *start: int) -> int:
+        if start:  # a file's block, and not the list of checksums
+            raise OSError(5, "Input/output error")
+        return zlib.crc32(data)
+
+    monkeypatch.setattr(checksums, "zlib", SimpleNamespace(crc32=fail))
+    wrong = checksums.damage(run / "checkpoints/20", only="metrics")
+    assert re.fullmatch(rf"{run}/checkpoints/20/metrics/\S+ cannot be read: Input/output error", wrong)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_and_one_note_says_what_that_means(saved, capsys):

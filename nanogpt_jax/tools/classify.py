@@ -165,7 +165,7 @@ def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, stop: Any):
     if outcome.signal:
         return outcome, None, {}
     then = f"{config.program('classify')} eval {config.word(run)}"
-    params, best = load_params(run, cfg, use=then)  # the best checkpoint, as eval and predict take it: on one device
+    params, best = load_params(run, cfg, command=then)  # the best, as eval and predict take it: on one device
     return outcome, best, scores(params, make_predict_step(cfg, make_mesh(config.MeshConfig())))
 
 
