@@ -34,10 +34,11 @@ def main(argv: list[str]) -> int:
     from nanogpt_jax.distributed.mesh import start  # jax takes seconds, so only now
     from nanogpt_jax.inference.generate import Rules
     from nanogpt_jax.inference.sampler import generate_text
+    from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import load_params
 
     start()
-    params, step = load_params(run, cfg, wish.checkpoint)
+    params, step = load_params(run, gpt2.param_shapes(cfg.model), wish.checkpoint)
     if not wish.run:
         print(f"from {run}, step {step}:", file=sys.stderr)
     rules = Rules(wish.temperature, wish.top_k, wish.top_p, wish.min_p, wish.repetition_penalty)
@@ -55,8 +56,10 @@ def main(argv: list[str]) -> int:
         stop=tuple(wish.stop),
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
     )
-    print() if alone else None
-    for i, text in enumerate([] if alone else texts, start=1):
+    if alone:
+        print()
+        return 0
+    for i, text in enumerate(texts, start=1):
         print(f"--- sample {i} ---\n{prompt}{text}")
     return 0
 

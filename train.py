@@ -48,31 +48,33 @@ def main(argv: list[str]) -> int:
         return 0
 
 
-def train(cfg, run, data, stop):
+def train(cfg, directory, data, stop):
     """Settings to a trained model in the run directory -> how it ended, and a sample of its text."""
     from nanogpt_jax.distributed.mesh import make_mesh, start
     from nanogpt_jax.inference.sampler import opening_and_continuation
-    from nanogpt_jax.model import gpt2
-    from nanogpt_jax.training.checkpoint import Checkpointer, load_params
-    from nanogpt_jax.training.loop import choose_steps_per_dispatch, fit, headline, language_model
-    from nanogpt_jax.training.metrics import MetricsLog
+    from nanogpt_jax.model import execution, gpt2
+    from nanogpt_jax.training.checkpoint import load_params
+    from nanogpt_jax.training.language_model import language_model
+    from nanogpt_jax.training.loop import fit, headline, start_state
     from nanogpt_jax.training.optim import make_optimizer
+    from nanogpt_jax.training.recording import Recording
     from nanogpt_jax.training.step import make_train_step
 
     platform = start()  # JAX's devices: it takes seconds, so only now
-    cfg = replace(cfg, model=gpt2.resolve(cfg.model, platform))  # what was left to choose, chosen for this device
     mesh = make_mesh(cfg.mesh)
+    how = execution.choose(cfg, platform, mesh.size)  # how it runs here: decided once
+    cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
+    task = language_model(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
-    K = choose_steps_per_dispatch(cfg, platform)
-    step = make_train_step(cfg, tx, mesh, K)
-    with Checkpointer(run, cfg.train.keep) as checkpoints:
-        state, meta = checkpoints.resume(cfg, tx, mesh)  # born sharded, or the newest whole checkpoint
-        print(headline(cfg, run, data, mesh, meta["step"]), flush=True)
-        with MetricsLog(run, cfg.train, meta["step"]) as log:
-            outcome = fit(cfg, mesh, state, step, K, language_model(cfg, mesh, data), checkpoints, log, meta, stop)
+    step = make_train_step(cfg, tx, mesh, task, how)
+    with Recording(directory, cfg.train) as run:
+        state = start_state(cfg, tx, task, mesh, run)  # born sharded, or the newest whole checkpoint
+        print(headline(cfg, directory, data, mesh, run.step), flush=True)
+        outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:
         return outcome, ""
-    params, _ = load_params(run, cfg, command=f"{config.program('sample')} {config.word(run)}")  # the best checkpoint
+    other = f"{config.program('sample')} {config.word(directory)}"
+    params, _ = load_params(directory, gpt2.param_shapes(cfg.model), command=other)  # the best checkpoint
     return outcome, opening_and_continuation(cfg.model, params, data.tokenizer, data.val[:16], seed=cfg.train.seed)
 
 

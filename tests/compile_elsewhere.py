@@ -20,7 +20,6 @@ from jax.sharding import AxisType, Mesh
 
 from nanogpt_jax import config
 from nanogpt_jax.distributed.sharding import shard
-from nanogpt_jax.model import gpt2
 from nanogpt_jax.training.optim import make_optimizer
 from nanogpt_jax.training.step import make_train_step, state_shardings
 
@@ -48,7 +47,7 @@ def main(target: str, argv: list[str]) -> None:
         ("data", "fsdp", "tensor"),
         axis_types=(AxisType.Auto,) * 3,
     )
-    cfg = replace(cfg, model=gpt2.resolve(model, platform))
+    cfg = replace(cfg, model=execution.resolve(model, platform))
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     shapes, layout = state_shardings(cfg, tx, mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
@@ -59,7 +58,7 @@ def main(target: str, argv: list[str]) -> None:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     gib = 2**30
     print(
-        f"{target}: {gpt2.n_params(cfg.model):,} parameters, {cfg.model.attention} attention, mesh {dict(mesh.shape)}"
+        f"{target}: {sizes.n_params(cfg.model):,} parameters, {cfg.model.attention} attention, mesh {dict(mesh.shape)}"
     )
     print(
         f"memory a device: arguments {memory.argument_size_in_bytes / gib:.2f} GiB, of them donated "

@@ -76,10 +76,10 @@ def check_model(platform: str) -> None:
     host = jax.tree.map(np.asarray, params)
     expected = gpt2_numpy.forward(host, tokens[:, :-1], MODEL.vocab_size)
     with jax.default_device(jax.devices("cpu")[0]):
-        on_cpu = gpt2.resolve(replace(MODEL, attention="reference"), "cpu")
+        on_cpu = execution.resolve(replace(MODEL, attention="reference"), "cpu")
         gradient = jax.jit(jax.grad(functools.partial(mean_loss, on_cpu)))(host, tokens)
     for precision, dtype in ("highest", "float32"), (None, "float32"), (None, "bfloat16"):
-        cfg = gpt2.resolve(replace(MODEL, dtype=dtype), platform)
+        cfg = execution.resolve(replace(MODEL, dtype=dtype), platform)
         most = MOST[dtype] if precision or dtype == "bfloat16" else MOST["default"]
         name = f"model, {dtype}, products {precision or 'default'}, {cfg.attention}"
         with jax.default_matmul_precision(precision):
@@ -99,7 +99,7 @@ def check_repeats(platform: str) -> None:
     """A GPU adds up an embedding's gradient, and cuDNN that of the queries, in the order in which its threads come."""
     in_order = platform != "gpu" or "exclude_nondeterministic_ops" in os.environ.get("XLA_FLAGS", "")
     for dropout, dtype in (0.0, "float32"), (0.1, "bfloat16"), (0.0, "bfloat16"):
-        model = gpt2.resolve(replace(MODEL, dropout=dropout, dtype=dtype), platform)
+        model = execution.resolve(replace(MODEL, dropout=dropout, dtype=dtype), platform)
         cfg = Config(model=model, optim=OptimConfig("adamw", 1e-3), train=TrainConfig(batch_size=8))
         mesh, tx = make_mesh(MeshConfig()), make_optimizer(cfg.optim, cfg.train.steps)
         step = make_train_step(cfg, tx, mesh)

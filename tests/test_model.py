@@ -17,13 +17,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from nanogpt_jax.model.layers import linear, project
 from safetensors.numpy import load_file
 
 from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.interop import weights
 from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, initial, layers, losses
-from nanogpt_jax.model.layers import linear, project
 from nanogpt_jax.model.losses import cross_entropy
 
 # L, T, V, H, C all odd or prime, and no two sizes equal, so that a wrong axis cannot fit

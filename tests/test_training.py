@@ -27,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from nanogpt_jax.training.program import Program
 
 from nanogpt_jax import config
 from nanogpt_jax.cli import door
@@ -39,7 +40,6 @@ from nanogpt_jax.model import attention, gpt2
 from nanogpt_jax.training import checksums, loop, metrics, program, signals
 from nanogpt_jax.training.checkpoint import Checkpointer, load_params
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
-from nanogpt_jax.training.program import Program
 from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.signals import stop_on_signals
 from nanogpt_jax.training.step import TrainState, init_state, make_train_step

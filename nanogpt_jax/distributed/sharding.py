@@ -66,3 +66,8 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
         return shard(mesh, P() if own else spec_for(name, x.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(lay, tree)
+
+
+def laid_out(mesh: Mesh, shapes: Any) -> Any:
+    """`shapes` as ShapeDtypeStructs that say where each leaf lies: what restoring a checkpoint asks for."""
+    return jax.tree.map(lambda x, place: x.update(sharding=place), shapes, shardings(mesh, shapes))

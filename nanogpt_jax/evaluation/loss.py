@@ -26,7 +26,7 @@ from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.data import batches
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, shard
-from nanogpt_jax.model import gpt2, losses
+from nanogpt_jax.model import execution, gpt2, losses
 
 GROUP = 2048  # tokens computed together; fewer are slower (by half at 64, nothing from 1024 on), more take memory
 
@@ -41,7 +41,7 @@ def silent(items: Iterable[Any], n: int) -> Iterable[Any]:
 
 def for_scoring(cfg: ModelConfig, platform: str) -> ModelConfig:
     """`cfg` without what only training needs, and with how it is computed chosen for `platform`."""
-    return gpt2.resolve(replace(cfg, attention="auto", scan_unroll=0, remat="none", dropout=0.0), platform)
+    return execution.resolve(replace(cfg, attention="auto", scan_unroll=0, remat="none", dropout=0.0), platform)
 
 
 def make_score(cfg: ModelConfig, mesh: Mesh) -> Score:

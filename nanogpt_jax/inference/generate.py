@@ -18,7 +18,6 @@ from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.inference import native
 from nanogpt_jax.model import gpt2
 
-
 # axes of a kernel's inputs
 KERNEL_INPUTS = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}
 

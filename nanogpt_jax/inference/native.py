@@ -28,10 +28,10 @@ from nanogpt_jax import runtime
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.host import files
 from nanogpt_jax.model import gpt2
+from nanogpt_jax.model.execution import NATIVE_TEXTS
 from nanogpt_jax.model.losses import without_padding
 
 SOURCE, NAME = Path(__file__).with_name("decode.c"), "nanogpt_jax_decode"
-FEW = 15  # texts; for more it is all arithmetic, and XLA's products are as fast
 # Sums may be taken in any order. Not -ffast-math, which would change how the whole process rounds tiny numbers.
 COMMON = "-O3 -std=gnu11 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC -pthread"
 _LOCK = threading.Lock()
@@ -39,13 +39,13 @@ FOR_THIS_PROCESSOR = ("-march=native", "-mcpu=native", "")  # the first that the
 
 
 def takes(cfg: ModelConfig, B: int) -> bool:
-    """Whether a step for B texts is the C function's."""
-    wanted = os.environ.get("NANOGPT_JAX_NATIVE", "1") != "0"
-    return wanted and B <= FEW and cfg.dtype == "float32" and jax.default_backend() == "cpu" and _registered()
+    """Whether a step for B texts is the C function's. `cfg` is resolved (model/execution.py)."""
+    fits = B <= NATIVE_TEXTS and cfg.dtype == "float32" and jax.default_backend() == "cpu"
+    return cfg.decode == "native" and fits and _registered()
 
 
 def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: gpt2.Cache):
-    """gpt2.decode_step of B <= FEW texts: token [B] int32 -> logits [B, V] float32 and the grown cache."""
+    """gpt2.decode_step of B <= NATIVE_TEXTS texts: token [B] int32 -> logits [B, V] float32 and the grown cache."""
     x = gpt2.embed(cfg, params, token[:, None], cache.length[:, None])[:, 0]
     C = x.shape[1]
 
@@ -72,7 +72,7 @@ def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: 
 
 
 def _registered() -> bool:
-    """Whether JAX knows the function: built, or found built, at the first call; False where that cannot be done."""
+    """Whether JAX knows the function: built, or found built, at the first call; False if that cannot be done."""
     with _LOCK:  # two threads that begin at once would build and register it twice
         return _register()
 

@@ -16,7 +16,7 @@ from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.inference import generate
 from nanogpt_jax.inference.generate import Rules
-from nanogpt_jax.model import gpt2
+from nanogpt_jax.model import execution, gpt2
 
 CHUNK = 16  # most tokens in one call to the device: text streams a few times a second even from a slow model
 
@@ -45,7 +45,7 @@ def generate_text(
         raise UserError(
             f"the tokenizer has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}: they are not of one run"
         )
-    cfg = dataclasses.replace(cfg, vocab_size=tokenizer.n_vocab)
+    cfg = dataclasses.replace(execution.resolve(cfg, jax.default_backend()), vocab_size=tokenizer.n_vocab)
     params = generate.for_decoding(cfg, params)
     rows = [_Row(prompt_ids(tokenizer, p)[-cfg.block_size :], max_new_tokens, tokenizer, stop) for p in prompts]
     longest = max(len(row.ids) for row in rows) + max_new_tokens

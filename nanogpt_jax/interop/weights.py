@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from nanogpt_jax.config import ModelConfig
@@ -73,7 +72,7 @@ def from_hugging_face(cfg: ModelConfig, read: Read) -> gpt2.Params:
 
     16-bit numbers are widened, which is exact. A tensor is copied straight to its place: no second copy of the model.
     """
-    shapes = jax.eval_shape(lambda: gpt2.init_params(cfg, jax.random.key(0)))
+    shapes = gpt2.param_shapes(cfg)
     params: gpt2.Params = {}
     for path, (name, _) in table(cfg).items():
         *folders, leaf = path.split("/")

@@ -10,14 +10,12 @@ Position t looks at 0..t; documents [B, T] int32 may keep each query to the posi
 
 # B batch, T time of the queries, S of the keys where there is a cache, H heads, D head dim
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.model.dropout import dropout
 from nanogpt_jax.model.kernels import blocked_attention
 

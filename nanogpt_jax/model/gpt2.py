@@ -138,11 +138,9 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     }
 
 
-@functools.cache
-def n_params(cfg: ModelConfig) -> int:
-    """Number of parameters, without the padding of the vocabulary."""
-    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    return sum(p.size for p in jax.tree.leaves(params)) - (cfg.padded_vocab_size - cfg.vocab_size) * cfg.n_embd
+def param_shapes(cfg: ModelConfig) -> Params:
+    """The parameters as jax.ShapeDtypeStructs."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 
 def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from typing import Any
 
 from nanogpt_jax import cli, config, runtime
 from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.model import sizes
 
 USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [--seconds S] [--versus torch]
                          [--json FILE] [--SECTION.NAME VALUE ...]
@@ -323,33 +324,27 @@ def _quickest(call: Callable[[], Any], times: int = 8) -> float:
     return best
 
 
-def train_flops(cfg: Config) -> float:
-    """Floating-point operations a token of a training step: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B)."""
-    from nanogpt_jax.model import gpt2
-
-    m = cfg.model
-    return 6 * (gpt2.n_params(m) - m.block_size * m.n_embd) + 12 * m.n_layer * m.n_embd * m.block_size
-
-
 def _jax_train(cfg: Config, order: dict[str, Any]):
     import jax
     import numpy as np
 
     from nanogpt_jax.distributed.mesh import make_mesh, start
-    from nanogpt_jax.model import gpt2
-    from nanogpt_jax.training.loop import choose_steps_per_dispatch
+    from nanogpt_jax.model import execution
+    from nanogpt_jax.training.compiled import CompiledStep
+    from nanogpt_jax.training.language_model import next_token
     from nanogpt_jax.training.optim import make_optimizer
-    from nanogpt_jax.training.program import Program
     from nanogpt_jax.training.step import init_state, make_train_step
 
-    platform = start()
-    cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, platform))
-    mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, cfg.train.steps)
-    K = choose_steps_per_dispatch(cfg, platform)
-    state, step = init_state(cfg, tx, mesh), make_train_step(cfg, tx, mesh, K)
+    platform, mesh = start(), make_mesh(cfg.mesh)
+    how = execution.choose(cfg, platform, mesh.size)
+    cfg = dataclasses.replace(cfg, model=execution.resolve(cfg.model, platform))
+    tx, task, K = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model), how.steps_per_dispatch
+    state, step = init_state(cfg, tx, task, mesh), make_train_step(cfg, tx, mesh, task, how)
     shape = (K, cfg.train.batch_size, cfg.model.block_size + 1)
-    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32)
-    program, runs = Program(step, state, tokens, np.int32(K)), 0
+    tokens = jax.device_put(
+        np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32), step.layout
+    )
+    program, runs = CompiledStep(step, state, tokens), 0
 
     def run() -> int:
         nonlocal state, runs
@@ -360,7 +355,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
         runs += 1
         return K * cfg.train.batch_size * cfg.model.block_size
 
-    return run, {"flops_per_token": train_flops(cfg), "bytes_per_token": 0, "device": _device()}
+    return run, {"flops_per_token": sizes.flops_per_token(cfg.model), "bytes_per_token": 0, "device": _device()}
 
 
 def _torch_train(cfg: Config, order: dict[str, Any]):
@@ -374,15 +369,13 @@ def _torch_train(cfg: Config, order: dict[str, Any]):
         step(tokens)
         return cfg.train.batch_size * cfg.model.block_size
 
-    return run, {"flops_per_token": train_flops(cfg), "bytes_per_token": 0}
+    return run, {"flops_per_token": sizes.flops_per_token(cfg.model), "bytes_per_token": 0}
 
 
 def _decode_facts(cfg: Config, order: dict[str, Any]) -> dict[str, float]:
     """A step reads every weight once for the whole batch, and of each text's cache what is filled by then."""
-    from nanogpt_jax.model import gpt2
-
     m, B, P, new = cfg.model, *(int(order[name]) for name in ("batch", "prompt", "new"))
-    N = gpt2.n_params(m) - m.block_size * m.n_embd
+    N = sizes.n_params(m) - m.block_size * m.n_embd
     cached = 2 * m.n_layer * m.n_embd * (P + new / 2)  # keys and values
     return {"flops_per_token": 2 * N, "bytes_per_token": (N / B + cached) * (4 if m.dtype == "float32" else 2)}
 
@@ -393,9 +386,9 @@ def _jax_decode(cfg: Config, order: dict[str, Any]):
 
     from nanogpt_jax.distributed.mesh import start
     from nanogpt_jax.inference import generate, sampler
-    from nanogpt_jax.model import gpt2
+    from nanogpt_jax.model import execution, gpt2
 
-    cfg = dataclasses.replace(cfg, model=gpt2.resolve(cfg.model, start()))
+    cfg = dataclasses.replace(cfg, model=execution.resolve(cfg.model, start()))
     B, P, new = (int(order[name]) for name in ("batch", "prompt", "new"))
     rules = generate.Rules(temperature=0)
     params = jax.jit(lambda: gpt2.init_params(cfg.model, jax.random.key(0)))()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_jax import cli, config, runtime
-from nanogpt_jax.config import ClassifierConfig, UserError
+from nanogpt_jax.config import ClassifierConfig, ModelConfig, UserError
 from nanogpt_jax.data import labelled, tokenizer
 from nanogpt_jax.data.labelled import LabelledData, Texts, shown
 from nanogpt_jax.evaluation import classification
@@ -119,25 +119,25 @@ def _manifest(run: Path) -> dict[str, Any]:
 SAY = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}"
 
 
-def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, stop: Any):
+def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any):
     """Settings to a trained classifier -> how it ended, the best checkpoint's step and its validation scores."""
     from nanogpt_jax.distributed.mesh import batch_ways, make_mesh, start
-    from nanogpt_jax.model import classifier, gpt2
-    from nanogpt_jax.training.checkpoint import Checkpointer, load_params
-    from nanogpt_jax.training.loop import Outcome, Task, choose_steps_per_dispatch, fit
-    from nanogpt_jax.training.metrics import MetricsLog
+    from nanogpt_jax.model import classifier, execution
+    from nanogpt_jax.training.checkpoint import load_params
+    from nanogpt_jax.training.loop import Outcome, fit, start_state
     from nanogpt_jax.training.optim import head_alone, make_optimizer
-    from nanogpt_jax.training.step import make_predict_step, make_train_step
+    from nanogpt_jax.training.recording import Recording
+    from nanogpt_jax.training.step import make_train_step
+    from nanogpt_jax.training.task import Task
 
     platform, t, c = start(), cfg.train, cfg.classify
-    cfg = replace(cfg, model=gpt2.resolve(cfg.model, platform))
     mesh = make_mesh(cfg.mesh)
+    how = execution.choose(cfg, platform, mesh.size)
+    cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
     tx = make_optimizer(cfg.optim, t.steps)
     tx = head_alone(tx) if c.freeze else tx
     weights = class_weights(data.splits["train"].labels, c.n_labels, c.class_weights)
-    loss = functools.partial(classifier.mean_loss, weights=weights, freeze=c.freeze)
-    K = choose_steps_per_dispatch(cfg, platform)
-    predict, ways = make_predict_step(cfg, mesh), batch_ways(mesh)
+    predict, ways = _predict_step(cfg.model, mesh), batch_ways(mesh)
     rows = -(-max(t.micro_batch or t.batch_size, 32) // ways) * ways
     val = data.splits["val"]
 
@@ -145,28 +145,55 @@ def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, stop: Any):
         return classification.scores(_log_probabilities(predict, params, val, data.width, rows), val.labels)
 
     task = Task(
-        row=data.width + 2,
+        init=functools.partial(classifier.init_params, cfg.model, c.n_labels),
+        loss=functools.partial(classifier.mean_loss, cfg.model, weights=weights, freeze=c.freeze),
+        row_length=data.width + 2,
         batch=functools.partial(data.splits["train"].batch, seed=t.seed, batch_size=t.batch_size, width=data.width),
         evaluate=scores,
-        say=f"validation {SAY}",
-        loss=lambda scores: scores["loss"] if c.monitor == "loss" else 1 - scores["macro_f1"],
+        summary=f"validation {SAY}",
+        criterion=lambda scores: scores["loss"] if c.monitor == "loss" else 1 - scores["macro_f1"],
         tokens_per_step=t.batch_size * len(data.splits["train"].tokens) / len(data.splits["train"]),
         patience=c.patience,
     )
-    with Checkpointer(run, t.keep) as checkpoints:
-        state, meta = checkpoints.resume(cfg, tx, mesh)
-        print(_headline(cfg, run, data, mesh, meta["step"]), flush=True)
-        if 0 < c.patience <= meta["stale"]:
-            outcome = Outcome(meta["step"], 0.0, None, {})
+    with Recording(directory, t) as run:
+        state = start_state(cfg, tx, task, mesh, run)
+        print(_headline(cfg, directory, data, mesh, run.step), flush=True)
+        if 0 < c.patience <= run.stale:
+            outcome = Outcome(run.step, 0.0, None, {})
         else:
-            with MetricsLog(run, t, meta["step"]) as log:
-                step = make_train_step(cfg, tx, mesh, K, loss)
-                outcome = fit(cfg, mesh, state, step, K, task, checkpoints, log, meta, stop)
+            outcome = fit(cfg, task, state, make_train_step(cfg, tx, mesh, task, how), run, stop)
     if outcome.signal:
         return outcome, None, {}
-    then = f"{config.program('classify')} eval {config.word(run)}"
-    params, best = load_params(run, cfg, command=then)  # the best, as eval and predict take it: on one device
-    return outcome, best, scores(params, make_predict_step(cfg, make_mesh(config.MeshConfig())))
+    then = f"{config.program('classify')} eval {config.word(directory)}"
+    params, best = load_params(
+        directory, _shapes(cfg), command=then
+    )  # the best, as eval and predict take it: on one device
+    return outcome, best, scores(params, _predict_step(cfg.model, make_mesh(config.MeshConfig())))
+
+
+def _shapes(cfg: ClassifierConfig) -> Any:
+    """A classifier's parameters as jax.ShapeDtypeStructs."""
+    import jax
+
+    from nanogpt_jax.model import classifier
+
+    return jax.eval_shape(lambda: classifier.init_params(cfg.model, cfg.classify.n_labels, jax.random.key(0)))
+
+
+def _predict_step(cfg: ModelConfig, mesh: Any) -> Callable[[Any, Any], Any]:
+    """(a classifier's params, rows [B, W+2] int32) -> log-probabilities of the labels [B, K] float32."""
+    import jax
+
+    from nanogpt_jax.distributed.sharding import BATCH, shard
+    from nanogpt_jax.model import classifier
+
+    @functools.partial(jax.jit, in_shardings=(None, shard(mesh, BATCH)), out_shardings=shard(mesh))
+    def predict_step(params: Any, rows: jax.Array) -> jax.Array:
+        tokens, lengths, _ = classifier.unpack(rows)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.nn.log_softmax(classifier.logits(cfg, params, tokens, lengths))
+
+    return predict_step
 
 
 def class_weights(labels: np.ndarray, n_labels: int, kind: str) -> np.ndarray:
@@ -178,20 +205,20 @@ def class_weights(labels: np.ndarray, n_labels: int, kind: str) -> np.ndarray:
 def _headline(cfg: ClassifierConfig, run: Path, data: LabelledData, mesh: Any, step: int) -> str:
     import jax
 
-    from nanogpt_jax.model import gpt2
+    from nanogpt_jax.model import sizes
 
     m, c, t, head = cfg.model, cfg.classify, cfg.train, (cfg.model.n_embd + 1) * cfg.classify.n_labels
     begin = f"going on in {run} from step {step}" if step else f"training in {run}"
     trained = f"the {head:,} of the head" if c.freeze else "all"
-    sizes = ", ".join(
+    split = ", ".join(
         f"{len(texts):,} to {what}"
         for what, texts in zip(("train on", "validate", "test"), data.splits.values(), strict=True)
     )
     counts = ", ".join(f"{shown(label)} {n:,}" for label, n in list(data.manifest["splits"]["train"].items())[:12])
     lines = [
-        f"{begin}: GPT-2 of {gpt2.n_params(m):,} parameters from {t.init_from}, a head of {head:,}, {trained} trained, "
+        f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters from {t.init_from}, a head of {head:,}, {trained} trained, "
         f"on {mesh.size} {jax.default_backend()}",
-        f"{t.steps} steps of {t.batch_size} texts {data.width} tokens wide; {cfg.data.source}: {sizes}",
+        f"{t.steps} steps of {t.batch_size} texts {data.width} tokens wide; {cfg.data.source}: {split}",
         f"{c.n_labels} labels, in training: {counts}{', ...' if c.n_labels > 12 else ''}",
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in data.notes)])
@@ -237,20 +264,19 @@ class _Classifier:
         """The parameters: takes seconds, so only when all else is known to be right."""
         import jax
 
-        from nanogpt_jax.model import gpt2
+        from nanogpt_jax.model import execution
         from nanogpt_jax.training.checkpoint import load_params
 
-        self.cfg = replace(self.cfg, model=gpt2.resolve(self.cfg.model, jax.default_backend()))
-        self.params, self.step = load_params(self.run, self.cfg, self._checkpoint)
+        self.cfg = replace(self.cfg, model=execution.resolve(self.cfg.model, jax.default_backend()))
+        self.params, self.step = load_params(self.run, _shapes(self.cfg), self._checkpoint)
 
     def encoder(self) -> labelled.Encoder:
         return labelled.Encoder(self.tokenizer, self.cfg.model.block_size, self.cfg.data.keep)
 
     def log_probabilities(self, texts: Texts) -> np.ndarray:
         from nanogpt_jax.distributed.mesh import make_mesh
-        from nanogpt_jax.training.step import make_predict_step
 
-        predict = make_predict_step(self.cfg, make_mesh(config.MeshConfig()))
+        predict = _predict_step(self.cfg.model, make_mesh(config.MeshConfig()))
         width, rows = labelled.width_for([texts], self.cfg.model.block_size), min(32, -(-len(texts) // 8) * 8)
         found = _log_probabilities(predict, self.params, texts, width, rows, bar=True)
         if not np.isfinite(found).all():

@@ -209,9 +209,10 @@ def load(run: Run, checkpoint: str = "best"):
     from nanogpt_jax.distributed.sharding import shard
     from nanogpt_jax.evaluation.likelihood import Model
     from nanogpt_jax.evaluation.loss import for_scoring
+    from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import load_params
 
-    params, step = load_params(run.path, run.cfg, checkpoint)
+    params, step = load_params(run.path, gpt2.param_shapes(run.cfg.model), checkpoint)
     mesh = make_mesh(config.MeshConfig(data=-1))
     params = jax.device_put(params, shard(mesh))
     return Model(for_scoring(run.cfg.model, jax.default_backend()), params, run.tokenizer, mesh), step

@@ -14,6 +14,7 @@ from typing import Any
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, ModelConfig, UserError
 from nanogpt_jax.host import files, terminal
+from nanogpt_jax.model import sizes
 
 IMPORT_USAGE = """usage: nanogpt-jax import-hf MODEL RUN [--tokenizer DIR] [--no-compare]
 
@@ -81,7 +82,6 @@ def main_import(argv: list[str]) -> int:
             "not belong together\n       name the right one: --tokenizer DIR"
         )
 
-    from nanogpt_jax.model import gpt2
     from nanogpt_jax.training import run_dir
     from nanogpt_jax.training.checkpoint import save_params
 
@@ -112,7 +112,7 @@ def main_import(argv: list[str]) -> int:
         raise UserError(f"cannot write {run}: {e.strerror or e}") from None
     m = cfg.model
     print(
-        f"{run}: GPT-2 of {gpt2.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
+        f"{run}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
         f"block_size={m.block_size} vocabulary {m.vocab_size}), tokenizer of {tokenizer.n_vocab}, from {name}"
     )
     ours = _own_logits(m, params, flags)
@@ -143,9 +143,10 @@ def main_export(argv: list[str]) -> int:
         raise UserError(f"{run} is damaged: its tokenizer has {tokenizer.n_vocab} tokens, its model {cfg.vocab_size}")
 
     from nanogpt_jax.interop import gguf_file, transformers_files, vocabulary, weights
+    from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import load_params
 
-    params, step = load_params(run, settings, flags.get("checkpoint", "best"))
+    params, step = load_params(run, gpt2.param_shapes(cfg), flags.get("checkpoint", "best"))
     tensors = weights.to_hugging_face(cfg, params)
     if bad := weights.not_finite(tensors):
         raise UserError(

@@ -20,21 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import tensorstore
-from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from nanogpt_jax.config import Config, UserError, joined, read_json
-from nanogpt_jax.distributed.sharding import shardings
-from nanogpt_jax.model.gpt2 import Params
+from nanogpt_jax.config import UserError, joined
 from nanogpt_jax.training import checksums
 from nanogpt_jax.training import run_dir as runs
 from nanogpt_jax.training.run_dir import UNFINISHED, checkpoint_steps
-from nanogpt_jax.training.step import TrainState, init_params, init_state, state_shardings
 
 SEALED = "checksums"  # the key in `meta` of a checkpoint that was saved with checksums
 
@@ -122,17 +116,16 @@ class Checkpointer:
             if kind is None:  # else another error is on its way, and this one often follows from the same
                 raise
 
-    def save(self, state: TrainState, step: int, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Begin to save; returns as soon as the state is copied. A step that is already saved is left as it is.
+    def save(self, step: int, trees: dict[str, Any], meta: dict[str, Any], val_loss: float | None) -> None:
+        """Begin to save; returns as soon as the trees are copied. A step that is already saved is left as it is.
 
         The best checkpoint is the one with the least `val_loss`: whatever loss the run measures its success by.
         """
         if step == self.latest:
             return
         self.wait()  # orbax would wait for the save before, too; so its failure is told as that save's
-        kept = {"params": state.params, "opt_state": state.opt_state}
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in kept.items() if jax.tree.leaves(tree)}
-        items = ocp.args.Composite(**trees, meta=ocp.args.JsonSave({**meta, SEALED: True}))
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = ocp.args.Composite(**saved, meta=ocp.args.JsonSave({**meta, SEALED: True}))
         metrics = None if val_loss is None else {"val_loss": val_loss}
         self._guard(lambda: self._manager.save(step, args=items, metrics=metrics, force=True), step)
         self.latest = step
@@ -162,56 +155,49 @@ class Checkpointer:
                 "       see to that (a full disk: free some space), then go on with the same command"
             ) from None
 
-    def resume(self, cfg: Config, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
-        """The state of the newest whole checkpoint, laid out on `mesh` whatever it was saved on; else a fresh one.
+    def restore(self, shapes: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """The step, the trees and the `meta` of the newest whole checkpoint; None if there is none.
 
-        A fresh one has the best weights of the run train.init_from, if one is named: read now, and never again.
-        With it what else resuming needs: {"step": int, "best_val_loss": float or None, "stale": evaluations since}.
+        `shapes`: for each tree the ShapeDtypeStructs that say where its leaves shall lie, wherever they lay when it was
+        saved.
         """
-        fresh = {"step": 0, "best_val_loss": None, "stale": 0}
         if self.latest is None:
-            first, params = Path(cfg.train.init_from), None
-            if cfg.train.init_from != "scratch":
-                with _advice(first, _delete, "opt_state"):
-                    params, _ = _load(first, read_json(first / "config.json"), "best", mesh)
-            return init_state(cfg, tx, mesh, params), fresh
-        folder = _folder(self._run_dir, self.latest)
-        shapes, shardings = state_shardings(cfg, tx, mesh)
-        abstract = jax.tree.map(_abstract, shapes, shardings)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            meta=ocp.args.JsonRestore(),
-        )
+            return None
+        trees = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         with _advice(self._run_dir, _delete_or_start_over):
+            folder = _folder(self._run_dir, self.latest)
             _verify(folder)
+            items = ocp.args.Composite(**trees, meta=ocp.args.JsonRestore())
             restored = _restore(self._manager, folder, items)
-        step = jax.device_put(jnp.int32(self.latest), shardings.step)
-        meta = {**fresh, **restored["meta"], "step": self.latest}
-        return TrainState(step, restored["params"], restored["opt_state"]), meta
+        return self.latest, {name: restored[name] for name in shapes}, restored["meta"]
 
 
-def save_params(run_dir: Path, params: Params) -> None:
+def save_params(run_dir: Path, params: Any) -> None:
     """Make a checkpoint at step 0 of parameters alone: to sample from and to start from, not to resume."""
     with Checkpointer(run_dir, keep=1) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(0), params, optax.EmptyState()), 0, {"best_val_loss": None}, None)
+        checkpoints.save(0, {"params": params}, {"best_val_loss": None}, None)
         checkpoints.wait()
 
 
-def load_params(
-    run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | None = None, command: str = ""
-) -> tuple[Params, int]:
-    """The parameters of a checkpoint, laid out on `mesh` or on one device, and its step. No optimizer, no data needed.
+def load_params(run_dir: Path, shapes: Any, which: str = "best", command: str = "") -> tuple[Any, int]:
+    """The parameters of a checkpoint, and its step: no optimizer and no data are needed.
 
+    `shapes`: ShapeDtypeStructs of all parameters; one that names no sharding comes to the first device.
     `which`: "best" by validation loss (the newest if none was measured), "latest", or a step's number.
     UserError if it cannot be used. It names a command that reads another checkpoint: the one that was typed, or
     `command` with --checkpoint, if that has no such flag.
     """
     with _advice(run_dir, functools.partial(_take_another, command), "opt_state"):
-        return _load(run_dir, cfg, which, mesh)
+        return _load(run_dir, shapes, which)
 
 
-def _load(run_dir: Path, cfg: Config, which: str, mesh: Mesh | None) -> tuple[Params, int]:
+def load_first_params(run_dir: Path, shapes: Any) -> Any:
+    """The best parameters of another run, to start from. As `load_params`, but for what an error advises."""
+    with _advice(run_dir, _delete, "opt_state"):
+        return _load(run_dir, shapes, "best")[0]
+
+
+def _load(run_dir: Path, shapes: Any, which: str) -> tuple[Any, int]:
     runs.check_name(run_dir)
     steps = checkpoint_steps(run_dir)
     if not steps:
@@ -227,12 +213,10 @@ def _load(run_dir: Path, cfg: Config, which: str, mesh: Mesh | None) -> tuple[Pa
         raise UserError(f"{run_dir} has no checkpoint {which}; it has {', '.join(map(str, steps))}, best and latest")
     folder = _folder(run_dir, step)
     _verify(folder, "opt_state")
-    shapes = jax.eval_shape(lambda: init_params(cfg))
-    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    layout = shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
-    abstract = jax.tree.map(_abstract, shapes, layout)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=here), shapes)
     with _manager(run_dir, None) as manager:
-        restored = _restore(manager, folder, ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
+        restored = _restore(manager, folder, ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
     return restored["params"], step
 
 
@@ -388,7 +372,3 @@ def _reason(error: BaseException) -> str:
         return line
     words = [os.strerror(code) for code in errno.errorcode if os.strerror(code).lower() in str(error).lower()]
     return f"{max(words, key=len)}: {line[:197]}..." if words else f"{line[:197]}..."
-
-
-def _abstract(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

@@ -1,11 +1,13 @@
 """Step, log, evaluate, save, in that order, until the last step or a signal."""
 
+# B batch, W int32 numbers of a row, K steps in a call
+
+import contextlib
 import math
-import operator
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,65 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from nanogpt_jax import runtime
-from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
 from nanogpt_jax.data.prepare import Dataset
 from nanogpt_jax.distributed import memory
-from nanogpt_jax.distributed.sharding import BATCH, shard
-from nanogpt_jax.evaluation.loss import evaluate, make_score
-from nanogpt_jax.model import gpt2
-from nanogpt_jax.model.gpt2 import Params
-from nanogpt_jax.training.checkpoint import Checkpointer
-from nanogpt_jax.training.metrics import MetricsLog, Progress
-from nanogpt_jax.training.program import Program
+from nanogpt_jax.distributed.sharding import laid_out
+from nanogpt_jax.model import execution, gpt2, sizes
+from nanogpt_jax.training.checkpoint import load_first_params
+from nanogpt_jax.training.compiled import CompiledStep
+from nanogpt_jax.training.metrics import Progress
+from nanogpt_jax.training.recording import Recording
 from nanogpt_jax.training.signals import StopRequest
-from nanogpt_jax.training.step import TrainState, step_flops
-
-# Seconds that a run has taken, and that are left, before the step is compiled a second time, which keeps one core for 3
-# to 25: one that is only tried out is left alone, and a short one would not get them back.
-BEGUN, LONG = 10, 60
-
-Check = Callable[[int, dict[str, float]], None]  # (step, values by name): an error if one is not finite
-
-PER_CORE = 50e9  # operations a second that a core of a processor with AVX2 does in large products, if not slow
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained on and how it is measured: all that `fit` asks about a kind of model."""
-
-    row: int  # int32 numbers that the step takes for each sequence
-    batch: Callable[[np.ndarray], np.ndarray]  # steps [n] -> rows [n, B, row]
-    evaluate: Callable[[Params], dict[str, float]]  # of the whole validation split
-    say: str  # the scores in words, for str.format
-    loss: Callable[[dict[str, float]], float]  # of the scores, what the best checkpoint has least of
-    tokens_per_step: float
-    patience: int = 0  # evaluations without a better one after which the run ends; 0: never
-
-
-def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
-    """Next-token prediction."""
-    t, T = cfg.train, cfg.model.block_size
-    score = make_score(cfg.model, mesh)
-
-    def batch(steps: np.ndarray) -> np.ndarray:
-        return batches.batch(data.train, seed=t.seed, step=steps, batch_size=t.batch_size, block_size=T)
-
-    def scores(params: Params) -> dict[str, float]:
-        return evaluate(score, params, data.val, mesh, block_size=T, n_bytes=data.manifest["val"]["bytes"])
-
-    return Task(
-        row=T + 1,
-        batch=batch,
-        evaluate=scores,
-        say="validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte",
-        loss=operator.itemgetter("loss"),
-        tokens_per_step=t.batch_size * T,
-    )
+from nanogpt_jax.training.step import TrainState, TrainStep, init_state, state_shapes
+from nanogpt_jax.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -89,24 +49,30 @@ def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -
     m, t = cfg.model, cfg.train
     begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
     return (
-        f"{begin}: GPT-2 of {gpt2.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
+        f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
         f"block_size={m.block_size}) on {mesh.size} {jax.default_backend()}\n"
         f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.title}: {len(data.train):,} tokens to "
         f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
     )
 
 
-def choose_steps_per_dispatch(cfg: Config, platform: str) -> int:
-    """More than 1 where a step is under 40 GFLOP, and the call itself costs something.
+def start_state(cfg: Config, tx: optax.GradientTransformation, task: Task, mesh: Mesh, run: Recording) -> TrainState:
+    """The state of the run's newest whole checkpoint, laid out on `mesh` whatever it was saved on; else a fresh one.
 
-    The defaults' step takes a CPU 35 ms, and an H100 less than a millisecond, of which the call would be half.
+    A fresh one has the best weights of the run train.init_from, if one is named: read now, and never again.
     """
-    if cfg.train.steps_per_dispatch:
-        return cfg.train.steps_per_dispatch
-    return {"cpu": 8, "gpu": 32}.get(platform, 1) if step_flops(cfg) < 40e9 else 1
+    shapes = state_shapes(tx, task, mesh)
+    trees = run.restore({"params": shapes.params, "opt_state": shapes.opt_state})
+    if trees is not None:
+        step = jax.device_put(jnp.int32(run.step), shapes.step.sharding)
+        return TrainState(step, trees["params"], trees["opt_state"])
+    given, first = None, Path(cfg.train.init_from)
+    if cfg.train.init_from != "scratch":
+        given = load_first_params(first, laid_out(mesh, gpt2.param_shapes(read_json(first / "config.json").model)))
+    return init_state(cfg, tx, task, mesh, given)
 
 
-def dispatches(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """(first step, number of steps) from `start` to `steps`: at most `most`, never across a multiple of `every`."""
     while start < steps:
         n = min([most, steps - start] + [e - start % e for e in every if e])
@@ -114,113 +80,91 @@ def dispatches(start: int, steps: int, most: int, every: tuple[int, ...]) -> Ite
         start += n
 
 
-def fit(
-    cfg: Config,
-    mesh: Mesh,
-    state: TrainState,
-    train_step: Any,
-    steps_per_dispatch: int,
-    task: Task,
-    checkpoints: Checkpointer,
-    log: MetricsLog,
-    meta: dict[str, Any],
-    stop: StopRequest,
-) -> Outcome:
+def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest) -> Outcome:
     """Train from `state` to cfg.train.steps. The state is donated; what it became is in the last checkpoint."""
-    t, K = cfg.train, steps_per_dispatch
-    start, clock = int(state.step), time.monotonic()
-    layout = shard(mesh, P(None, *BATCH))
-
-    def tokens_of(first: int, n: int) -> jax.Array:
-        stack = np.zeros((K, t.batch_size, task.row), np.int32)
-        stack[:n] = task.batch(np.arange(first, first + n))
-        return jax.device_put(stack, layout)
-
-    plan = dispatches(start, t.steps, K, (t.eval_every, t.save_every))
-    ahead = batches.prefetch(((first, n, tokens_of(first, n)) for first, n in plan), depth=2)
+    t, start, clock = cfg.train, run.step, time.monotonic()
     progress = Progress(start, t.steps)
-    if jax.default_backend() == "cpu" and (minutes := step_flops(cfg) / PER_CORE / runtime.cores() / 60) >= 1:
-        progress.note(
-            f"note: at {PER_CORE / 1e9:.0f} GFLOP/s a core, a step takes {minutes:.0f} minutes on this machine; "
-            f"with train.batch_size below {t.batch_size} it takes less"
-        )
-
-    def check(step: int, values: dict[str, float]) -> None:
-        """UserError if one of `values`, what was measured at `step`, is not finite."""
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise not_finite(cfg, start, step, checkpoints, f"the {name} is {value}")
-
-    def save(state: TrainState, step: int, val_loss: float | None) -> None:
-        """Save a state that is finite: a step's loss and gradients tell nothing of what its update made."""
-        reader.drain()
-        for name, tree in (("parameters", state.params), ("optimizer's state", state.opt_state)):
-            if not are_finite(tree):
-                raise not_finite(cfg, start, step, checkpoints, f"there are nan or inf in the {name}")
-        memory.give_back()
-        checkpoints.save(state, step, meta, val_loss)
-
-    reader = _Reader(cfg, check, task.tokens_per_step, log, progress)
+    reader = _Reader(cfg, task, run, progress)
+    ahead = batches.prefetch(_on_device(cfg, task, step, start), depth=2)
+    if note := _slow(cfg):
+        progress.note(note)
     validation: dict[str, float] = {}
-    step, program, began = start, None, 0.0
+    at, program = start, None
     try:
-        for first, n, tokens in ahead:
+        for first, n, rows in ahead:
             if stop.received:
                 break
             if program is None:
-                program = Program(train_step, state, tokens, np.int32(n), stop=stop)
+                program = CompiledStep(step, state, rows, steps_left=t.steps - start, stop=stop)
                 if stop.received:
                     break
-                needs, free = program.temporary_memory / 1e9, memory.free() / 1e9
-                if needs > free > 0:  # the system may end the process without a word
-                    size = t.micro_batch or t.batch_size
-                    progress.note(
-                        f"note: a step takes {needs:.1f} GB of memory, and about {free:.1f} are free; "
-                        f"with train.micro_batch below {size} it takes less"
-                    )
+                if note := _large(cfg, program):
+                    progress.note(note)
                 reader.begin()
-                began = time.monotonic()
             if program.renew():
-                progress.note(f"step {step}: a second, quicker program of the step takes over")
-            state, metrics = program(state, tokens, np.int32(n))
+                progress.note(f"step {at}: a second, quicker program of the step takes over")
+            state, metrics = program(state, rows, np.int32(n))
             reader.add(first, n, metrics)
-            step = first + n
-            spent = time.monotonic() - began
-            if spent > BEGUN and spent / (step - start) * (t.steps - step) > LONG:
-                program.improve()
+            at = first + n
 
-            is_last = step == t.steps
-            val_loss = None
-            if is_last or (t.eval_every and step % t.eval_every == 0):
+            is_last, is_best, loss = at == t.steps, False, None
+            if is_last or (t.eval_every and at % t.eval_every == 0):
                 reader.drain()
                 memory.give_back()
-                paused = time.monotonic()
-                scores = task.evaluate(state.params)
-                check(step, {f"validation {name}": value for name, value in scores.items()})
+                with reader.paused():
+                    scores = task.evaluate(state.params)
+                reader.check(at, {f"validation {name}": value for name, value in scores.items()})
                 validation = {f"val/{name}": value for name, value in scores.items()}
-                log.write(step, validation)
-                progress.say(f"step {step}: {task.say.format(**scores)}")
-                val_loss = task.loss(scores)
-                reader.pause(time.monotonic() - paused)
-            best = meta["best_val_loss"]
-            is_best = val_loss is not None and (best is None or not best <= val_loss)  # nan is no best
-            if is_best:
-                meta = {**meta, "best_val_loss": val_loss, "stale": 0}
-            elif val_loss is not None:
-                meta = {**meta, "stale": meta["stale"] + 1}
-                is_last = is_last or 0 < task.patience <= meta["stale"]
-            if is_last or is_best or (t.save_every and step % t.save_every == 0):
-                save(state, step, val_loss)
+                run.log.write(at, validation)
+                progress.say(f"step {at}: {task.summary.format(**scores)}")
+                loss = task.criterion(scores)
+                is_best = run.judge(loss)
+                is_last = is_last or 0 < task.patience <= run.stale
+            if is_last or is_best or (t.save_every and at % t.save_every == 0):
+                reader.save(state, at, loss)
             if is_last:
                 break
         reader.drain()
         if stop.received:
-            save(state, step, None)
-        checkpoints.wait()
+            reader.save(state, at, None)
+        run.checkpoints.wait()
     finally:
         ahead.close()
         progress.close()
-    return Outcome(step, time.monotonic() - clock, stop.received, validation)
+    return Outcome(at, time.monotonic() - clock, stop.received, validation)
+
+
+def _on_device(cfg: Config, task: Task, step: TrainStep, start: int) -> Iterator[tuple[int, int, jax.Array]]:
+    """(first step, number of steps, their rows [K, B, W] on the devices) of each call."""
+    t, K = cfg.train, step.how.steps_per_dispatch
+    for first, n in calls(start, t.steps, K, (t.eval_every, t.save_every)):
+        rows = np.zeros((K, t.batch_size, task.row_length), np.int32)
+        rows[:n] = task.batch(np.arange(first, first + n))
+        yield first, n, jax.device_put(rows, step.layout)
+
+
+def _slow(cfg: Config) -> str:
+    """A note if a step takes a CPU minutes."""
+    if jax.default_backend() != "cpu":
+        return ""
+    minutes = sizes.product_flops(cfg) / execution.CORE_FLOPS / runtime.cores() / 60
+    if minutes < 1:
+        return ""
+    return (
+        f"note: at {execution.CORE_FLOPS / 1e9:.0f} GFLOP/s a core, a step takes {minutes:.0f} minutes on this machine; "
+        f"with train.batch_size below {cfg.train.batch_size} it takes less"
+    )
+
+
+def _large(cfg: Config, program: CompiledStep) -> str:
+    """A note if a step takes more memory than is free: the system may end the process without a word."""
+    needs, free = program.temporary_memory / 1e9, memory.free() / 1e9
+    if not needs > free > 0:
+        return ""
+    return (
+        f"note: a step takes {needs:.1f} GB of memory, and about {free:.1f} are free; "
+        f"with train.micro_batch below {cfg.train.micro_batch or cfg.train.batch_size} it takes less"
+    )
 
 
 @jax.jit
@@ -230,9 +174,9 @@ def are_finite(tree: Any) -> jax.Array:
     return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
-def not_finite(cfg: Config, start: int, step: int, checkpoints: Checkpointer, what: str) -> UserError:
+def not_finite(cfg: Config, start: int, step: int, saved: list[Path], what: str) -> UserError:
     """The error for a run that has diverged by `step`. It names the checkpoints that there are."""
-    o, saved = cfg.optim, checkpoints.saved()
+    o = cfg.optim
     remedy = (
         f"try a lower optim.learning_rate than {o.learning_rate:g}, or more optim.warmup_steps than {o.warmup_steps}"
     )
@@ -247,10 +191,10 @@ def not_finite(cfg: Config, start: int, step: int, checkpoints: Checkpointer, wh
 
 
 class _Reader:
-    """Reads the metrics of a dispatch when it is done, at the latest while the device works on the next one."""
+    """Reads the metrics of a call when it is done, at the latest while the device works on the next one."""
 
-    def __init__(self, cfg: Config, check: Check, tokens_per_step: float, log: MetricsLog, progress: Progress):
-        self._cfg, self._check, self._tokens, self._log, self._progress = cfg, check, tokens_per_step, log, progress
+    def __init__(self, cfg: Config, task: Task, run: Recording, progress: Progress):
+        self._cfg, self._tokens, self._run, self._progress = cfg, task.tokens_per_step, run, progress
         self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
         self._clock = time.monotonic()
         self._counted = 0  # steps since the clock was read
@@ -269,9 +213,30 @@ class _Reader:
         while self._pending:
             self._read()
 
-    def pause(self, seconds: float) -> None:
-        """Take `seconds`, spent on something else, out of the measured speed."""
-        self._clock += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in here does not count in the speed."""
+        began = time.monotonic()
+        yield
+        self._clock += time.monotonic() - began
+
+    def check(self, step: int, values: dict[str, float]) -> None:
+        """UserError if one of `values`, what was measured at `step`, is not finite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise self._diverged(step, f"the {name} is {value}")
+
+    def save(self, state: TrainState, step: int, loss: float | None) -> None:
+        """Save a state that is finite: a step's loss and gradients tell nothing of what its update made."""
+        self.drain()
+        for name, tree in (("parameters", state.params), ("optimizer's state", state.opt_state)):
+            if not are_finite(tree):
+                raise self._diverged(step, f"there are nan or inf in the {name}")
+        memory.give_back()
+        self._run.save(step, {"params": state.params, "opt_state": state.opt_state}, loss)
+
+    def _diverged(self, step: int, what: str) -> UserError:
+        return not_finite(self._cfg, self._run.step, step, self._run.checkpoints.saved(), what)
 
     def _read(self) -> None:
         first, n, metrics = self._pending.popleft()
@@ -283,9 +248,9 @@ class _Reader:
         for i in range(n):
             step = first + i + 1
             loss, norm, rate = (float(values[name][i]) for name in ("loss", "grad_norm", "learning_rate"))
-            self._check(step, {"loss": loss, "gradient norm": norm})
+            self.check(step, {"loss": loss, "gradient norm": norm})
             if step % t.log_every == 0 or step == t.steps:
                 row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
-                self._log.write(step, {**row, "tokens_per_second": round(speed, 1)})
+                self._run.log.write(step, {**row, "tokens_per_second": round(speed, 1)})
                 self._progress.update(step, loss, speed, first + n)
                 self._clock, self._counted = now, 0

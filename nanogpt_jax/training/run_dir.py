@@ -340,9 +340,9 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Dataset | La
 def _check_devices(cfg: Config) -> None:
     """UserError where training could not start: what is to be replaced is still there then."""
     from nanogpt_jax.distributed.mesh import make_mesh, start
-    from nanogpt_jax.model import gpt2
+    from nanogpt_jax.model import execution
 
-    gpt2.resolve(cfg.model, start())
+    execution.resolve(cfg.model, start())
     make_mesh(cfg.mesh)
 
 

@@ -1,0 +1,51 @@
+"""Next-token prediction, as a task of training."""
+
+# B batch, T time
+
+import functools
+import operator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nanogpt_jax.config import Config, ModelConfig
+from nanogpt_jax.data import batches
+from nanogpt_jax.data.prepare import Dataset
+from nanogpt_jax.evaluation.loss import evaluate, make_score
+from nanogpt_jax.model import gpt2, losses
+from nanogpt_jax.model.gpt2 import Params
+from nanogpt_jax.training.task import Objective, Scores, Task
+
+
+def next_token(cfg: ModelConfig) -> Objective:
+    """Rows of T+1 tokens: inputs, and the targets one to the right."""
+    init, loss = functools.partial(gpt2.init_params, cfg), functools.partial(mean_loss, cfg)
+    return Objective(init, loss, cfg.block_size + 1)
+
+
+def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
+    """Next-token prediction on `data`. The best checkpoint has the least loss over the whole validation split."""
+    t, T = cfg.train, cfg.model.block_size
+    score = make_score(cfg.model, mesh)
+
+    def batch(steps: np.ndarray) -> np.ndarray:
+        return batches.batch(data.train, seed=t.seed, step=steps, batch_size=t.batch_size, block_size=T)
+
+    def scores(params: Params) -> Scores:
+        return evaluate(score, params, data.val, mesh, block_size=T, n_bytes=data.manifest["val"]["bytes"])
+
+    return Task(
+        **vars(next_token(cfg.model)),
+        batch=batch,
+        evaluate=scores,
+        summary="validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte",
+        criterion=operator.itemgetter("loss"),
+        tokens_per_step=t.batch_size * T,
+    )
+
+
+def mean_loss(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Mean cross-entropy in nats of predicting tokens [B, T+1] from position 1 on -> [] float32."""
+    logits = gpt2.forward(cfg, params, tokens[:, :-1], dropout_key=dropout_key)
+    return losses.cross_entropy(logits, tokens[:, 1:]).mean()

@@ -1,0 +1,62 @@
+"""What a run that trains leaves behind, as one open thing: checkpoints, metrics, and the best loss so far."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.training.checkpoint import Checkpointer
+from nanogpt_jax.training.metrics import MetricsLog
+
+
+class Recording:
+    """A context manager: leaving it waits for the save under way.
+
+    `step` is where the run stands, 0 for a new one. `best_loss` is the least that it was judged by (None: never), and
+    `stale` counts the evaluations since.
+    """
+
+    def __init__(self, directory: Path, cfg: TrainConfig):
+        self.directory, self._cfg = directory, cfg
+        self.checkpoints = Checkpointer(directory, cfg.keep)
+        self.step, self.best_loss, self.stale = 0, None, 0
+        self._log: MetricsLog | None = None
+
+    def __enter__(self) -> "Recording":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self._log:
+                self._log.__exit__(*error)
+        finally:
+            self.checkpoints.__exit__(*error)
+
+    @property
+    def log(self) -> MetricsLog:
+        """Begun when it is first asked for: lines after `step` are dropped."""
+        self._log = self._log or MetricsLog(self.directory, self._cfg, self.step)
+        return self._log
+
+    def restore(self, shapes: dict[str, Any]) -> dict[str, Any] | None:
+        """The trees of the newest whole checkpoint, laid out as `shapes` says; None if there is none."""
+        found = self.checkpoints.restore(shapes)
+        if found is None:
+            return None
+        self.step, trees, meta = found
+        self.best_loss, self.stale = meta.get("best_val_loss"), meta.get("stale", 0)
+        return trees
+
+    def judge(self, loss: float) -> bool:
+        """Whether `loss` is the least so far. nan is not."""
+        if self.best_loss is None or not self.best_loss <= loss:
+            self.best_loss, self.stale = loss, 0
+            return True
+        self.stale += 1
+        return False
+
+    def save(self, step: int, trees: dict[str, Any], loss: float | None) -> None:
+        """Begin to save; returns as soon as the trees are copied. The best checkpoint is the one with the least `loss`."""
+        meta = {"step": self.step, "best_val_loss": self.best_loss, "stale": self.stale}
+        self.checkpoints.save(step, {k: v for k, v in trees.items() if jax.tree.leaves(v)}, meta, loss)
