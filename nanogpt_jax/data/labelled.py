@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanogpt_jax.config import ClassifierConfig, LabelledConfig, UserError, suggestion
-from nanogpt_jax.data import batches, records, tokenizer
+from nanogpt_jax.data import batches, records, text_file, tokenizer
+from nanogpt_jax.data.tables import Row
 from nanogpt_jax.data.tokenizer import Tokenizer
 
 Label = str | int
@@ -112,7 +113,7 @@ def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
         found = records.rows(place, what, [column])
         texts = [(line, _column(what, line, record, "--text-column", column)) for line, record in found]
     else:
-        texts = list(records.lines(place, what))
+        texts = [(n, line.rstrip("\r\n")) for n, line in text_file.lines(place, what)]
     if not texts:
         raise UserError(f"{what} holds no texts")
     return texts
@@ -120,15 +121,13 @@ def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
 
 def lines_of(content: bytes, what: str) -> list[tuple[int, Any]]:
     """The lines and texts of standard input, one a line. Unchecked: `Rows`."""
-    texts: list[tuple[int, Any]] = list(records.lines(io.BytesIO(content), what))
+    texts: list[tuple[int, Any]] = [(n, line.rstrip("\r\n")) for n, line in text_file.lines(io.BytesIO(content), what)]
     if not texts:
         raise UserError(f"{what} holds no texts")
     return texts
 
 
-def _open(
-    what: str, source: str, split: str, columns: Sequence[str]
-) -> tuple[Iterator[records.Row], Callable[[Any], Any]]:
+def _open(what: str, source: str, split: str, columns: Sequence[str]) -> tuple[Iterator[Row], Callable[[Any], Any]]:
     """The rows of a source, and what gives its labels, in the last of the columns, their names."""
     if source.startswith("hf:"):
         return _datasets(what, source, split, columns[-1])
@@ -147,7 +146,7 @@ def _name_of(names: list[str] | None, label: Any) -> Any:
     return names[label] if 0 <= label < len(names) else None  # -1 where a test set is published without labels
 
 
-def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator[records.Row], Callable[[Any], Any]]:
+def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator[Row], Callable[[Any], Any]]:
     """A data set by name, through Hugging Face's library, which downloads what it does not have."""
     import datasets
     from datasets.exceptions import DatasetsError
