@@ -189,8 +189,8 @@ COMMANDS = {Config: "train", ClassifierConfig: "classify train"}  # what trains 
 # How to run, not what is computed: these may differ between a run and its resumption.
 EXECUTION = frozenset(
     "model.attention model.decode model.remat model.scan_unroll data.dir data.threads train.steps train.micro_batch "
-    "train.steps_per_dispatch train.recompile train.eval_every train.save_every train.log_every train.keep train.tensorboard "
-    "train.wandb mesh.data mesh.fsdp mesh.tensor classify.epochs classify.patience".split()
+    "train.steps_per_dispatch train.recompile train.eval_every train.save_every train.log_every train.keep "
+    "train.tensorboard train.wandb mesh.data mesh.fsdp mesh.tensor classify.epochs classify.patience".split()
 )
 
 

@@ -20,8 +20,10 @@ from jax.sharding import AxisType, Mesh
 
 from nanogpt_jax import config
 from nanogpt_jax.distributed.sharding import shard
+from nanogpt_jax.model import execution, sizes
+from nanogpt_jax.training.language_model import next_token
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.step import make_train_step, state_shardings
+from nanogpt_jax.training.step import make_train_step, state_shapes
 
 
 def devices(target: str) -> tuple[str, list]:
@@ -41,19 +43,18 @@ def main(target: str, argv: list[str]) -> None:
     if platform == "gpu" and model.attention == "auto" and model.dtype == "bfloat16":
         model = replace(model, attention="cudnn")  # `auto` tries it on the card, and there is none
     m = cfg.mesh
-    sizes = [len(there) // abs(m.fsdp * m.tensor) if m.data == -1 else m.data, m.fsdp, m.tensor]
+    shape = [len(there) // abs(m.fsdp * m.tensor) if m.data == -1 else m.data, m.fsdp, m.tensor]
     mesh = Mesh(
-        np.array(there[: int(np.prod(sizes))]).reshape(sizes),
+        np.array(there[: int(np.prod(shape))]).reshape(shape),
         ("data", "fsdp", "tensor"),
         axis_types=(AxisType.Auto,) * 3,
     )
-    cfg = replace(cfg, model=execution.resolve(model, platform))
-    tx = make_optimizer(cfg.optim, cfg.train.steps)
-    shapes, layout = state_shardings(cfg, tx, mesh)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    cfg = replace(cfg, model=execution.resolve(model, platform), train=replace(cfg.train, steps_per_dispatch=1))
+    tx, objective = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model)
+    state = state_shapes(tx, objective, mesh)
     tokens = jax.ShapeDtypeStruct((1, cfg.train.batch_size, cfg.model.block_size + 1), np.int32)
-    step = make_train_step(cfg, tx, mesh)
-    compiled = step.lower(state, tokens, jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh))).compile()
+    step = make_train_step(cfg, tx, mesh, objective, execution.choose(cfg, platform, mesh.size))
+    compiled = step.jitted.lower(state, tokens, jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh))).compile()
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     gib = 2**30

@@ -20,9 +20,10 @@ import numpy as np
 from nanogpt_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from nanogpt_jax.distributed.mesh import make_mesh, start
 from nanogpt_jax.inference import generate
-from nanogpt_jax.model import attention, gpt2
+from nanogpt_jax.model import attention, execution, gpt2
+from nanogpt_jax.training.language_model import mean_loss, next_token
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.step import init_state, make_train_step, mean_loss
+from nanogpt_jax.training.step import init_state, make_train_step
 
 ON = {
     "cpu": ["reference", "blocked", "xla"],
@@ -100,12 +101,15 @@ def check_repeats(platform: str) -> None:
     in_order = platform != "gpu" or "exclude_nondeterministic_ops" in os.environ.get("XLA_FLAGS", "")
     for dropout, dtype in (0.0, "float32"), (0.1, "bfloat16"), (0.0, "bfloat16"):
         model = execution.resolve(replace(MODEL, dropout=dropout, dtype=dtype), platform)
-        cfg = Config(model=model, optim=OptimConfig("adamw", 1e-3), train=TrainConfig(batch_size=8))
+        cfg = Config(
+            model=model, optim=OptimConfig("adamw", 1e-3), train=TrainConfig(batch_size=8, steps_per_dispatch=1)
+        )
         mesh, tx = make_mesh(MeshConfig()), make_optimizer(cfg.optim, cfg.train.steps)
-        step = make_train_step(cfg, tx, mesh)
+        objective = next_token(cfg.model)
+        step = make_train_step(cfg, tx, mesh, objective, execution.choose(cfg, platform)).jitted
         runs = []
         for _ in range(2):
-            state, rng = init_state(cfg, tx, mesh), np.random.default_rng(0)
+            state, rng = init_state(cfg, tx, objective, mesh), np.random.default_rng(0)
             for _ in range(20):
                 state, _ = step(state, rng.integers(0, 1000, (1, 8, MODEL.block_size + 1), dtype=np.int32), np.int32(1))
             runs.append(jax.device_get(state.params))

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from nanogpt_jax import config
 from nanogpt_jax.cli import door
 from nanogpt_jax.config import ClassifierConfig, LabelledConfig, ModelConfig, UserError
-from nanogpt_jax.data import labelled
-from nanogpt_jax.data.labelled import Example
+from nanogpt_jax.data import labelled, labelled_rows
+from nanogpt_jax.data.labelled_rows import Example
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.evaluation import classification
 from nanogpt_jax.model import classifier, gpt2
@@ -236,9 +236,9 @@ def test_whole_numbers_and_class_labels_are_labels_too(here):
 
     write("a.jsonl", [("uno", 1), ("diez", 10), ("dos", 2)])
     found = labelled.read(LabelledConfig(source="a.jsonl"))
-    assert labelled.labels_of(found, "") == [1, 2, 10]
+    assert labelled_rows.labels_of(found, "") == [1, 2, 10]
     write("a.jsonl", [("uno", True), ("diez", False)])
-    assert labelled.labels_of(labelled.read(LabelledConfig(source="a.jsonl")), "") == ["false", "true"]
+    assert labelled_rows.labels_of(labelled.read(LabelledConfig(source="a.jsonl")), "") == ["false", "true"]
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "sí"])})
     data = datasets.Dataset.from_dict({"text": ["a b", "c d"], "label": [1, 0]}, features=features)
     data.to_parquet("named.parquet")
@@ -346,7 +346,7 @@ ORDERS = [
 
 @pytest.mark.parametrize(("given", "ordered"), ORDERS)
 def test_the_order_of_labels(given, ordered):
-    assert labelled.labels_of([Example("text", label, 1) for label in given], "") == ordered
+    assert labelled_rows.labels_of([Example("text", label, 1) for label in given], "") == ordered
 
 
 def test_the_order_of_labels_of_an_existing_run_stays(at, capsys):
@@ -373,14 +373,6 @@ def test_the_order_of_labels_of_an_existing_run_stays(at, capsys):
 
 def data_config(run: str) -> ClassifierConfig:
     return config.read_json(Path(run) / "config.json", ClassifierConfig)
-
-
-SHOWN = [("sí no", "sí no"), (7, "7"), ("a ", "'a '"), ("\x1b[2J", "'\\x1b[2J'"), ("ab" * 99, "ab" * 30 + "...")]
-
-
-@pytest.mark.parametrize(("label", "seen"), SHOWN)
-def test_a_label_is_shown_so_that_a_person_sees_what_it_is(label, seen):
-    assert labelled.shown(label) == seen
 
 
 NEAR_LABELS = [

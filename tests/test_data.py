@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from nanogpt_jax import config
 from nanogpt_jax.config import DataConfig, UserError
-from nanogpt_jax.data import batches, corpora, prepare, records, tokenizer
+from nanogpt_jax.data import batches, corpora, prepare, records, tables, text_file, tokenizer
 from nanogpt_jax.inference import options
 
 quick = settings(max_examples=50, deadline=None)
@@ -88,8 +88,8 @@ def test_a_text_file_is_taken_as_it_is(cfg: DataConfig):
     [
         (b"", r"data\.source=\S+text\.txt is empty"),
         (b"good\xff", r"text\.txt is not UTF-8 text: byte 0xff at offset 4\n.*iconv"),
-        (b"x" * records.BLOCK + b"\xe9\x9d", r"is not UTF-8 text: byte 0xe9 at offset 65536\n"),  # ends too early
-        (b"x" * (records.BLOCK - 1) + b"\xe9x", r"is not UTF-8 text: byte 0xe9 at offset 65535\n"),  # across blocks
+        (b"x" * text_file.BLOCK + b"\xe9\x9d", r"is not UTF-8 text: byte 0xe9 at offset 65536\n"),  # ends too early
+        (b"x" * (text_file.BLOCK - 1) + b"\xe9x", r"is not UTF-8 text: byte 0xe9 at offset 65535\n"),  # across blocks
     ],
 )
 def test_unusable_text_files(tmp_path: Path, content: bytes, message: str):
@@ -175,7 +175,7 @@ def texts_of(path: Path) -> list[str]:
     """The text of a file, or of each of its rows."""
     if records.suffix(path) in records.ROWS:
         return [row["text"] for _, row in records.rows(path, str(path), ["text"])]
-    return ["".join(records.text_blocks(path, str(path)))]
+    return ["".join(text_file.blocks(path, str(path)))]
 
 
 def packed(content: bytes) -> bytes:
@@ -217,8 +217,8 @@ def packed(content: bytes) -> bytes:
 def test_what_is_read_however_it_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | bytes, texts: list[str], block: int
 ):
-    monkeypatch.setattr(records, "BLOCK", block)
-    monkeypatch.setattr(records, "HEAD", max(8, block))
+    monkeypatch.setattr(text_file, "BLOCK", block)
+    monkeypatch.setattr(text_file, "HEAD", max(8, block))
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert texts_of(path) == texts
@@ -307,6 +307,7 @@ REFUSED = [
     ("packed.parquet.gz", packed(b"PAR1"), ["is a gzip", "gunzip -c < packed.parquet.gz > packed.parquet"], None),
     ("texts.json", '["a", "b"]', ["texts.json, line 1 is not a JSON object"], ["a", "b"]),
     ("inside.json", '{"a b": [{"text": "a"}], "n": 1}', ["line 1: the rows are in 'a b' of one object"], ["a"]),
+    ("inside.json.gz", packed(b'{"d": [{"text": "a"}]}'), ["gunzip -c < inside.json.gz | jq"], ["a"]),
     ("twice.csv", "text,label,text\na,b,c\n", ["line 1: 2 columns are called 'text'", "rename"], None),
     ("open.csv", 'text,label\na,b\n"open,b\nc,d\n', ["open.csv, line 3: a quote opens in this row and never closes", "written twice"], None),
     ("swallow.csv", 'text,label\na,x\nb,y\nc,x\nd,y\n"so it goes,x\nfine,y\nsix foot 2",x\n', ["line 6: a quote opens in this row and closes in line 8"], None),
@@ -319,6 +320,7 @@ REFUSED = [
     ("header.csv", '"text",label\na,x\n"open,y\nb,x\nclose",y\nd,x\n', ["line 3: a quote opens"], None),
     ("doubled.csv", 'text,label\n"a ""b""",x\n"open,y\nb,x\nclose",y\nd,x\n', ["line 3: a quote opens"], None),
     ("escaped.csv", 'text,n\n"C:\\new \\"x\\", y",1\n', ["line 2: its quotes do not fit together"], ['C:\\new "x", y']),
+    ("escaped.csv.gz", packed(b'text,n\n"C:\\new \\"x\\", y",1\n'), ["gunzip -c < escaped.csv.gz | sed"], ['C:\\new "x", y']),
     ("cells.csv", "text,label\na,b\nc,d,e\n", ["line 3: 3 cells, but the header has 2", "stands in quotes"], None),
     ("semicolons.csv", "text;label\na, b;c\n", ["line 2: 2 cells, but the header has 1", "not by semicolons"], None),
     ("cells.tsv", 'text\tlabel\n"a" b\tc\nd\n', ["line 3: 1 cells, but the header has 2"], None),
@@ -348,14 +350,14 @@ def test_what_is_refused_says_where_and_its_command_gives_the_right_text(
 
 
 def test_the_only_column_of_a_table_tells_its_separator():
-    hints = [records.separator_hint([name]) for name in ("text,label", "text\tlabel", "text;label", "text")]
+    hints = [tables.separator_hint([name]) for name in ("text,label", "text\tlabel", "text;label", "text")]
     assert ["name it .csv" in hints[0], "name it .tsv" in hints[1], "semicolons" in hints[2], hints[3]] == [
         True
     ] * 3 + [""]
 
 
 def test_a_gzip_that_unpacks_to_gigabytes_is_refused_before_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(records, "UNPACKED", 1 << 20)
+    monkeypatch.setattr(text_file, "UNPACKED", 1 << 20)
     given = 0
     for name in ("bomb.txt.gz", "bomb.jsonl.gz", "bomb.csv.gz", "bomb.json.gz"):
         path = tmp_path / name
@@ -369,7 +371,7 @@ def test_a_gzip_that_unpacks_to_gigabytes_is_refused_before_it_has(tmp_path: Pat
 
 
 def test_a_line_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(records, "LONGEST", 1 << 20)
+    monkeypatch.setattr(text_file, "LONGEST", 1 << 20)
     (tmp_path / "a.jsonl").write_bytes(ROW.encode() + b" " * (2 << 20))
     with pytest.raises(UserError, match=r"a\.jsonl, line 2 is longer than 1 MiB\n.*cut it"):
         texts_of(tmp_path / "a.jsonl")

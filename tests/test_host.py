@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from nanogpt_jax.host import files, terminal
+from nanogpt_jax.host import files, messages, terminal
 
 
 def test_a_file_is_the_old_one_or_the_new_one_and_keeps_its_mode(tmp_path):
@@ -220,3 +220,11 @@ def test_so_does_a_reader(body, code, python):
     os.close(writing)
     assert done.returncode == code
     assert done.stderr == ("Fehler\n" if code == 5 else "")
+
+
+SHOWN = [("sí no", "sí no"), (7, "7"), ("a ", "'a '"), ("\x1b[2J", "'\\x1b[2J'"), ("ab" * 99, "ab" * 30 + "...")]
+
+
+@pytest.mark.parametrize(("label", "seen"), SHOWN)
+def test_a_label_is_shown_so_that_a_person_sees_what_it_is(label, seen):
+    assert messages.printable(label) == seen

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import DataConfig, UserError
-from nanogpt_jax.data import batches, corpora, prepare, records, tokenizer
+from nanogpt_jax.data import batches, corpora, prepare, records, text_file, tokenizer
 from nanogpt_jax.tools import prepare as command
 
 ROOT = Path(__file__).parent.parent
@@ -334,7 +334,7 @@ def test_a_single_text_is_split_at_its_character_however_it_is_read(monkeypatch:
     for i, (block, shard, piece) in enumerate([(1 << 20, 1 << 22, 1 << 18), (7, 300, 50), (1000, 1, 1)]):
         for name, value in (("SHARD", shard), ("PIECE", piece)):
             monkeypatch.setattr(prepare, name, value)
-        monkeypatch.setattr(records, "BLOCK", block)
+        monkeypatch.setattr(text_file, "BLOCK", block)
         cfg = DataConfig(source="text.txt", tokenizer="gpt2", dir=f"data{i}", threads=1 + i)
         data = prepare.open_data(cfg)
         cut = int(len(text) * 0.9)

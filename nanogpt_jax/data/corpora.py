@@ -1,7 +1,8 @@
 """Where text comes from: the corpora that we know by name, files, and the Hugging Face hub.
 
 A source is read in blocks, never whole, so memory does not grow with it (one row of a file or of the hub is held at a
-time). records.py reads the files. A new corpus is one function that returns a `Corpus`, and one line in `CORPORA`.
+time). text_file.py and records.py read the files. A new corpus is one function that returns a `Corpus`, and one line in
+`CORPORA`.
 """
 
 import ast
@@ -14,7 +15,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import stat
 import sys
 import sysconfig
@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nanogpt_jax.config import UserError, suggestion
-from nanogpt_jax.data import records
-from nanogpt_jax.data.records import Tell
-from nanogpt_jax.host import files
+from nanogpt_jax.config import UserError, quoted, suggestion
+from nanogpt_jax.data import records, tables, text_file
+from nanogpt_jax.data.text_file import Tell
+from nanogpt_jax.host import files, messages
 
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -161,7 +161,7 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
     if not taken:
         raise UserError(
             f"data.source={source} is a folder that holds no {', '.join(IN_FOLDERS)} file\n"
-            f"       for other text files give a pattern: {shlex.quote(glob.escape(str(folder)) + '/**/*.py')}"
+            f"       for other text files give a pattern: {quoted(glob.escape(str(folder)) + '/**/*.py')}"
         )
     return sorted(taken)
 
@@ -169,7 +169,7 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
 def _text_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
     """A text as one document, in blocks."""
     del field
-    for text in records.text_blocks(path, str(path), tell):
+    for text in text_file.blocks(path, str(path), tell):
         yield text, False
     yield "", True
 
@@ -204,7 +204,7 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
 
 
 def _no_field(field: str, names: list[str], where: str) -> str:
-    near = records.separator_hint(names) or suggestion(field, names)
+    near = tables.separator_hint(names) or suggestion(field, names)
     return f"{where} has no field {field!r}, but {', '.join(map(repr, names)) or 'none at all'}{near}" + (
         "" if near else "\n       say which one holds the text with --data.field=NAME"
     )
@@ -220,7 +220,7 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with files.folder_beside(folder / "stdin") as beside:
             with (beside / "text").open("wb") as out:
-                while block := stream.read(records.BLOCK):
+                while block := stream.read(text_file.BLOCK):
                     digest.update(block)
                     out.write(block)
             if not (beside / "text").stat().st_size:
@@ -305,7 +305,7 @@ def _open_stream(source: str, name: str, config: str) -> tuple[Any, int | None]:
         except OfflineModeIsEnabled:
             pass  # `datasets` may have it in its cache
         except (HfHubHTTPError, huggingface_hub.errors.HFValidationError) as e:
-            reason = str(e).strip().splitlines()[0]
+            reason = messages.first_line(e, 300)
             raise UserError(f"data.source={source} is not a data set that the hub gives out: {reason}") from None
         except Exception as e:  # the HTTP library's own
             raise SourceFailed(

@@ -2,6 +2,7 @@
 
 A source is a file of rows (see records.py), `hf:NAME[:CONFIG]` for Hugging Face's `datasets` (a folder on this
 machine, too), or a name in SOURCES. It is read anew at each start and kept in memory: labelled texts are few.
+labelled_rows.py says which rows can be used.
 """
 
 # N texts, M tokens of all of them, W width of a padded row
@@ -11,31 +12,23 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
-import re
 import sysconfig
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from nanogpt_jax.config import ClassifierConfig, LabelledConfig, UserError, suggestion
-from nanogpt_jax.data import batches, records, tokenizer
+from nanogpt_jax.data import batches, records, tables, text_file, tokenizer
+from nanogpt_jax.data.labelled_rows import Example, Label, Rows, contradictions, label_notes, labels_of, plain
+from nanogpt_jax.data.shell import Source
+from nanogpt_jax.data.tables import Row
 from nanogpt_jax.data.tokenizer import Tokenizer
-
-Label = str | int
-
-
-class Example(NamedTuple):
-    text: str
-    label: Label
-    line: int  # of the source, for messages
+from nanogpt_jax.host.messages import first_line, listed, printable
 
 
 @dataclass(frozen=True)
@@ -76,14 +69,14 @@ class LabelledData:
     width: int  # of the padded rows
     notes: list[str]  # what a person should know before training on it
     manifest: dict[str, Any]
-    fingerprint: str  # equal where the tokens, the labels and the split are
+    fingerprint: str  # equal if the tokens, the labels and the split are
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.source") -> list[Example]:
-    """The examples of cfg.source, in its order. What is to be said of them is added to `notes`.
+    """The examples of cfg.source, in its order. Adds to `notes` what a person should know of them.
 
     UserError names the lines of what cannot be used; `flag` is the one that gave the source.
     """
@@ -108,27 +101,22 @@ def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.
 def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
     """The lines and texts of a file, without labels: a column of rows, or else a text a line. Unchecked: `Rows`."""
     what, place = str(path), Path(os.path.expanduser(path))
-    if records.suffix(path) in records.ROWS:
-        found = records.rows(place, what, [column])
-        texts = [(line, _column(what, line, record, "--text-column", column)) for line, record in found]
-    else:
-        texts = list(records.lines(place, what))
-    if not texts:
-        raise UserError(f"{what} holds no texts")
-    return texts
+    if records.suffix(path) not in records.ROWS:
+        return _text_lines(place, what)
+    found = records.rows(place, what, [column])
+    return [(line, _column(what, line, record, "--text-column", column)) for line, record in found]
 
 
 def lines_of(content: bytes, what: str) -> list[tuple[int, Any]]:
     """The lines and texts of standard input, one a line. Unchecked: `Rows`."""
-    texts: list[tuple[int, Any]] = list(records.lines(io.BytesIO(content), what))
-    if not texts:
-        raise UserError(f"{what} holds no texts")
-    return texts
+    return _text_lines(io.BytesIO(content), what)
 
 
-def _open(
-    what: str, source: str, split: str, columns: Sequence[str]
-) -> tuple[Iterator[records.Row], Callable[[Any], Any]]:
+def _text_lines(source: Source, what: str) -> list[tuple[int, Any]]:
+    return [(number, line.rstrip("\r\n")) for number, line in text_file.lines(source, what)]
+
+
+def _open(what: str, source: str, split: str, columns: Sequence[str]) -> tuple[Iterator[Row], Callable[[Any], Any]]:
     """The rows of a source, and what gives its labels, in the last of the columns, their names."""
     if source.startswith("hf:"):
         return _datasets(what, source, split, columns[-1])
@@ -144,10 +132,10 @@ def _open(
 def _name_of(names: list[str] | None, label: Any) -> Any:
     if names is None or not isinstance(label, int):
         return label
-    return names[label] if 0 <= label < len(names) else None  # -1 where a test set is published without labels
+    return names[label] if 0 <= label < len(names) else None  # -1 if a test set is published without labels
 
 
-def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator[records.Row], Callable[[Any], Any]]:
+def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator[Row], Callable[[Any], Any]]:
     """A data set by name, through Hugging Face's library, which downloads what it does not have."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -157,8 +145,7 @@ def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator
     try:
         data = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, LookupError, DatasetsError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
-        raise UserError(f"cannot read {what} (data.split={split}): {reason}") from None
+        raise UserError(f"cannot read {what} (data.split={split}): {first_line(e, 300)}") from None
     feature = data.features.get(labels)  # pyright: ignore
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     return enumerate(data, start=1), functools.partial(_name_of, names)  # pyright: ignore
@@ -166,125 +153,12 @@ def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator
 
 def _column(what: str, line: int, record: dict[str, Any], setting: str, name: str) -> Any:
     if name not in record:
-        there = ", ".join(shown(column)[:60] for column in record)
+        there = ", ".join(printable(column)[:60] for column in record)
         hint = "the first line names the columns" if what.endswith((".csv", ".tsv")) else f"name another: {setting}"
         if any(";" in str(column) for column in record):
-            hint = "cells are separated by commas, not by semicolons, or by tabs in a .tsv"
+            hint = tables.SEMICOLONS
         raise UserError(f"{what}, line {line}: there is no column {setting}={name}; there are {there}\n       {hint}")
     return record[name]
-
-
-class Rows:
-    """The rows of a source as they are read: the text and the label of each, and what is wrong with which of them.
-
-    Rows without text are skipped, with a note. All others that cannot be used are named in one error.
-    """
-
-    def __init__(self, what: str):
-        self.what, self.seen = what, 0
-        self._blank: list[int] = []  # lines
-        self._null: list[int] = []
-        self._wrong: dict[str, tuple[str, list[int]]] = {}  # by kind: the message of the first, and the lines of all
-        self._types: dict[str, set[str]] = defaultdict(set)  # of what became the same label
-
-    def text(self, line: int, text: Any) -> str:
-        """The text, or "" if there is none to be used."""
-        self.seen += 1
-        if _is_null(text):
-            self._null.append(line)
-        elif not isinstance(text, str):
-            self._refuse("type", line, f"the text is {text!r:.60}, not text")
-        elif not text.strip():
-            self._blank.append(line)
-        elif SURROGATE.search(text):  # JSON can write one
-            self._refuse("half", line, "the text holds half a character, so it is not text")
-        else:
-            return text
-        return ""
-
-    def label(self, line: int, label: Any) -> Label:
-        """The label: text or a whole number. pandas makes 1 a 1.0 if other rows have no label."""
-        given = label
-        if isinstance(label, bool):
-            label = str(label).lower()
-        elif isinstance(label, float) and label.is_integer():
-            label = int(label)
-        if _is_null(label):
-            self._refuse("null", line, "the label is missing (null, NA)")
-        elif not isinstance(label, str | int):
-            self._refuse("label", line, f"the label {label!r:.60} must be text or a whole number")
-        elif str(label) not in self._types and not _plain(str(label)):
-            self._refuse("empty", line, "the label is empty")
-        elif any("\ud800" <= c <= "\udfff" for c in str(label)):  # JSON can write one: "\\ud800"
-            self._refuse("half", line, "the label holds half a character, so it is not text")
-        else:
-            self._types[str(label)].add(next(name for kind, name in TYPES.items() if isinstance(given, kind)))
-            return label
-        return ""
-
-    def _refuse(self, kind: str, line: int, message: str) -> None:
-        self._wrong.setdefault(kind, (message, []))[1].append(line)
-
-    def check(self) -> None:
-        """UserError if rows cannot be used, or if there are none."""
-        said = []
-        for message, lines in self._wrong.values():
-            said.append(f"{self.what}, line {lines[0]}: {message}")
-            if len(lines) > 1:
-                said.append(f"in all {len(lines):,} rows: {places(lines)}")
-        if said:
-            if any(kind in self._wrong for kind in ("null", "empty")):
-                said.append(
-                    "give each text a label, or remove the rows; a test split is often published without labels"
-                )
-            raise UserError("\n       ".join(said))
-        if len(self._blank) + len(self._null) == self.seen:
-            each = f": each of the {self.seen:,} is {self._emptiness()}" if self.seen else ""
-            raise UserError(f"{self.what} holds no texts{each}")
-
-    def _emptiness(self) -> str:
-        return " or ".join(["blank"] * bool(self._blank) + ["missing (null, NA)"] * bool(self._null))
-
-    def notes(self) -> list[str]:
-        notes = []
-        if lines := sorted(self._blank + self._null):
-            which = "a row is" if len(lines) == 1 else f"{len(lines):,} rows are"
-            notes.append(f"{which} skipped, as the text is {self._emptiness()}: {places(lines)}")
-        if len(types := sorted({kind for kinds in self._types.values() for kind in kinds})) > 1:
-            both = [shown(name) for name, kinds in self._types.items() if len(kinds) > 1]
-            one = f"; one label is made of both for {listed(both)}" if both else ""
-            notes.append(f"some labels are {' and some '.join(types)}: all are taken as text{one}")
-        return notes
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-TYPES = {bool: "true or false", int: "numbers", float: "numbers", str: "text"}
-
-
-def _is_null(value: Any) -> bool:
-    """None and NaN: what `datasets` and pandas make of an empty cell, null or NA."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def usable(what: str, rows: list[tuple[int, Any]]) -> tuple[list[tuple[int, str]], list[str]]:
-    """(line, text) of all `rows`, "" if a row is to be skipped, and the notes on those."""
-    found = Rows(what)
-    texts = [(line, found.text(line, text)) for line, text in rows]
-    found.check()
-    return texts, found.notes()
-
-
-def places(lines: Sequence[int]) -> str:
-    """Where some rows stand: the first ten."""
-    return f"line{'s' * (len(lines) > 1)} {listed(lines)}"
-
-
-def listed(words: Iterable[Any]) -> str:
-    """1; 1 and 2; 1, 2 and 3; of more than ten, the first ten and how many more."""
-    words = [str(word) for word in words]
-    if len(words) > 10:
-        words = [*words[:10], f"{len(words) - 10:,} more"]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 # ---- what every machine has -----------------------------------------------------------------------------------------
@@ -310,8 +184,9 @@ SOURCES: dict[str, Callable[[], list[Example]]] = {"python": python_examples}
 
 
 def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None, run: dict[str, Any] | None = None) -> LabelledData:
-    """The texts of cfg.data, split and tokenized by `known`, or as data.tokenizer says, if by one made for the training
-    texts.
+    """The texts of cfg.data, split and tokenized.
+
+    The tokenizer is `known`, or else that of data.tokenizer, which may be made for the training texts.
 
     `run` is the manifest of a run that goes on: its labels keep their order, and its texts their split, although an
     earlier version made them by other rules.
@@ -351,71 +226,6 @@ def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None, run: dict[s
     return LabelledData(tok, labels, splits, width, notes, manifest, digest.hexdigest())
 
 
-def labels_of(examples: list[Example], what: str) -> list[Label]:
-    """The labels that occur: numbers in order, even if they are written as text, then names by the alphabet."""
-    found = {e.label for e in examples}
-    names = {str(label) for label in found}
-    if len(names) < 2:
-        raise UserError(f"{what} has the one label {shown(names.pop())}; a classifier needs two or more to tell apart")
-    if all(isinstance(label, int) for label in found):
-        return sorted(found)  # pyright: ignore
-    numbers = {name: Fraction(name) for name in names if NUMBER.fullmatch(name)}
-    ordered = sorted(names, key=lambda name: (name not in numbers, numbers.get(name, 0), name))
-    return [*ordered]
-
-
-NUMBER = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{1,100})?")
-
-
-def _plain(name: str) -> str:
-    """What a person takes a label for: without case, invisible characters and more than one space."""
-    seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) not in ("Cf", "Cc"))
-    text = " ".join(seen.casefold().split())
-    return str(Fraction(text)) if NUMBER.fullmatch(text) else text
-
-
-def label_notes(examples: list[Example]) -> list[str]:
-    """What is to be said of labels that a person takes for one, or for none. Nothing is merged, and none left out."""
-    counts = Counter(str(e.label) for e in examples)
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(counts):
-        groups[_plain(name)].append(name)
-    notes = []
-    for names in (group for group in groups.values() if len(group) > 1):
-        looks_the_same = len({unicodedata.normalize("NFC", name) for name in names}) < len(names)
-        each = listed(f"{(ascii if looks_the_same else shown)(name)} ({counts[name]:,})" for name in names)
-        numbers = all(NUMBER.fullmatch(name) for name in names)
-        how = "are the same number" if numbers else "differ only in spaces, case or what cannot be seen"
-        notes.append(
-            f"the labels {each} {how}, and are {len(names)} labels; if they are one, write them alike in the source"
-        )
-    if len(notes) > 6:
-        notes = [*notes[:5], f"and {len(notes) - 5:,} more labels that are nearly alike"]
-    if absent := [f"{shown(name)} ({n:,})" for name, n in counts.items() if name.casefold() in ABSENT]:
-        count = "counts as a label" if len(absent) == 1 else "count as labels"
-        notes.append(f"{listed(absent)} {count}; if that means that there is none, remove the rows")
-    return notes
-
-
-ABSENT = ("nan", "na", "n/a", "null", "<na>")
-
-
-def contradictions(examples: list[Example]) -> list[str]:
-    """What is to be said of texts that stand with several labels."""
-    first: dict[str, Example] = {}
-    several: dict[str, dict[str, Example]] = {}  # text, label -> its first example
-    for e in examples:
-        other = first.setdefault(e.text, e)
-        if str(other.label) != str(e.label):
-            several.setdefault(e.text, {str(other.label): other}).setdefault(str(e.label), e)
-    if not several:
-        return []
-    text = next(iter(several))
-    which = "a text stands" if len(several) == 1 else f"{len(several):,} texts stand"
-    each = listed(f"{shown(label)} in line {e.line}" for label, e in several[text].items())
-    return [f"{which} with several labels, of which one can be right at most: {text!r:.60} is {each}"]
-
-
 def split(examples: list[Example], cfg: LabelledConfig, by_text: bool = True) -> dict[str, list[Example]]:
     """{"train", "val", "test"}, each with the same share of every label.
 
@@ -443,8 +253,8 @@ def split(examples: list[Example], cfg: LabelledConfig, by_text: bool = True) ->
         for name, n in zip(names, wanted[label], strict=True):
             if n and not any(part_of[key] == name for key in texts[label]):
                 raise UserError(
-                    f"data.source={cfg.source}: no text with the label {shown(label)} is left for {name}, as all have "
-                    "other labels, too, which are rarer\n       give each text one label, or leave the label out"
+                    f"data.source={cfg.source}: no text with the label {printable(label)} is left for {name}, as all "
+                    "have other labels, too, which are rarer\n       give each text one label, or leave the label out"
                 )
     return {name: [e for key, e in zip(keys, examples, strict=True) if part_of[key] == name] for name in names[::-1]}
 
@@ -456,9 +266,9 @@ def _sizes(n: int, cfg: LabelledConfig) -> tuple[int, int, int]:
 
 
 def _too_few(few: dict[str, int], n_labels: int, cfg: LabelledConfig) -> str:
-    which = f"{len(few):,} of {n_labels:,} labels, {listed(f'{shown(label)} ({n})' for label, n in few.items())},"
+    which = f"{len(few):,} of {n_labels:,} labels, {listed(f'{printable(label)} ({n})' for label, n in few.items())},"
     if len(few) == 1:
-        which = next(f"the label {shown(label)}, {n}," for label, n in few.items())
+        which = next(f"the label {printable(label)}, {n}," for label, n in few.items())
     hint = "give more of them, leave the label out, or check that data.label_column is the label"
     if len(few) > 10 and len(few) > n_labels / 2:
         hint = (
@@ -482,8 +292,10 @@ class Encoder:
         self.dropped: Counter[str] = Counter()
 
     def tokens(self, texts: Sequence[str], name: Callable[[int], str], what: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [M] int32 of all texts, and where each begins [N+1]. In an error, `name` says which text of `what` one
-        is."""
+        """Tokens [M] int32 of all texts, and where each begins [N+1].
+
+        UserError if a text has no tokens; `name` says which text of `what` it is.
+        """
         found = [self._encode(text) for text in texts]
         if empty := [name(i) for i, ids in enumerate(found) if not len(ids)]:
             rest = f"\n       in all {len(empty):,} texts: {listed(empty)}" if len(empty) > 1 else ""
@@ -507,13 +319,13 @@ class Encoder:
         place = {str(label): i for i, label in enumerate(labels)}
         if unknown := Counter(str(e.label) for e in examples if str(e.label) not in place):
             line = next(e.line for e in examples if str(e.label) in unknown)
-            near = {_plain(name): name for name in place}
+            near = {plain(name): name for name in place}
             each = listed(
-                f"{shown(name)} ({n:,}{f'; is it {shown(near[_plain(name)])}?' if _plain(name) in near else ''})"
+                f"{printable(name)} ({n:,}{f'; is it {printable(near[plain(name)])}?' if plain(name) in near else ''})"
                 for name, n in unknown.most_common()
             )
             raise UserError(
-                f"{what}, line {line}: the run has no label {each}; it has {listed(map(shown, labels))}\n"
+                f"{what}, line {line}: the run has no label {each}; it has {listed(map(printable, labels))}\n"
                 f"       give them labels of the run, or remove the rows: {unknown.total():,} of {len(examples):,}"
             )
         texts = [e.text for e in examples]
@@ -536,15 +348,6 @@ class Encoder:
 
 
 def width_for(parts: Any, block_size: int) -> int:
-    """The width of rows for these texts: the longest's, a multiple of 64 where the context allows."""
+    """The width of rows for these texts: the longest's, a multiple of 64 if the context allows."""
     longest = max(int(np.diff(s.starts).max(initial=1)) for s in parts)
     return min(block_size, -(-longest // 64) * 64)
-
-
-def shown(label: Label, longest: int = 60) -> str:
-    """A label as it can be printed: a name from a file may hold anything, a terminal's control codes and spaces at its
-    end, too. Of one that is longer than `longest` the beginning."""
-    text = str(label)
-    if len(text) > longest:
-        text = text[:longest] + "..."
-    return text if text.isprintable() and text == text.strip() else repr(text)

@@ -1,43 +1,40 @@
 """What to say of a file that is no UTF-8 text: what it is, where that shows, and a command that makes text of it.
 
-Each command is for a shell, from the current directory, and right to the letter. It never tells to read as Latin-1 what
-is UTF-16, packed or binary, as that would give a text, but a wrong one.
+No command reads as Latin-1 what is UTF-16, packed or binary: that would give a text, but a wrong one.
 """
 
 import codecs
 import itertools
 import re
-import shlex
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import UserError, word
+from nanogpt_jax.data.shell import Source, converted, filtered, gunzip, is_gzip, named, stem, unpacked
 
-Source = Path | BinaryIO
 GIVE = "give the text itself"
 CODES = rb"(?=[\s\S]{0,60}[\x00-\x08\x0e-\x1a])"  # no text has these soon after what looks like a magic number
 AGAIN = "write its texts as .jsonl with the program that made it"
 
 
 class Kind(NamedTuple):
-    """How a file that is no text begins, as a pattern that no text matches, what it is, and the remedy; {names} are
-    those of `_names`."""
+    """A kind of file that is no text."""
 
-    magic: bytes
-    name: str
-    remedy: str
+    magic: bytes  # how it begins: a pattern that no text matches
+    name: str  # what it is
+    remedy: str  # with the {names} of `_names`
 
 
 KINDS = [
     Kind(b"PAR1" + CODES, "Parquet", "give it its name: mv {file} {parquet}"),
-    Kind(b"\x1f\x8b", "a gzip", "unpack it first: gunzip -c < {file} > {inner}"),
-    Kind(b"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "packed by bzip2", "unpack it first: bunzip2 -c < {file} > {inner}"),
-    Kind(b"\xfd7zXZ\0", "packed by xz", "unpack it first: xz -dc < {file} > {inner}"),
-    Kind(b"\\x28\xb5\x2f\xfd", "packed by Zstandard", "unpack it first: zstd -dc < {file} > {inner}"),
-    Kind(b"\x04\x22\x4d\x18", "packed by LZ4", "unpack it first: lz4 -dc < {file} > {inner}"),
-    Kind(b"\x1f\x9d", "packed by compress", "unpack it first: gunzip -c < {file} > {inner}"),
+    Kind(b"\x1f\x8b", "a gzip", "unpack it first: gunzip -c < {file} > {unpacked}"),
+    Kind(b"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "packed by bzip2", "unpack it first: bunzip2 -c < {file} > {unpacked}"),
+    Kind(b"\xfd7zXZ\0", "packed by xz", "unpack it first: xz -dc < {file} > {unpacked}"),
+    Kind(b"\\x28\xb5\x2f\xfd", "packed by Zstandard", "unpack it first: zstd -dc < {file} > {unpacked}"),
+    Kind(b"\x04\x22\x4d\x18", "packed by LZ4", "unpack it first: lz4 -dc < {file} > {unpacked}"),
+    Kind(b"\x1f\x9d", "packed by compress", "unpack it first: gunzip -c < {file} > {unpacked}"),
     Kind(b"PK\x03\x04", "a ZIP archive, or a .docx, .xlsx, .odt or .epub, which are such",
          "unpack it: unzip {file} -d {folder}; or save the document as .txt or .csv"),
     Kind(b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x -o{folder} {file}"),
@@ -80,7 +77,7 @@ MARKS = {
 
 
 def check_beginning(head: bytes, source: Source, what: str, packed: bool) -> None:
-    """UserError if a file that begins so is known not to be UTF-8. `packed`: it is inside of the gzip `source`."""
+    """UserError if a file that begins with `head` is not UTF-8. `packed`: it is inside of the gzip `source`."""
     kinds = EVEN_AS_TEXT
     if not is_text(head):
         for mark, encoding in MARKS.items():
@@ -147,8 +144,7 @@ def _plausible(some: bytes, encoding: str) -> bool:
 
 def _other_kind(kind: Kind, source: Source, what: str, packed: bool) -> UserError:
     if packed:
-        unpack = f"gunzip -c < {quoted(source)} > {inner(source)}"
-        remedy = f"unpack it first: {unpack}; then {kind.remedy.format(**_names(Path(shlex.split(inner(source))[0])))}"
+        remedy = f"unpack it first: {gunzip(source)}; then {kind.remedy.format(**_names(unpacked(source)))}"
     else:
         remedy = kind.remedy.format(**_names(source))
     return UserError(f"{what} is no text but {kind.name}\n       {remedy}")
@@ -156,13 +152,14 @@ def _other_kind(kind: Kind, source: Source, what: str, packed: bool) -> UserErro
 
 def _names(source: Source) -> dict[str, str]:
     path = source if isinstance(source, Path) else Path("FILE")
-    names = {
-        "csv": f"{stem(path)}.csv",
-        "txt": f"{stem(path)}-text.txt",
-        "folder": f"{stem(path)}.d",
-        "parquet": _no_flag(str(path.with_name(f"{path.stem}.parquet"))),
+    return {
+        "file": named(source),
+        "unpacked": word(unpacked(source)),
+        "csv": word(f"{stem(path)}.csv"),
+        "txt": word(f"{stem(path)}-text.txt"),
+        "folder": word(f"{stem(path)}.d"),
+        "parquet": word(path.with_name(f"{path.stem}.parquet")),
     }
-    return {"file": quoted(source), "inner": inner(source), **{key: shlex.quote(x) for key, x in names.items()}}
 
 
 def _other_encoding(encoding: str, source: Source, what: str, packed: bool) -> UserError:
@@ -187,8 +184,8 @@ def wrong_byte(
     if b"\0" in before[-1024:] + some:
         if after[0] or not is_text(some.replace(b"\0", b"")):
             return UserError(f"{wrong}\n       it is a binary file; give its text, or leave it out")
-        into = f"{_piped(source) if packed else ''}tr -d '\\000'{'' if packed else f' < {quoted(source)}'}"
-        return UserError(f"{wrong}\n       take such bytes out: {into} > {converted(source)}")
+        tool = "tr -d '\\000'" if packed else "tr -d '\\000' <"  # it takes no names
+        return UserError(f"{wrong}\n       take such bytes out: {filtered(tool, source, converted(source), packed)}")
     begun = 0xC2 <= after[0] <= 0xF4 and 1 < len(after) < 4 and all(0x80 <= byte < 0xC0 for byte in after[1:])
     if foreign or begun or after in (b"\xc2", b"\xc3"):  # the last character is cut
         without = _iconv("UTF-8", source, packed, "-c ")
@@ -199,59 +196,12 @@ def wrong_byte(
     some = before[-1024:] + some
     high = [byte for byte in some if byte >= 0x80]
     if not {0x81, 0x8D, 0x8F, 0x90, 0x9D}.isdisjoint(high) or 2 * len(high) > len(some):
-        named = _iconv("ENCODING", source, packed)
-        return UserError(f"{wrong}\n       convert it, ENCODING being one that iconv -l lists: {named}")
+        command = _iconv("ENCODING", source, packed)
+        return UserError(f"{wrong}\n       convert it, ENCODING being one that iconv -l lists: {command}")
     western = "CP1252" if any(byte < 0xA0 for byte in high) else "LATIN1"
     return UserError(f"{wrong}\n       convert it first, for example: {_iconv(western, source, packed)}")
 
 
-def is_gzip(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return path.is_file() and file.read(3) == b"\x1f\x8b\x08"
-    except OSError:
-        return False
-
-
-# ---- commands -------------------------------------------------------------------------------------------------------
-
-
 def _iconv(encoding: str, source: Source, packed: bool, flags: str = "") -> str:
     """The command that makes UTF-8 of a file."""
-    of = "" if packed else f" {quoted(source)}"
-    return f"{_piped(source) if packed else ''}iconv {flags}-f {encoding} -t UTF-8{of} > {converted(source)}"
-
-
-def _piped(source: Source) -> str:
-    return f"gunzip -c < {quoted(source)} | "
-
-
-def quoted(source: Source) -> str:
-    """The name of a file for a shell, so that no command takes it for a flag."""
-    return shlex.quote(_no_flag(str(source))) if isinstance(source, Path) else "FILE"
-
-
-def converted(source: Source) -> str:
-    """Where a converted file goes: here, with the suffix that says how it is read."""
-    path = source if isinstance(source, Path) else Path("text.txt")
-    return shlex.quote(f"{stem(path)}-utf8{Path(_without_gz(path)).suffix or '.txt'}")
-
-
-def inner(source: Source) -> str:
-    """Where an unpacked file goes: here, without the suffix of what packed it."""
-    path = source if isinstance(source, Path) else Path("text.txt")
-    if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".lz4", ".z"):
-        return shlex.quote(_no_flag(path.stem))
-    return shlex.quote(f"{stem(path)}-unpacked{path.suffix}")
-
-
-def stem(path: Path) -> str:
-    return _no_flag(Path(_without_gz(path)).stem)
-
-
-def _without_gz(path: Path) -> str:
-    return path.name[:-3] if path.name.lower().endswith(".gz") else path.name
-
-
-def _no_flag(name: str) -> str:
-    return f"./{name}" if name.startswith("-") else name
+    return filtered(f"iconv {flags}-f {encoding} -t UTF-8", source, converted(source), packed)

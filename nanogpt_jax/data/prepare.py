@@ -29,7 +29,7 @@ import filelock
 import numpy as np
 
 from nanogpt_jax.config import DataConfig, UserError
-from nanogpt_jax.data import corpora, records, tokenizer
+from nanogpt_jax.data import corpora, text_file, tokenizer
 from nanogpt_jax.data.batches import Mixture
 from nanogpt_jax.data.corpora import Block, Corpus, Tell, sha256_of_json
 from nanogpt_jax.data.tokenizer import Tokenizer
@@ -72,9 +72,9 @@ def open_data(cfg: DataConfig) -> Dataset:
 def encode(corpus: Corpus, tok: Tokenizer) -> tuple[np.ndarray, int]:
     """The tokens [N] int32 of a whole corpus, as they are in the shards of `open_data`, and its bytes of UTF-8."""
     if corpus.documents:
-        pieces = _documents(corpus.blocks(records.silent), 0.0, [])
+        pieces = _documents(corpus.blocks(text_file.silent), 0.0, [])
     else:
-        pieces = _text(corpus.blocks(records.silent), 0)
+        pieces = _text(corpus.blocks(text_file.silent), 0)
     found, n_bytes = [np.array([], np.int32)], 0
     for piece in pieces:
         found += _tokens(piece, tok, np.dtype(np.int32))

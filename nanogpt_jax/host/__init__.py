@@ -1,1 +1,2 @@
-"""What any room may use of the machine: whole files (`files`), the terminal (`terminal`). No jax here."""
+"""What any room may use of the machine: whole files (`files`), the terminal (`terminal`), words for
+messages (`messages`). No jax here."""

@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 from typing import NoReturn
 
 from nanogpt_jax import config
 from nanogpt_jax.config import UserError
-from nanogpt_jax.data import records
+from nanogpt_jax.data import text_file
 
 LONGEST_PROMPT = 1 << 24  # characters
 LIMITS = {  # what a value must be, in words and as a test
@@ -64,7 +63,7 @@ def read(argv: list[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(argv, absent)
     for word in sorted(unknown, key=lambda w: not w.startswith("-")):
         if not word.startswith("-"):
-            both = f"{options.run} and {shlex.quote(word)}"
+            both = f"{options.run} and {config.quoted(word)}"
             raise UserError(f"one run at a time, but got {both}\n       a text to go on from is --prompt TEXT")
         known = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
         raise config.unknown_flag(word.partition("=")[0].lstrip("-"), known, "sample")
@@ -83,7 +82,7 @@ def read_prompt(options: argparse.Namespace) -> str | None:
         return options.prompt
     if options.prompt is not None:
         raise UserError(f"--prompt and --prompt-file={path} exclude each other; leave one out")
-    prompt = records.text(path, f"--prompt-file={path}", LONGEST_PROMPT)
+    prompt = text_file.whole(path, f"--prompt-file={path}", LONGEST_PROMPT)
     if not prompt:
         raise UserError(f"--prompt-file={path} is empty; leave it out to begin with a newline")
     return prompt

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax.config import UserError
+from nanogpt_jax.host.messages import first_line
 
 DEEPEST = 100  # objects and lists inside each other
 LARGEST = 1 << 28  # bytes
@@ -20,14 +21,6 @@ _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 6, 6, 4
 def shown(value: Any) -> str:
     """`value` in a message: its beginning and its end if it is long."""
     return _short.repr(value)
-
-
-def cut(text: str, limit: int = 100) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def first_line(error: BaseException) -> str:
-    return cut((str(error).strip() or type(error).__name__).splitlines()[0], 200)
 
 
 def is_file(path: Path) -> bool:

@@ -5,7 +5,6 @@ Only safetensors: a pickled file (pytorch_model.bin) runs whatever code its auth
 
 import os
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import ml_dtypes  # its import teaches numpy, and so safetensors, bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.interop.json_file import cut, first_line, is_file, read_object, shown
+from nanogpt_jax.config import ModelConfig, UserError, quoted
+from nanogpt_jax.host.messages import cut, first_line
+from nanogpt_jax.interop.json_file import is_file, read_object, shown
 from nanogpt_jax.interop.weights import expected_tensors, is_tensor, n_tensors, their_shapes
 from nanogpt_jax.model.layers import EPSILON
 
@@ -163,7 +163,7 @@ def _checked_file(path: Path) -> Path:
 
 
 def _python(code: str) -> str:
-    return f"       python -c {shlex.quote(code)}"
+    return f"       python -c {quoted(code)}"
 
 
 def _beside(folder: Path, ending: str) -> tuple[str, str]:

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 from nanogpt_jax.config import UserError
 from nanogpt_jax.data.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer, byte_symbols
-from nanogpt_jax.interop.json_file import first_line, is_file, read_object, shown
+from nanogpt_jax.host.messages import first_line
+from nanogpt_jax.interop.json_file import is_file, read_object, shown
 
 Pair = tuple[bytes, bytes]
 

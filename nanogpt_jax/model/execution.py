@@ -58,7 +58,7 @@ def choose(cfg: Config, platform: str, devices: int = 1) -> Execution:
 
 def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
     """`cfg` with what it leaves to choose ("auto", 0) chosen for a platform."""
-    # a scan compiles and starts sooner; unrolled, a step of 124M takes 1 / 1.07 of the time on a CPU, 1 / 1.22 on an H100
+    # a scan compiles and starts sooner; unrolled, a step of 124M is 1.07 times as fast on a CPU, and 1.22 on an H100
     unroll = cfg.scan_unroll or (1 if platform == "tpu" else cfg.n_layer)
     decode = cfg.decode
     if decode == "auto":
@@ -68,7 +68,7 @@ def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
 
 
 def _attention(cfg: ModelConfig, platform: str) -> str:
-    """The back-end that model.attention means. cuDNN's needs a recent NVIDIA card: it is tried on a small case first."""
+    """The back-end that model.attention means. cuDNN's needs a recent NVIDIA card, so it is tried on a small case."""
     needs = {"cudnn": "gpu", "splash": "tpu"}
     if needs.get(cfg.attention, platform) != platform:
         raise UserError(

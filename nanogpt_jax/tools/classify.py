@@ -13,10 +13,11 @@ import numpy as np
 
 from nanogpt_jax import cli, config, runtime
 from nanogpt_jax.config import ClassifierConfig, ModelConfig, UserError
-from nanogpt_jax.data import labelled, tokenizer
-from nanogpt_jax.data.labelled import LabelledData, Texts, shown
+from nanogpt_jax.data import labelled, labelled_rows, tokenizer
+from nanogpt_jax.data.labelled import LabelledData, Texts
 from nanogpt_jax.evaluation import classification
 from nanogpt_jax.host import files, terminal
+from nanogpt_jax.host.messages import printable
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
@@ -214,10 +215,10 @@ def _headline(cfg: ClassifierConfig, run: Path, data: LabelledData, mesh: Any, s
         f"{len(texts):,} to {what}"
         for what, texts in zip(("train on", "validate", "test"), data.splits.values(), strict=True)
     )
-    counts = ", ".join(f"{shown(label)} {n:,}" for label, n in list(data.manifest["splits"]["train"].items())[:12])
+    counts = ", ".join(f"{printable(label)} {n:,}" for label, n in list(data.manifest["splits"]["train"].items())[:12])
     lines = [
-        f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters from {t.init_from}, a head of {head:,}, {trained} trained, "
-        f"on {mesh.size} {jax.default_backend()}",
+        f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters from {t.init_from}, a head of {head:,}, {trained} "
+        f"trained, on {mesh.size} {jax.default_backend()}",
         f"{t.steps} steps of {t.batch_size} texts {data.width} tokens wide; {cfg.data.source}: {split}",
         f"{c.n_labels} labels, in training: {counts}{', ...' if c.n_labels > 12 else ''}",
     ]
@@ -249,7 +250,7 @@ class _Classifier:
         self.run, self.cfg = run, config.read_json(run / "config.json", ClassifierConfig)
         self.tokenizer = tokenizer.load(run / "tokenizer")
         self.manifest = _manifest(run)
-        self.labels: list[labelled.Label] = self.manifest["labels"]
+        self.labels: list[labelled_rows.Label] = self.manifest["labels"]
         c, m = self.cfg.classify, self.cfg.model
         if len(self.labels) != c.n_labels or self.tokenizer.n_vocab > m.vocab_size:
             raise UserError(
@@ -311,7 +312,7 @@ def arguments(name: str, argv: list[str]) -> tuple[str, list[str], dict[str, str
         raise UserError(f"texts and --file={flags['file']} exclude each other; leave one out")
     if any(not text.strip() for text in texts):
         raise UserError("one of the texts is empty, and nothing can be told from that")
-    if broken := [text for text in texts if labelled.SURROGATE.search(text)]:
+    if broken := [text for text in texts if labelled_rows.SURROGATE.search(text)]:
         raise UserError(f"the text {broken[0]!r:.60} is not UTF-8")
     return run, texts, flags
 
@@ -344,7 +345,7 @@ def evaluate(argv: list[str]) -> int:
         encoder, notes, what = model.encoder(), [], other.source
         examples = labelled.read(other, notes, "--source")
         texts = encoder.encode(examples, model.labels, f"--source={what}")
-        notes += [*labelled.contradictions(examples), *encoder.notes()]
+        notes += [*labelled_rows.contradictions(examples), *encoder.notes()]
     else:
         assert data is not None
         split = "test" if len(data.splits["test"]) else "val"
@@ -391,7 +392,7 @@ def predict(argv: list[str]) -> int:
             raise UserError("nothing to classify: give texts, --file FILE, or pipe lines into it")
         what = "standard input"
         rows = labelled.lines_of(sys.stdin.buffer.read(), what)
-    rows, notes = labelled.usable(what, rows) if what else (rows, [])
+    rows, notes = labelled_rows.usable(what, rows) if what else (rows, [])
     lines, texts = zip(*((line, text) for line, text in rows if text), strict=True)
     encoder = model.encoder()
     name = "line {} ({!r:.60})" if what else "text {} ({!r:.60})"
@@ -413,16 +414,16 @@ def predict(argv: list[str]) -> int:
             row = {"line": line, **row} if what else row
             print(json.dumps(row, ensure_ascii=False, allow_nan=False))
         else:
-            print(f"{shown(model.labels[best], sys.maxsize)}\t{p[best]:.4f}")
+            print(f"{printable(model.labels[best], sys.maxsize)}\t{p[best]:.4f}")
     return 0
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
 
 
-def _table(confusion: np.ndarray, labels: list[labelled.Label]) -> str:
+def _table(confusion: np.ndarray, labels: list[labelled_rows.Label]) -> str:
     """The confusion matrix with precision, recall and F1, for a terminal."""
-    names = [shown(label) for label in labels]
+    names = [printable(label) for label in labels]
     first = max(map(len, [*names, "label"]))
     columns = [name[:12] for name in names]
     widths = [max(len(c), 5) for c in columns]
@@ -453,9 +454,10 @@ def _format(picture: Path) -> str:
     return picture.suffix.lower().lstrip(".")
 
 
-def _draw(plt: Any, confusion: np.ndarray, labels: list[labelled.Label], path: Path) -> None:
+def _draw(plt: Any, confusion: np.ndarray, labels: list[labelled_rows.Label], path: Path) -> None:
     K = len(labels)
-    names = [shown(label)[:24].replace("$", r"\$") for label in labels]  # between two $ matplotlib reads mathematics
+    # between two $ matplotlib reads mathematics
+    names = [printable(label)[:24].replace("$", r"\$") for label in labels]
     side = 0.6 * min(K, 60)  # more labels stand closer: a picture of thousands of inches takes all memory
     figure, axis = plt.subplots(figsize=(2.5 + side, 2 + side), layout="constrained")
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, ModelConfig, UserError
-from nanogpt_jax.host import files, terminal
+from nanogpt_jax.host import files, messages, terminal
 from nanogpt_jax.model import sizes
 
 IMPORT_USAGE = """usage: nanogpt-jax import-hf MODEL RUN [--tokenizer DIR] [--no-compare]
@@ -273,8 +272,8 @@ def _download(name: str) -> Path:
     except (OSError, ValueError, RuntimeError) as e:  # of which the network's errors are
         raise UserError(
             f"no file or directory {name}, and it cannot be downloaded from the Hugging Face Hub "
-            f"({str(e).splitlines()[0][:120]})\n"
-            f"       where there is a network: hf download {shlex.quote(name)} --local-dir DIR; then give DIR here"
+            f"({messages.first_line(e, 120)})\n"
+            f"       where there is a network: hf download {config.quoted(name)} --local-dir DIR; then give DIR here"
         ) from None
 
 

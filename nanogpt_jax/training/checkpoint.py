@@ -26,6 +26,7 @@ import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from nanogpt_jax.config import UserError, joined
+from nanogpt_jax.host import messages
 from nanogpt_jax.training import checksums
 from nanogpt_jax.training import run_dir as runs
 from nanogpt_jax.training.run_dir import UNFINISHED, checkpoint_steps
@@ -364,11 +365,9 @@ def _delete_or_start_over(step: int, good: list[int], delete: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong in the end: 200 characters of it, behind the system's words for it."""
+    """The first line of what went wrong in the end. If it is cut, the system's words for it stand before it."""
     while error.__cause__:
         error = error.__cause__
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if len(line) <= 200:
-        return line
+    line, whole = messages.first_line(error), messages.first_line(error, sys.maxsize)
     words = [os.strerror(code) for code in errno.errorcode if os.strerror(code).lower() in str(error).lower()]
-    return f"{max(words, key=len)}: {line[:197]}..." if words else f"{line[:197]}..."
+    return f"{max(words, key=len)}: {line}" if words and line != whole else line

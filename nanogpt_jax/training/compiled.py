@@ -19,14 +19,14 @@ from nanogpt_jax.training.step import Metrics, TrainState, TrainStep
 class CompiledStep:
     """A jitted step (state, rows, n), compiled for these arguments.
 
-    XLA:CPU reuses buffers in program order; two cores execute in another order and stall on buffers that are still being
-    read. A second program has memory of its own for every array: the same operations, the same bits, 1.0 to 1.4 times as
-    fast. XLA cannot store a program with several blocks of temporary memory, so it is compiled anew in each run, in a
-    thread, while the first program works.
+    XLA:CPU reuses buffers in program order; two cores execute in another order and stall on buffers that are still
+    being read. A second program has memory of its own for every array: the same operations, the same bits, 1.0 to 1.4
+    times as fast. XLA cannot store a program with several blocks of temporary memory, so each run compiles it anew, in
+    a thread, while the first program works.
 
-    With Execution.recompile this watches the clock and begins that by itself once it would pay (execution.RECOMPILE_*).
-    Compiling takes memory too, 0.7 GB for the default model and 3.6 for six layers of 384 channels, so it is left out if
-    that is more than a share of what is free.
+    With Execution.recompile this watches the clock and begins by itself once it pays (execution.RECOMPILE_*). Compiling
+    takes memory too, 0.7 GB for the default model and 3.6 for six layers of 384 channels, so it is left out if that is
+    more than a share of what is free.
     """
 
     def __init__(

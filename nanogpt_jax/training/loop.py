@@ -151,8 +151,8 @@ def _slow(cfg: Config) -> str:
     if minutes < 1:
         return ""
     return (
-        f"note: at {execution.CORE_FLOPS / 1e9:.0f} GFLOP/s a core, a step takes {minutes:.0f} minutes on this machine; "
-        f"with train.batch_size below {cfg.train.batch_size} it takes less"
+        f"note: at {execution.CORE_FLOPS / 1e9:.0f} GFLOP/s a core, a step takes {minutes:.0f} minutes on this "
+        f"machine; with train.batch_size below {cfg.train.batch_size} it takes less"
     )
 
 

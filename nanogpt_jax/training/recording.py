@@ -57,6 +57,6 @@ class Recording:
         return False
 
     def save(self, step: int, trees: dict[str, Any], loss: float | None) -> None:
-        """Begin to save; returns as soon as the trees are copied. The best checkpoint is the one with the least `loss`."""
+        """Begin to save; returns as soon as the trees are copied. The best checkpoint has the least `loss`."""
         meta = {"step": self.step, "best_val_loss": self.best_loss, "stale": self.stale}
         self.checkpoints.save(step, {k: v for k, v in trees.items() if jax.tree.leaves(v)}, meta, loss)

@@ -80,7 +80,7 @@ def init_state(
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A jitted function (state, rows [K, B, W] int32, n <= K) -> (the state n steps later, metrics of [K] float32 each).
+    """`jitted` (state, rows [K, B, W] int32, n <= K) -> the state n steps later, and metrics of [K] float32 each.
 
     The loop's length n is a run-time value, so one program serves a full call, the last short one and a single step,
     and every step is computed by the same instructions wherever a run was cut: that makes resuming exact. The state is

@@ -1,4 +1,4 @@
-"""What training asks about a kind of model. A language model is one value of it (language_model.py), a classifier another."""
+"""What training asks about a kind of model. A language model is one value of it, and a classifier another."""
 
 # B batch, W int32 numbers of a row
 

@@ -8,8 +8,7 @@
 These are the gradients of softmax(QKᵀ/√d_k)V, as in FlashAttention (Dao et al. 2022, algorithm 4). Only the order is
 ours: each device takes one head of one sequence after another, and a block of queries at a time against the keys that
 they may see. So only the scores of one block are ever in memory, its products are plain ones of two matrices, and more
-than a third of them are never formed. With dropout, P is multiplied by the mask where it meets V and dO·Vᵀ; the row sums
-stay.
+than a third of them are never formed. With dropout, P is multiplied by the mask before it meets V and dO·Vᵀ.
 """
 
 # B batch, T time, H heads, D head dim; N heads at a time, M times; queries start .. end see the keys before `end`

@@ -1,8 +1,8 @@
 """The linear layer, with a backward pass that XLA:CPU computes well.
 
-Standard gradients; only what is saved for them, and when they run, is ours. XLA:CPU would turn dW = xᵀ·g into a product
-with a transposed copy of g, and compute everything elementwise that leads to g again inside that strided copy. A barrier
-makes each array exist once, in order.
+Standard gradients; only what is saved for them, and when they run, is ours. XLA:CPU would turn dW = xᵀ·g into a
+product with a transposed copy of g, and compute everything elementwise that leads to g again inside that strided copy.
+A barrier makes each array exist once, in order.
 """
 
 # N rows, I inputs, O outputs

@@ -1,0 +1,33 @@
+"""Strangers' words in an error or a note: short, in one line, and as a person can read them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def cut(text: str, longest: int = 100) -> str:
+    """`text`, or its beginning and "..." if it has more than `longest` characters."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The first line of what an exception says, cut; the name of its class if it says nothing."""
+    return cut((str(error).strip() or type(error).__name__).splitlines()[0], longest)
+
+
+def printable(name: str | int, longest: int = 60) -> str:
+    """A name from a file, quoted if it holds what a person would not see: control characters, spaces at its end.
+
+    If it has more than `longest` characters, its beginning and "...".
+    """
+    text = str(name)
+    if len(text) > longest:
+        text = text[:longest] + "..."
+    return text if text.isprintable() and text == text.strip() else repr(text)
+
+
+def listed(words: Iterable[Any]) -> str:
+    """1; 1 and 2; 1, 2 and 3; of more than ten, the first ten and how many more."""
+    words = [str(word) for word in words]
+    if len(words) > 10:
+        words = [*words[:10], f"{len(words) - 10:,} more"]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
