@@ -73,8 +73,8 @@ def _answer(main: Main, argv: list[str] | None) -> int:
             raise
         print(f"error: {words}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(str(e) or "interrupted", file=sys.stderr)
         return 130
     except terminal.OutputError as e:
         print(f"error: cannot write to standard output: {e.strerror}", file=sys.stderr)
@@ -84,7 +84,7 @@ def _answer(main: Main, argv: list[str] | None) -> int:
 
 
 def out_of_memory(error: Exception) -> str:
-    """What to say where an error is a want of memory: XLA's, PyTorch's or Python's. Nothing of another one."""
+    """The message for an out-of-memory error (XLA, PyTorch, Python); "" for any other."""
     what = str(error).strip() or "out of memory"
     wants = isinstance(error, MemoryError) or re.search("(?i)out of memory|can't allocate memory", what)
     if not wants or re.search("(?i)shared memory|vmem", what):  # a kernel's, on a card

@@ -141,7 +141,7 @@ class Checkpointer:
         """Return when everything saved is on disk."""
         self._guard(self._manager.wait_until_finished, self.latest)
         if self.latest is not None:
-            runs.begun(self._run_dir)
+            runs.delete_replaced(self._run_dir)
 
     def saved(self) -> list[Path]:
         """The folders of all whole checkpoints, in order, when the save under way is done."""

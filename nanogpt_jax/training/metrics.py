@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from nanogpt_jax.config import TrainConfig, UserError
 from nanogpt_jax.host import files, terminal
-from nanogpt_jax.training.run_dir import begun, checkpoint_steps
+from nanogpt_jax.training.run_dir import checkpoint_steps, delete_replaced
 
 LINE_SECONDS = 60  # at most, between two lines of progress where there is no bar
 
@@ -51,7 +51,7 @@ class MetricsLog:
         except OSError as e:  # the next start drops what there is of the line
             raise self._failed(e) from None
         if self._is_new:
-            begun(self._run_dir)
+            delete_replaced(self._run_dir)
             self._is_new = False
         if self._tensorboard:
             for name, value in values.items():
