@@ -23,7 +23,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def check_file(flag: str, place: str) -> None:
-    """UserError where --FLAG=PLACE is no file that could be written: known now is better than after minutes of work."""
+    """UserError if `flag`=`place` is no file that can be written: known now is better than after minutes of work."""
     path = Path(place)
     if not place:
         raise UserError(f"{flag} needs the name of a file")
@@ -39,7 +39,7 @@ def check_file(flag: str, place: str) -> None:
 
 
 def write_file(flag: str, place: str, content: str | bytes) -> None:
-    """Write a result where --FLAG=PLACE asks for it: a link, a device or a pipe stays what it is."""
+    """Write the result that `flag`=`place` asks for: a link, a device or a pipe stays what it is. UserError."""
     try:
         files.write_result(Path(place), content)
     except OSError as e:

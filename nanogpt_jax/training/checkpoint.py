@@ -60,7 +60,7 @@ def _quiet_orbax() -> None:
 
 
 class _TemporaryFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """orbax's folder of a save under way, or of one item in it."""
+    """orbax's folder of a save under way, or of one item in it. A step's gets its checksums before its final name."""
 
     async def finalize(self) -> None:
         if self.get_final().name.isdecimal():  # a step, whose items are final
@@ -90,7 +90,7 @@ def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
         lightweight_initialize=keep is None,  # it reads the losses of all checkpoints otherwise
         cleanup_tmp_directories=keep is not None,
         temporary_path_class=_TemporaryFolder,
-        # else, where a folder cannot be made, orbax's threads wait ten minutes for it and keep the process alive
+        # else, if a folder cannot be made, orbax's threads wait ten minutes for it and keep the process alive
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     folder = run_dir / "checkpoints"
