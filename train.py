@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     with (
         run_dir.claim(command) as run,  # locked: nobody else writes here
         nullcontext(open_data(command.cfg.data)) as data,  # prepared on first use; Ctrl-C ends that at once
-        stop_on_signals() as stop,
+        stop_on_signals(lambda: run_dir.standing(run, argv)) as stop,
     ):
         run_dir.check_tokenizer(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
@@ -72,7 +72,7 @@ def train(cfg, run, data, stop):
             outcome = fit(cfg, mesh, state, step, K, language_model(cfg, mesh, data), checkpoints, log, meta, stop)
     if outcome.signal:
         return outcome, ""
-    params, _ = load_params(run, cfg, use=f"{config.program('sample')} {config.word(run)}")  # the best checkpoint
+    params, _ = load_params(run, cfg, command=f"{config.program('sample')} {config.word(run)}")  # the best checkpoint
     return outcome, opening_and_continuation(cfg.model, params, data.tokenizer, data.val[:16], seed=cfg.train.seed)
 
 

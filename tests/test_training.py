@@ -8,10 +8,12 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanogpt_jax import config
+from nanogpt_jax import cli, config
 from nanogpt_jax.cli import door
 from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UserError
 from nanogpt_jax.data import batches
@@ -35,7 +37,7 @@ from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
 from nanogpt_jax.model import attention, gpt2
-from nanogpt_jax.training import checkpoint, checksums, loop, metrics, program, signals
+from nanogpt_jax.training import checksums, loop, metrics, program, signals
 from nanogpt_jax.training.checkpoint import Checkpointer, load_params
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
 from nanogpt_jax.training.program import Program
@@ -337,7 +339,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
             os.kill(os.getpid(), signal.SIGTERM)
             assert signalled.wait(60), "the program was waited for"
 
-    with stop_on_signals() as stop:
+    with stop_on_signals(str) as stop:
         Program(Step(), jnp.ones(()), stop=stop)
         assert stop.received == signal.SIGTERM
         signalled.set()
@@ -347,7 +349,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader, popen):
     deep = (
         "import hashlib; from nanogpt_jax.training.signals import stop_on_signals\n"
-        "with stop_on_signals():\n"
+        "with stop_on_signals(lambda: 'the last checkpoint is step 8'):\n"
         "    print('inside', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # minutes, in which Python calls no handler
     )
@@ -365,18 +367,46 @@ def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reade
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     if reader == "there":
-        assert (
-            process.stderr.read()
-            == "ended at once; the same command goes on from the last checkpoint, or starts over if there is none\n"
-        )
+        assert process.stderr.read() == "ended at once; the last checkpoint is step 8\n"
 
 
-def test_a_closed_terminal_is_one_signal_however_often_it_comes(monkeypatch):
+@pytest.mark.parametrize(
+    ("during", "words"),
+    [
+        (
+            "save",
+            "nothing was saved in r\nstart over with the same command: nanogpt-jax train --data.* --resume never$",
+        ),
+        (
+            "wait",
+            r"the last checkpoint in r is step \d+\ngo on with the same command: (?!.*--resume)nanogpt-jax train --",
+        ),
+    ],
+)
+def test_a_second_signal_says_where_the_run_stands(train, monkeypatch, capsys, during, words):
+    """Before the save that the first one asked for, and while it is under way."""
+    method = getattr(Checkpointer, during)
+
+    def interrupted(self, *args):
+        if during == "save" or self.latest is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+        return method(self, *args)
+
+    raise_signal_at(monkeypatch, 9)  # when the step is compiled
+    monkeypatch.setattr(Checkpointer, during, interrupted)
+    monkeypatch.setattr(signals, "PATIENCE", 100)  # else it would end these tests if the save takes longer
+    flags = "--train.steps 1000 --train.save-every 0 --train.eval-every 0 --run-dir r --resume never".split()
+    assert cli._answer(lambda _: train(*flags), []) == 130
+    said = capsys.readouterr().err
+    assert re.search(f"^ended at once; {words}", said, re.M), said
+    assert checkpoint_steps(Path("r")) == [int(step) for step in re.findall("is step (.*)", said)]
+
+
+def test_a_closed_terminal_is_one_signal_however_often_it_comes():
     """Its shell sends one and the kernel another; and what whoever started us has us ignore stays ignored."""
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
     before = {s: signal.signal(s, signal.SIG_DFL) for s in signals.LISTENED}
     try:
-        with stop_on_signals() as stop:
+        with stop_on_signals(str) as stop:
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGHUP)
                 time.sleep(0.01)
@@ -384,7 +414,7 @@ def test_a_closed_terminal_is_one_signal_however_often_it_comes(monkeypatch):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         for number in signals.LISTENED:
             signal.signal(number, signal.SIG_IGN)
-        with stop_on_signals() as stop:
+        with stop_on_signals(str) as stop:
             for number in signals.LISTENED:
                 os.kill(os.getpid(), number)
                 assert signal.getsignal(number) == signal.SIG_IGN
@@ -393,6 +423,23 @@ def test_a_closed_terminal_is_one_signal_however_often_it_comes(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_nor_does_it_end_a_step_that_hears_no_signal(monkeypatch):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(signals, "PATIENCE", 0.001)
+    reading, writing = socket.socketpair()
+    answer = threading.Thread(target=signals._answer, args=[reading, str])
+    answer.start()
+    with writing:
+        for _ in range(3):
+            writing.send(bytes([signal.SIGHUP]))
+        answer.join(0.1)
+        assert not ends
+        writing.send(bytes([signal.SIGINT]))
+        answer.join(10)
+        assert ends == [128 + signal.SIGHUP]
 
 
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):
@@ -799,13 +846,13 @@ def flip(path: Path, bit: int) -> None:
 
 def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
     run, cfg = saved()
-    assert checkpoint._damage(run, 20, checkpoint.RESUME) == ""
+    assert checksums.damage(run / "checkpoints/20") == ""
     parts = sorted(p for p in (run / "checkpoints/20").rglob("*") if p.is_file() and p.stat().st_size)
     chance = random.Random(0)
     for path in parts:
         bit = chance.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        assert str(path) in checkpoint._damage(run, 20, checkpoint.RESUME)
+        assert str(path) in checksums.damage(run / "checkpoints/20")
         flip(path, bit)
     assert len(parts) > 20
     bad = run / "checkpoints/20/opt_state/_METADATA"
@@ -820,8 +867,11 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "a run"])
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*: python sample.py 'a run' --checkpoint=10$"):
         load_params(run, cfg)
-    with pytest.raises(UserError, match=rf"{bad} has .*\n.*rm -r {run}/checkpoints/20\n"):
-        load_params(run, cfg, use="start")
+    with pytest.raises(UserError, match=rf"{bad} has .*\n.*take checkpoint 10: eval --checkpoint=10$"):
+        load_params(run, cfg, command="eval")
+    again = rf"{bad} has .*\n.*rm -r {run}/checkpoints/20\n"
+    with Checkpointer(run.with_name("new"), 2) as checkpoints, pytest.raises(UserError, match=again):
+        checkpoints.resume(change(cfg, train__init_from=str(run)), tx, mesh)
     shutil.rmtree(run / "checkpoints/10")
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*no other"):
         load_params(run, cfg)
@@ -844,6 +894,42 @@ def test_other_damage_is_found_too(saved, spoil, words):
     spoil(run / "checkpoints/20")
     with pytest.raises(UserError, match=rf"checkpoints/20 is damaged\n.*checkpoints/20/{words}"):
         load_params(run, cfg)
+
+
+def test_every_file_that_is_read_is_verified_once(saved, monkeypatch):
+    run, cfg = saved()
+    verified, checksum = [], checksums._checksum
+
+    def count(folder: Path, name: str, start: int) -> int:
+        verified.append(str(Path(folder.name, name)))
+        return checksum(folder, name, start)
+
+    def files_of(*parts: str) -> list[str]:
+        folder = run / "checkpoints"
+        found = (path for part in parts for path in [folder / part, *(folder / part).rglob("*")] if path.is_file())
+        return sorted(str(path.relative_to(folder)) for path in found if path.stat().st_size)
+
+    monkeypatch.setattr(checksums, "_checksum", count)
+    load_params(run, cfg)
+    read = files_of("10/metrics", "20/metrics", "20/params", "20/meta", "20/_CHECKPOINT_METADATA")
+    assert sorted(verified) == read
+    verified.clear()
+    with Checkpointer(run, 2) as checkpoints:
+        checkpoints.resume(cfg, make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh))
+    assert sorted(verified) == sorted([*read, *files_of("20/opt_state")])
+
+
+def test_a_disk_that_cannot_be_read_is_told_with_the_file(saved, monkeypatch):
+    run, _ = saved()
+
+    def fail(data: bytes, *start: int) -> int:
+        if start:  # a file's block, and not the list of checksums
+            raise OSError(5, "Input/output error")
+        return zlib.crc32(data)
+
+    monkeypatch.setattr(checksums, "zlib", SimpleNamespace(crc32=fail))
+    wrong = checksums.damage(run / "checkpoints/20", only="metrics")
+    assert re.fullmatch(rf"{run}/checkpoints/20/metrics/\S+ cannot be read: Input/output error", wrong)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_and_one_note_says_what_that_means(saved, capsys):

@@ -79,7 +79,10 @@ def train(argv: list[str]) -> int:
 
     from nanogpt_jax.training.signals import stop_on_signals
 
-    with run_dir.claim(command) as run, stop_on_signals() as stop:
+    def standing() -> str:
+        return run_dir.standing(run, ["train", *argv], "classify")
+
+    with run_dir.claim(command) as run, stop_on_signals(standing) as stop:
         goes_on = not command.overwrite and run_dir.checkpoint_steps(run)
         data = labelled.open_data(command.cfg, run=_manifest(run) if goes_on else None)
         run_dir.check_tokenizer(command, data)
@@ -166,7 +169,7 @@ def _train(cfg: ClassifierConfig, run: Path, data: LabelledData, stop: Any):
     if outcome.signal:
         return outcome, None, {}
     then = f"{config.program('classify')} eval {config.word(run)}"
-    params, best = load_params(run, cfg, use=then)  # the best checkpoint, as eval and predict take it: on one device
+    params, best = load_params(run, cfg, command=then)  # the best, as eval and predict take it: on one device
     return outcome, best, scores(params, make_predict_step(cfg, make_mesh(config.MeshConfig())))
 
 

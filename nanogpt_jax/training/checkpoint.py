@@ -6,13 +6,16 @@ that it gets the checksums of all its files, which are compared whenever it is r
 """
 
 import asyncio
+import contextlib
 import errno
+import functools
 import inspect
 import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +30,38 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from nanogpt_jax.config import Config, UserError, joined, read_json
 from nanogpt_jax.distributed.sharding import shardings
-from nanogpt_jax.host import files, messages
+from nanogpt_jax.host import messages
 from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training import checksums
 from nanogpt_jax.training import run_dir as runs
 from nanogpt_jax.training.run_dir import UNFINISHED, checkpoint_steps
 from nanogpt_jax.training.step import TrainState, init_params, init_state, state_shardings
 
-# One failed read or write is one error of ours. Without this, orbax tells it once for every array, and every save as a
-# warning; and Python prints a traceback for each of its coroutines that was under way when the first one failed.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-# orbax counts bytes with these at each save, only to log them, and tensorstore (0.1.86) never frees what they return:
-# 36 KB a save.
-tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
-
-
-def _without_leftovers(show: Any) -> Any:
-    def show_unless_orbax(unraisable: Any) -> None:
-        if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
-            show(unraisable)
-
-    return show_unless_orbax
-
-
-sys.unraisablehook = _without_leftovers(sys.unraisablehook)
-
 SEALED = "checksums"  # the key in `meta` of a checkpoint that was saved with checksums
 
 
+@functools.cache
+def _quiet_orbax() -> None:
+    """Silence what orbax says beside our errors, and a leak of tensorstore's. Once a process, before the first manager.
+
+    orbax logs one failed read or write once per array, and every save as a warning. Python prints a traceback for each
+    of its coroutines that was still running when the first one failed.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+    # orbax calls this at each save, only to log byte counts; tensorstore (0.1.86) leaks 36 KB a call.
+    tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
+
+
 class _TemporaryFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """orbax's folder of a save under way, or of one item in it."""
+    """orbax's folder of a save under way, or of one item in it. A step's gets its checksums before its final name."""
 
     async def finalize(self) -> None:
         if self.get_final().name.isdecimal():  # a step, whose items are final
@@ -72,6 +76,9 @@ class _TemporaryFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
+    """orbax's manager of a run's checkpoints: the newest `keep` and the best are kept; None: only to read."""
+    _quiet_orbax()
+
     def score(metrics: dict[str, float]) -> float:
         return -metrics["val_loss"]
 
@@ -84,7 +91,7 @@ def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
         lightweight_initialize=keep is None,  # it reads the losses of all checkpoints otherwise
         cleanup_tmp_directories=keep is not None,
         temporary_path_class=_TemporaryFolder,
-        # else, where a folder cannot be made, orbax's threads wait ten minutes for it and keep the process alive
+        # else, if a folder cannot be made, orbax's threads wait ten minutes for it and keep the process alive
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     folder = run_dir / "checkpoints"
@@ -100,8 +107,9 @@ class Checkpointer:
     def __init__(self, run_dir: Path, keep: int):
         self._run_dir = run_dir
         steps = checkpoint_steps(run_dir)
-        for step in steps:  # orbax reads these at once, and reports one that is damaged by a traceback
-            _val_loss(run_dir, step, RESUME)
+        with _advice(run_dir, _delete_or_start_over):
+            for step in steps:  # orbax reads these at once, and raises its own errors for one that is damaged
+                _val_loss(_folder(run_dir, step))
         self._manager = _manager(run_dir, keep)
         self.latest = steps[-1] if steps else None
 
@@ -134,22 +142,24 @@ class Checkpointer:
         """Return when everything saved is on disk."""
         self._guard(self._manager.wait_until_finished, self.latest)
         if self.latest is not None:
-            runs.begun(self._run_dir)
+            runs.delete_replaced(self._run_dir)
 
     def saved(self) -> list[Path]:
         """The folders of all whole checkpoints, in order, when the save under way is done."""
         self.wait()
         return [self._run_dir / "checkpoints" / str(step) for step in checkpoint_steps(self._run_dir)]
 
-    def _guard(self, call: Any, step: int | None) -> None:
+    def _guard(self, call: Callable[[], object], step: int | None) -> None:
+        """Do `call`, a part of saving `step`; UserError if that fails, and what there is of the save is removed."""
         try:
             call()
         except (OSError, ValueError, RuntimeError) as e:  # tensorstore reports a full disk as a ValueError
             folder = self._run_dir / "checkpoints"
-            for begun in folder.glob(f"{step}{UNFINISHED}"):
-                shutil.rmtree(begun, ignore_errors=True)
+            shutil.rmtree(folder / f"{step}{UNFINISHED}", ignore_errors=True)
+            whole = [s for s in checkpoint_steps(self._run_dir) if s != step]
+            last = f"the last whole checkpoint is step {whole[-1]}" if whole else "there is no earlier checkpoint"
             raise UserError(
-                f"could not save step {step} in {folder}; {_last(self._run_dir, step)}\n       {_reason(e)}\n"
+                f"could not save step {step} in {folder}; {last}\n       {_reason(e)}\n"
                 "       see to that (a full disk: free some space), then go on with the same command"
             ) from None
 
@@ -163,9 +173,10 @@ class Checkpointer:
         if self.latest is None:
             first, params = Path(cfg.train.init_from), None
             if cfg.train.init_from != "scratch":
-                params, _ = load_params(first, read_json(first / "config.json"), mesh=mesh, use=START)
+                with _advice(first, _delete, "opt_state"):
+                    params, _ = _load(first, read_json(first / "config.json"), "best", mesh)
             return init_state(cfg, tx, mesh, params), fresh
-        _check(self._run_dir, self.latest, RESUME)
+        folder = _folder(self._run_dir, self.latest)
         shapes, shardings = state_shardings(cfg, tx, mesh)
         abstract = jax.tree.map(_abstract, shapes, shardings)
         items = ocp.args.Composite(
@@ -173,8 +184,9 @@ class Checkpointer:
             opt_state=ocp.args.StandardRestore(abstract.opt_state),
             meta=ocp.args.JsonRestore(),
         )
-        restored = _restore(self._manager, self._run_dir, self.latest, items, RESUME)
-        _check_finite(self._run_dir, self.latest, restored["params"], RESUME)
+        with _advice(self._run_dir, _delete_or_start_over):
+            _verify(folder)
+            restored = _restore(self._manager, folder, items)
         step = jax.device_put(jnp.int32(self.latest), shardings.step)
         meta = {**fresh, **restored["meta"], "step": self.latest}
         return TrainState(step, restored["params"], restored["opt_state"]), meta
@@ -188,14 +200,19 @@ def save_params(run_dir: Path, params: Params) -> None:
 
 
 def load_params(
-    run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | None = None, use: str = "read"
+    run_dir: Path, cfg: Config, which: str = "best", mesh: Mesh | None = None, command: str = ""
 ) -> tuple[Params, int]:
     """The parameters of a checkpoint, laid out on `mesh` or on one device, and its step. No optimizer, no data needed.
 
-    `which`: "best" by validation loss (the newest where none was measured), "latest", or a step's number.
-    `use`: READ, by a command that has --checkpoint; START, by another run that is about to start from them; or the
-    command that will read the run which has just ended.
+    `which`: "best" by validation loss (the newest if none was measured), "latest", or a step's number.
+    UserError if it cannot be used. It names a command that reads another checkpoint: the one that was typed, or
+    `command` with --checkpoint, if that has no such flag.
     """
+    with _advice(run_dir, functools.partial(_take_another, command), "opt_state"):
+        return _load(run_dir, cfg, which, mesh)
+
+
+def _load(run_dir: Path, cfg: Config, which: str, mesh: Mesh | None) -> tuple[Params, int]:
     runs.check_name(run_dir)
     steps = checkpoint_steps(run_dir)
     if not steps:
@@ -203,144 +220,164 @@ def load_params(
     if which == "latest":
         step = steps[-1]
     elif which == "best":
-        losses = {s: _val_loss(run_dir, s, use) for s in reversed(steps)}
+        losses = {s: _val_loss(_folder(run_dir, s)) for s in reversed(steps)}
         step = min(losses, key=lambda s: losses[s])
     elif which.isdecimal() and int(which) in steps:
         step = int(which)
     else:
         raise UserError(f"{run_dir} has no checkpoint {which}; it has {', '.join(map(str, steps))}, best and latest")
-    _check(run_dir, step, use)
+    folder = _folder(run_dir, step)
+    _verify(folder, "opt_state")
     shapes = jax.eval_shape(lambda: init_params(cfg))
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     layout = shardings(mesh, shapes) if mesh else jax.tree.map(lambda _: one_device, shapes)
     abstract = jax.tree.map(_abstract, shapes, layout)
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
     with _manager(run_dir, None) as manager:
-        params = _restore(manager, run_dir, step, items, use)["params"]
-    _check_finite(run_dir, step, params, use)
-    return params, step
-
-
-def _last(run_dir: Path, but: int | None = None) -> str:
-    """The last checkpoint in words. `but`: a step whose save has failed."""
-    whole = [s for s in checkpoint_steps(run_dir) if s != but]
-    return f"the last whole checkpoint is step {whole[-1]}" if whole else "there is no earlier checkpoint"
-
-
-# ---- what may be wrong with one -------------------------------------------------------------------------------------
-
-RESUME, READ, START = "resume", "read", "start"  # what a checkpoint is wanted for
+        restored = _restore(manager, folder, ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
+    return restored["params"], step
 
 
 def _folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / str(step)
 
 
-def _damage(run_dir: Path, step: int, use: str) -> str:
-    """What is wrong with the files of a checkpoint that are needed for `use`; "" if nothing is, or nobody can know."""
-    folder = _folder(run_dir, step)
-    wrong = checksums.damage(folder, leave_out="" if use == RESUME else "opt_state")
-    if not wrong and not checksums.exist(folder) and _meta(folder).get(SEALED):
+# ---- what may be wrong with one -------------------------------------------------------------------------------------
+
+
+class _Unusable(Exception):
+    """The checkpoint in `folder` cannot be used. `_advice` adds what to do and makes a UserError of it."""
+
+    def __init__(self, folder: Path, why: str):
+        super().__init__(f"checkpoint {folder} {why}")
+        self.step = int(folder.name)
+
+
+def _val_loss(folder: Path) -> float:
+    """The validation loss that a checkpoint was saved with; infinite if none was measured. _Unusable if damaged."""
+    if wrong := checksums.damage(folder, only="metrics"):
+        raise _Unusable(folder, f"is damaged\n       {wrong}")
+    path = folder / "metrics" / "metrics"
+    try:
+        return float(json.loads(path.read_bytes())["val_loss"]) if path.exists() else float("inf")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise _Unusable(folder, f"is damaged\n       {path} holds no loss: {_reason(e)}") from None
+
+
+def _verify(folder: Path, *unread: str) -> None:
+    """_Unusable if a checkpoint is damaged; a note if nobody can know. `unread`: items that are not to be restored."""
+    if wrong := _damage(folder, *unread):
+        raise _Unusable(folder, f"is damaged\n       {wrong}")
+    if not checksums.exist(folder):
+        print(f"note: an earlier version saved {folder} without checksums: damage cannot be found", file=sys.stderr)
+
+
+def _damage(folder: Path, *unread: str) -> str:
+    """What is wrong with the files of a checkpoint; "" if nothing is, or nobody can know. `_val_loss` has its own."""
+    wrong = checksums.damage(folder, leave_out=("metrics", *unread))
+    if not wrong and not checksums.exist(folder) and _is_sealed(folder):
         return f"{folder / checksums.NAME} is missing"
     return wrong
 
 
-def _meta(folder: Path) -> dict[str, Any]:
+def _is_sealed(folder: Path) -> bool:
+    """Whether a checkpoint says of itself that it was saved with checksums."""
     try:
-        found = json.loads(files.read(folder / "meta" / "metadata"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return json.loads((folder / "meta" / "metadata").read_bytes())[SEALED]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
-def _check(run_dir: Path, step: int, use: str) -> None:
-    """UserError where a checkpoint is damaged. A note where that cannot be told."""
-    if wrong := _damage(run_dir, step, use):
-        raise _unusable(run_dir, step, use, "is damaged", wrong)
-    if not checksums.exist(folder := _folder(run_dir, step)):
-        print(f"note: an earlier version saved {folder} without checksums: damage cannot be found", file=sys.stderr)
-
-
-def _val_loss(run_dir: Path, step: int, use: str) -> float:
-    """The validation loss that a checkpoint was saved with; infinite where none was measured."""
-    folder = _folder(run_dir, step)
-    wrong = checksums.damage(folder, only="metrics")
-    path = folder / "metrics" / "metrics"
+def _restore(manager: ocp.CheckpointManager, folder: Path, items: Any) -> Any:
+    """What orbax reads for `items`. _Unusable if it cannot, or if a parameter is not finite."""
+    step = int(folder.name)
     try:
-        if not wrong:
-            return float(json.loads(path.read_bytes())["val_loss"]) if path.exists() else float("inf")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        wrong = f"{path} holds no loss: {_reason(e)}"
-    raise _unusable(run_dir, step, use, "is damaged", wrong)
-
-
-def _check_finite(run_dir: Path, step: int, params: Params, use: str) -> None:
-    """UserError where a parameter is not finite: all that is computed with it is of no use."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        for shard in leaf.addressable_shards:
-            if shard.replica_id == 0 and not np.isfinite(np.asarray(shard.data)).all():
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise _unusable(run_dir, step, use, f"is not finite: there is nan or inf in {name}")
-
-
-def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: Any, use: str) -> Any:
-    try:
-        return manager.restore(step, args=items)
-    except Exception as e:  # orbax raises just that where an array cannot be read
+        restored = manager.restore(step, args=items)
+    except Exception as e:  # orbax raises just that if an array cannot be read
         if isinstance(e, MemoryError) or "out of memory" in str(e).lower():
             raise
-        folder, reason = _folder(run_dir, step), _reason(e)
         differs = _misfit(manager, step, items["params"].item)
         if checksums.exist(folder) or differs:
             raise UserError(
-                f"checkpoint {folder} does not fit the settings in {run_dir / 'config.json'}\n"
-                f"       {differs or reason}\n       if that file was changed, bring the old one back"
+                f"checkpoint {folder} does not fit the settings in {folder.parents[1] / 'config.json'}\n"
+                f"       {differs or _reason(e)}\n       if that file was changed, bring the old one back"
             ) from None
-        raise _unusable(run_dir, step, use, "is damaged or of another model", reason) from None
+        raise _Unusable(folder, f"is damaged or of another model\n       {_reason(e)}") from None
+    for name, leaf in _by_name(restored["params"]).items():
+        for shard in leaf.addressable_shards:
+            if shard.replica_id == 0 and not np.isfinite(np.asarray(shard.data)).all():
+                raise _Unusable(folder, f"is not finite: there is nan or inf in {name}")
+    return restored
 
 
 def _misfit(manager: ocp.CheckpointManager, step: int, wanted: Any) -> str:
     """The first parameter whose shape in a checkpoint is not the one that the settings ask for; "" if none is found."""
-    names = {
-        jax.tree_util.keystr(k, simple=True, separator="."): v for k, v in jax.tree_util.tree_leaves_with_path(wanted)
-    }
     try:
-        found = {
-            jax.tree_util.keystr(path, simple=True, separator="."): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["params"].tree)
-        }
+        found = _by_name(manager.item_metadata(step)["params"].tree)
     except Exception:  # damaged, then
         return ""
-    for name in names | found:
-        ours, theirs = (tuple(x[name].shape) if name in x else "not there" for x in (names, found))
+    wanted = _by_name(wanted)
+    for name in wanted | found:
+        ours, theirs = (tuple(x[name].shape) if name in x else "not there" for x in (wanted, found))
         if ours != theirs:
             return f"{name} is {theirs} in the checkpoint, and {ours} by the settings"
     return ""
 
 
-def _unusable(run_dir: Path, step: int, use: str, wrong: str, detail: str = "") -> UserError:
-    """What to say of a checkpoint that cannot be used: why, and the command that leads on."""
-    steps = checkpoint_steps(run_dir)
-    bad = [s for s in steps if s == step or _damage(run_dir, s, use)]
-    good = [s for s in steps if s not in bad]
-    before = max([s for s in good if s < step], default=min(good, default=step))
-    delete = joined(["rm", "-r", *(str(_folder(run_dir, s)) for s in bad)])
-    if not good and use == RESUME:
-        remedy = f"there is no other; start over: {runs.typed(('--resume',), '--overwrite') or '--overwrite'}"
-    elif not good:
-        remedy = "the run has no other"
-    elif use not in (RESUME, READ, START):
-        remedy = f"the run itself has ended and is saved; take checkpoint {max(good)}: {use} --checkpoint={max(good)}"
-    elif use == READ and len([word for word in sys.argv[1:] if os.path.isdir(f"{word}/checkpoints")]) > 1:
-        remedy = f"delete it, and another is taken: {delete}"  # two runs, and --checkpoint would be for both
-    elif use == READ and (again := runs.typed(("--checkpoint",), f"--checkpoint={before}")):
-        remedy = f"take checkpoint {before} instead: {again}"
-    elif use == READ:
-        remedy = f"take checkpoint {before} instead"
-    else:
-        remedy = f"go on from checkpoint {max(good)}: {delete}\n       then give the same command once more"
-    what = f"checkpoint {_folder(run_dir, step)} {wrong}"
-    return UserError("\n       ".join(filter(None, [what, detail, remedy])))
+def _by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths: "h.attn.c_attn.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+# ---- what to do then ------------------------------------------------------------------------------------------------
+
+Advice = Callable[[int, list[int], str], str]  # (unusable step, usable steps, command that deletes all others)
+
+
+@contextlib.contextmanager
+def _advice(run_dir: Path, advise: Advice, *unread: str) -> Iterator[None]:
+    """Make a UserError of an _Unusable checkpoint of the run: why, and what leads on. `unread`: as in `_verify`."""
+
+    def is_usable(step: int) -> bool:
+        with contextlib.suppress(_Unusable):
+            _val_loss(_folder(run_dir, step))
+            return not _damage(_folder(run_dir, step), *unread)
+        return False
+
+    try:
+        yield
+    except _Unusable as e:
+        steps = checkpoint_steps(run_dir)
+        good = [step for step in steps if step != e.step and is_usable(step)]
+        delete = joined(["rm", "-r", *(str(_folder(run_dir, step)) for step in steps if step not in good)])
+        raise UserError(f"{e}\n       {advise(e.step, good, delete)}") from None
+
+
+def _take_another(command: str, step: int, good: list[int], delete: str) -> str:
+    """For a reader of a run. `command`: as in `load_params`."""
+    if not good:
+        return "the run has no other"
+    if command:
+        return f"the run itself has ended and is saved; take checkpoint {max(good)}: {command} --checkpoint={max(good)}"
+    if len([word for word in sys.argv[1:] if os.path.isdir(f"{word}/checkpoints")]) > 1:
+        return f"delete it, and another is taken: {delete}"  # two runs, and --checkpoint would be for both
+    before = max([s for s in good if s < step], default=min(good))
+    again = runs.typed(("--checkpoint",), f"--checkpoint={before}")
+    return f"take checkpoint {before} instead" + (again and f": {again}")
+
+
+def _delete(_: int, good: list[int], delete: str) -> str:
+    """For a run that starts from one, and takes the best."""
+    if not good:
+        return "the run has no other"
+    return f"go on from checkpoint {max(good)}: {delete}\n       then give the same command once more"
+
+
+def _delete_or_start_over(step: int, good: list[int], delete: str) -> str:
+    """For a run that goes on from its newest."""
+    if not good:
+        return f"there is no other; start over: {runs.typed(('--resume',), '--overwrite') or '--overwrite'}"
+    return _delete(step, good, delete)
 
 
 def _reason(error: BaseException) -> str:

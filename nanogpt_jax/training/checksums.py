@@ -19,14 +19,8 @@ BLOCK = 1 << 20  # bytes read at a time
 
 def write(folder: Path) -> None:
     """Keep the checksums of all files of `folder` in it. OSError."""
-    sizes = {
-        name: os.path.getsize(folder / name) for name, kind in files.entries(folder) if kind == "file" and name != NAME
-    }
-    found: dict[str, list[int]] = {name: [size] for name, size in sizes.items()}
-    parts = _parts(sizes)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for (name, _), checksum in zip(parts, threads.map(lambda part: _checksum(folder, *part), parts), strict=True):
-            found[name].append(checksum)
+    names = [name for name, kind in files.entries(folder) if kind == "file" and name != NAME]
+    found = _measure(folder, {name: os.path.getsize(folder / name) for name in names})
     files.write(folder / NAME, json.dumps({"checksum": _of(found), "files": found}) + "\n")
 
 
@@ -34,42 +28,36 @@ def exist(folder: Path) -> bool:
     return os.path.lexists(folder / NAME)
 
 
-def damage(folder: Path, leave_out: str = "", only: str = "") -> str:
-    """What is wrong with the files of `folder`, except for the folder `leave_out` in it; "" if nothing is.
+def damage(folder: Path, only: str = "", leave_out: tuple[str, ...] = ()) -> str:
+    """What is wrong with the files of `folder`; "" if nothing is. Without checksums: only whether all are files.
 
-    `only`: with the files of one folder in it. Without checksums: only whether all are files.
+    `only`: with the files of that folder in it; `leave_out`: with all but the files of these.
     """
-    path = folder
+    path = folder / NAME
     try:
         for name, kind in files.entries(folder):
-            path = folder / name
             if kind not in ("file", "folder"):
-                return f"{path} is a {kind}"
-        path = folder / NAME
+                return f"{folder / name} is a {kind}"
         if not exist(folder):
             return ""
         kept = json.loads(path.read_bytes())
         if kept["checksum"] != _of(kept["files"]):
             return f"{path} has another checksum than when it was saved"
-        recorded: dict[str, list[int]] = {
+        wanted: dict[str, list[int]] = {
             name: about
             for name, about in kept["files"].items()
-            if (top := name.split("/")[0]) != leave_out and only in ("", top)
+            if (top := name.split("/")[0]) not in leave_out and only in ("", top)
         }
-        for name, (size, *_) in recorded.items():
-            path = folder / name
-            if (found := os.path.getsize(path)) != size:
-                return f"{path} has {found:,} bytes instead of {size:,}"
-        parts = _parts({name: about[0] for name, about in recorded.items()})
-        wanted = [checksum for _, *checksums in recorded.values() for checksum in checksums]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            found = threads.map(lambda part: _checksum(folder, *part), parts)
-            for (name, _), checksum, expected in zip(parts, found, wanted, strict=True):
-                path = folder / name
-                if checksum != expected:
-                    return f"{path} has another checksum than when it was saved"
+        sizes = {name: size for name, (size, *_) in wanted.items()}
+        for name, size in sizes.items():
+            if (found := os.path.getsize(folder / name)) != size:
+                return f"{folder / name} has {found:,} bytes instead of {size:,}"
+        measured = _measure(folder, sizes)
+        for name, about in wanted.items():
+            if about != measured[name]:
+                return f"{folder / name} has another checksum than when it was saved"
     except FileNotFoundError as e:
-        return f"{e.filename or path} is missing"
+        return f"{e.filename} is missing"
     except OSError as e:
         return f"{e.filename or path} cannot be read: {e.strerror or e}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -77,16 +65,25 @@ def damage(folder: Path, leave_out: str = "", only: str = "") -> str:
     return ""
 
 
-def _parts(sizes: dict[str, int]) -> list[tuple[str, int]]:
-    return [(name, start) for name, size in sizes.items() for start in range(0, size, PART)]
+def _measure(folder: Path, sizes: dict[str, int]) -> dict[str, list[int]]:
+    """The size of each file, and the checksum of each PART of it. OSError."""
+    parts = [(name, start) for name, size in sizes.items() for start in range(0, size, PART)]
+    found = {name: [size] for name, size in sizes.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for (name, _), checksum in zip(parts, threads.map(lambda part: _checksum(folder, *part), parts), strict=True):
+            found[name].append(checksum)
+    return found
 
 
 def _checksum(folder: Path, name: str, start: int) -> int:
     checksum, left = 0, PART
     with (folder / name).open("rb", buffering=0) as file:
         file.seek(start)
-        while block := file.read(min(BLOCK, left)):
-            checksum, left = zlib.crc32(block, checksum), left - len(block)
+        try:
+            while block := file.read(min(BLOCK, left)):
+                checksum, left = zlib.crc32(block, checksum), left - len(block)
+        except OSError as e:  # a disk that fails: the system does not say in which file
+            raise OSError(e.errno, e.strerror, str(folder / name)) from None
     return checksum
 
 

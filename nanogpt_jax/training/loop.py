@@ -97,7 +97,7 @@ def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -
 
 
 def choose_steps_per_dispatch(cfg: Config, platform: str) -> int:
-    """More than 1 where a step is under 40 GFLOP, and the call itself costs something.
+    """More than 1 if a step is under 40 GFLOP: then the call itself costs something.
 
     The defaults' step takes a CPU 35 ms, and an H100 less than a millisecond, of which the call would be half.
     """
@@ -203,7 +203,7 @@ def fit(
                 val_loss = task.loss(scores)
                 reader.pause(time.monotonic() - paused)
             best = meta["best_val_loss"]
-            is_best = val_loss is not None and (best is None or not best <= val_loss)  # nan is no best
+            is_best = val_loss is not None and (best is None or not best <= val_loss)  # an old run's may be nan
             if is_best:
                 meta = {**meta, "best_val_loss": val_loss, "stale": 0}
             elif val_loss is not None:
