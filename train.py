@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     with (
         run_dir.claim(command) as run,  # locked: nobody else writes here
         nullcontext(open_data(command.cfg.data)) as data,  # prepared on first use; Ctrl-C ends that at once
-        stop_on_signals() as stop,
+        stop_on_signals(lambda: run_dir.standing(run, argv)) as stop,
     ):
         run_dir.check_tokenizer(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)

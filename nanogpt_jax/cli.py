@@ -23,7 +23,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def check_file(flag: str, place: str) -> None:
-    """UserError where --FLAG=PLACE is no file that could be written: known now is better than after minutes of work."""
+    """UserError if `flag`=`place` is no file that can be written: known now is better than after minutes of work."""
     path = Path(place)
     if not place:
         raise UserError(f"{flag} needs the name of a file")
@@ -39,7 +39,7 @@ def check_file(flag: str, place: str) -> None:
 
 
 def write_file(flag: str, place: str, content: str | bytes) -> None:
-    """Write a result where --FLAG=PLACE asks for it: a link, a device or a pipe stays what it is."""
+    """Write the result that `flag`=`place` asks for: a link, a device or a pipe stays what it is. UserError."""
     try:
         files.write_result(Path(place), content)
     except OSError as e:
@@ -73,8 +73,8 @@ def _answer(main: Main, argv: list[str] | None) -> int:
             raise
         print(f"error: {words}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(str(e) or "interrupted", file=sys.stderr)
         return 130
     except terminal.OutputError as e:
         print(f"error: cannot write to standard output: {e.strerror}", file=sys.stderr)
@@ -84,7 +84,7 @@ def _answer(main: Main, argv: list[str] | None) -> int:
 
 
 def out_of_memory(error: Exception) -> str:
-    """What to say where an error is a want of memory: XLA's, PyTorch's or Python's. Nothing of another one."""
+    """The message for an out-of-memory error (XLA, PyTorch, Python); "" for any other."""
     what = str(error).strip() or "out of memory"
     wants = isinstance(error, MemoryError) or re.search("(?i)out of memory|can't allocate memory", what)
     if not wants or re.search("(?i)shared memory|vmem", what):  # a kernel's, on a card

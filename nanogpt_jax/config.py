@@ -136,9 +136,7 @@ class Config:
 
 @dataclass(frozen=True)
 class LabelledConfig:
-    source: str = (
-        "python"  # a .jsonl, .json, .csv, .tsv or .parquet file, hf:NAME[:CONFIG], or python: is it prose or code
-    )
+    source: str = "python"  # a .jsonl, .json, .csv, .tsv or .parquet file, hf:NAME[:CONFIG], or python: prose or code
     split: str = "train"  # of hf:NAME, the split that is taken
     text_column: str = "text"  # where the text stands
     label_column: str = "label"  # where the label stands: a string or a whole number
@@ -580,7 +578,7 @@ def is_classifier(run: Path) -> bool:
     return "classify" in _read_tree(run / "config.json")
 
 
-SET_ASIDE = (".overwriting", ".overwritten")  # in a run directory: the run that is started over, see run_dir.py
+REPLACED = (".overwriting", ".overwritten")  # in a run directory: the run that is started over, see run_dir.py
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
@@ -591,7 +589,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
         tree = json.loads(files.read(path).decode("utf-8"))
     except FileNotFoundError:
         found = [p.parent for p in sorted(path.parent.glob("*/config.json"))]
-        if any(folder.name in SET_ASIDE for folder in found):
+        if any(folder.name in REPLACED for folder in found):
             raise UserError(
                 f"{path.parent} is being started over, or that was interrupted: give the same command again\n"
                 "       what it does not begin anew, it puts back"
@@ -604,10 +602,9 @@ def _read_tree(path: Path) -> dict[str, Any]:
         elif not path.parent.is_dir() or not any(path.parent.iterdir()):
             other += f", or train one there: {program('train')} --run-dir {word(path.parent)}"
         raise UserError(f"{path.parent} is not a run directory: it has no {path.name}{other}") from None
-    except RecursionError:
-        raise UserError(f"{path} is damaged: it is nested too deep{remedy}") from None
-    except ValueError as e:
-        raise UserError(f"{path} is damaged: {e}{remedy}") from None
+    except (ValueError, RecursionError) as e:
+        why = "it is nested too deep" if isinstance(e, RecursionError) else e
+        raise UserError(f"{path} is damaged: {why}{remedy}") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if not isinstance(tree, dict):

@@ -60,10 +60,10 @@ CACHE_ERROR = "Error (reading|writing) persistent compilation cache entry for '(
 
 
 def _mending_cache(show: Any) -> Any:
-    """A warnings.showwarning that throws away an entry of the compile cache that cannot be used, without a word.
+    """A warnings.showwarning that silently deletes a damaged entry of the compile cache, and is `show` for the rest.
 
-    JAX warns before it compiles anew and keeps the result, unless there is still a file of that name. A cache that
-    cannot be written (a full disk) is not worth a word either.
+    JAX warns, compiles and writes a new entry, but not over a file that is still there. A cache that cannot be written
+    (a full disk) is not worth a word either.
     """
 
     def show_others(message: Any, *where: Any, **more: Any) -> None:
@@ -88,17 +88,20 @@ def _discard(name: str) -> None:
 
 
 def _complete_cache() -> None:
-    """Note when an entry was last used where that is missing: with a single one, JAX keeps no entry any more.
+    """Write the missing times of use: if a single entry has none, JAX stops writing to the cache.
 
-    A process that was killed leaves such entries, a full disk, and a program that sets no limit to this cache.
+    A killed process leaves such entries, and so do a full disk and a program that sets no limit to this cache.
     """
     if os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "-1":
         return
     with contextlib.suppress(OSError):  # no such folder, or not ours to write in
         folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-        names = {entry.name for entry in os.scandir(folder) if entry.is_file() or entry.is_dir()}
-        for name in set(os.listdir(folder)) - names:  # JAX would wait for a pipe
-            (folder / name).unlink()
+        names = set()
+        for entry in list(os.scandir(folder)):
+            if entry.is_file() or entry.is_dir():
+                names.add(entry.name)
+            else:  # JAX would wait for a pipe
+                os.unlink(entry)
         for name in names:
             note = f"{name[:-5]}atime"
             if name.endswith("-cache") and note not in names:

@@ -98,6 +98,20 @@ def test_settings_are_read_without_jax():
             assert not {n.split(".")[0] for n in imported(path)} & {"jax", "flax", "optax", "orbax"}, path
 
 
+def test_an_import_changes_nothing_of_another_module():
+    """No function of one is called for its effect at the top of a file, and none of its names is set."""
+    for path in modules_of(PACKAGE):
+        body = [] if path.name == "__main__.py" else ast.parse(path.read_text(encoding="utf-8")).body
+        imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        theirs = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+        for node in body:
+            changed = (
+                node.targets if isinstance(node, ast.Assign) else [node.value] if isinstance(node, ast.Expr) else []
+            )
+            for x in [x for x in changed if isinstance(x, ast.Attribute | ast.Subscript | ast.Call)]:
+                assert ast.unparse(x).partition(".")[0] not in theirs, f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("place", PURE)
 def test_pure_rooms_do_no_io(place):
     for path in modules_of(PACKAGE / place):

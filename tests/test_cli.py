@@ -166,7 +166,8 @@ def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, cle
     page = run(tmp_path, {**clean_env, "COLUMNS": "80"}, "train.py", "--help").stdout
     assert re.search(r"--model.n-layer INT +L, transformer blocks \(default: 4\)", page)
     assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+from the peak .* in the last 20\s+%", page)
-    assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", page), "a setting without a comment"
+    for text in (page, config.help_text(config.ClassifierConfig)):
+        assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", text), "a setting without a comment"
     assert max(map(len, page.splitlines())) < 110
     page = page.replace("-", "_")
     shown = run(tmp_path, clean_env, "train.py", "gpt2", "--model.n-layer=3", "--model.n_head", "4", "--print-config")

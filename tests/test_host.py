@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -68,13 +69,13 @@ def test_a_result_leaves_links_devices_and_pipes_what_they_are(tmp_path):
     reader.join(10)
     assert heard == ["through"]
     assert pipe.is_fifo()
-    files.write_result(files.Path("/dev/null"), "gone")
-    assert files.is_special(files.Path("/dev/null"))
+    files.write_result(Path("/dev/null"), "gone")
+    assert files.is_special(Path("/dev/null"))
 
 
 def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
     files.check_writable(tmp_path / "new")
-    files.check_writable(files.Path("/dev/null"))
+    files.check_writable(Path("/dev/null"))
     assert list(tmp_path.iterdir()) == []
     for place in (tmp_path / "no" / "folder", tmp_path):
         with pytest.raises(OSError):

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from nanogpt_jax.training.program import Program
 
-from nanogpt_jax import config
+from nanogpt_jax import cli, config
 from nanogpt_jax.cli import door
 from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UserError
 from nanogpt_jax.data import batches
@@ -338,7 +339,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
             os.kill(os.getpid(), signal.SIGTERM)
             assert signalled.wait(60), "the program was waited for"
 
-    with stop_on_signals() as stop:
+    with stop_on_signals(str) as stop:
         Program(Step(), jnp.ones(()), stop=stop)
         assert stop.received == signal.SIGTERM
         signalled.set()
@@ -348,7 +349,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader, popen):
     deep = (
         "import hashlib; from nanogpt_jax.training.signals import stop_on_signals\n"
-        "with stop_on_signals():\n"
+        "with stop_on_signals(lambda: 'the last checkpoint is step 8'):\n"
         "    print('inside', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # minutes, in which Python calls no handler
     )
@@ -366,18 +367,46 @@ def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reade
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     if reader == "there":
-        assert (
-            process.stderr.read()
-            == "ended at once; the same command goes on from the last checkpoint, or starts over if there is none\n"
-        )
+        assert process.stderr.read() == "ended at once; the last checkpoint is step 8\n"
 
 
-def test_a_closed_terminal_is_one_signal_however_often_it_comes(monkeypatch):
+@pytest.mark.parametrize(
+    ("during", "words"),
+    [
+        (
+            "save",
+            "nothing was saved in r\nstart over with the same command: nanogpt-jax train --data.* --resume never$",
+        ),
+        (
+            "wait",
+            r"the last checkpoint in r is step \d+\ngo on with the same command: (?!.*--resume)nanogpt-jax train --",
+        ),
+    ],
+)
+def test_a_second_signal_says_where_the_run_stands(train, monkeypatch, capsys, during, words):
+    """Before the save that the first one asked for, and while it is under way."""
+    method = getattr(Checkpointer, during)
+
+    def interrupted(self, *args):
+        if during == "save" or self.latest is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+        return method(self, *args)
+
+    raise_signal_at(monkeypatch, 9)  # when the step is compiled
+    monkeypatch.setattr(Checkpointer, during, interrupted)
+    monkeypatch.setattr(signals, "PATIENCE", 100)  # else it would end these tests if the save takes longer
+    flags = "--train.steps 1000 --train.save-every 0 --train.eval-every 0 --run-dir r --resume never".split()
+    assert cli._answer(lambda _: train(*flags), []) == 130
+    said = capsys.readouterr().err
+    assert re.search(f"^ended at once; {words}", said, re.M), said
+    assert checkpoint_steps(Path("r")) == [int(step) for step in re.findall("is step (.*)", said)]
+
+
+def test_a_closed_terminal_is_one_signal_however_often_it_comes():
     """Its shell sends one and the kernel another; and what whoever started us has us ignore stays ignored."""
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
     before = {s: signal.signal(s, signal.SIG_DFL) for s in signals.LISTENED}
     try:
-        with stop_on_signals() as stop:
+        with stop_on_signals(str) as stop:
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGHUP)
                 time.sleep(0.01)
@@ -385,7 +414,7 @@ def test_a_closed_terminal_is_one_signal_however_often_it_comes(monkeypatch):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         for number in signals.LISTENED:
             signal.signal(number, signal.SIG_IGN)
-        with stop_on_signals() as stop:
+        with stop_on_signals(str) as stop:
             for number in signals.LISTENED:
                 os.kill(os.getpid(), number)
                 assert signal.getsignal(number) == signal.SIG_IGN
@@ -394,6 +423,23 @@ def test_a_closed_terminal_is_one_signal_however_often_it_comes(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_nor_does_it_end_a_step_that_hears_no_signal(monkeypatch):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(signals, "PATIENCE", 0.001)
+    reading, writing = socket.socketpair()
+    answer = threading.Thread(target=signals._answer, args=[reading, str])
+    answer.start()
+    with writing:
+        for _ in range(3):
+            writing.send(bytes([signal.SIGHUP]))
+        answer.join(0.1)
+        assert not ends
+        writing.send(bytes([signal.SIGINT]))
+        answer.join(10)
+        assert ends == [128 + signal.SIGHUP]
 
 
 def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, capsys):

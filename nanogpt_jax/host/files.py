@@ -25,7 +25,7 @@ LONGEST = 200  # bytes of NAME in a temporary name: file systems end names at 25
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """The old content or the new, whatever happens in between. OSError where it cannot be written; nothing stays then.
+    """Leave the old content or the new, whatever happens in between. OSError; then the old.
 
     A link at `path` is replaced, not followed; see `write_result`.
     """
@@ -37,8 +37,8 @@ def write(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A fresh empty file beside `path`, to be written by anybody's code. At the end it becomes `path`; an error removes
-    it and leaves `path` as it was."""
+    """A fresh empty file beside `path`, for any code to write. At the end it becomes `path`; an error removes it and
+    leaves `path` as it was."""
     remove_leftovers(path)
     with _fresh(path, _make_file) as beside:
         with contextlib.suppress(OSError):  # no file at `path` yet
@@ -107,14 +107,14 @@ def entries(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def check_writable(path: Path) -> None:
-    """OSError where no file could be written at `path`. Tries it, as permissions alone do not tell."""
+    """OSError if no file can be written at `path`. Tries it, as permissions alone do not tell."""
     if is_special(path):
         if not os.access(path, os.W_OK):
-            raise PermissionError(13, "Permission denied", str(path))
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return
     path = target(path)
     if path.is_dir():
-        raise IsADirectoryError(21, "Is a directory", str(path))
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with _fresh(path, _make_file):
         pass
 
@@ -160,8 +160,10 @@ def _fresh(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         beside = path.with_name(f".{_short(path.name)}.{secrets.token_hex(6)}.tmp")
         make(beside)
         descriptor = _lock(beside)
-        if os.path.lexists(beside):  # else another start took it for a leftover before it was locked
+        if os.path.lexists(beside):
             break
+        if descriptor is not None:  # another writer took it for a leftover before it was locked
+            os.close(descriptor)
     try:
         yield beside
     finally:
@@ -180,17 +182,16 @@ def _make_file(beside: Path) -> None:
 
 
 def _lock(beside: Path) -> int | None:
+    """A descriptor that keeps `beside` locked until it is closed; None if it cannot be opened."""
     if fcntl is None:
         return None
-    with contextlib.suppress(OSError):
+    try:
         descriptor = os.open(beside, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # a file system without locks
-            os.close(descriptor)
-            return None
-        return descriptor
-    return None
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
 
 
 def _remove(beside: Path) -> None:

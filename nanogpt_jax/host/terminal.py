@@ -77,7 +77,7 @@ def console() -> "Console":
 
 
 def _own(stream: TextIO) -> TextIO:
-    """`stream` itself, where rich has put its own before it while a bar is drawn."""
+    """`stream` itself, if rich has put its own before it while a bar is drawn."""
     return getattr(stream, "rich_proxied_file", stream)
 
 

@@ -79,7 +79,10 @@ def train(argv: list[str]) -> int:
 
     from nanogpt_jax.training.signals import stop_on_signals
 
-    with run_dir.claim(command) as run, stop_on_signals() as stop:
+    def standing() -> str:
+        return run_dir.standing(run, ["train", *argv], "classify")
+
+    with run_dir.claim(command) as run, stop_on_signals(standing) as stop:
         goes_on = not command.overwrite and run_dir.checkpoint_steps(run)
         data = labelled.open_data(command.cfg, run=_manifest(run) if goes_on else None)
         run_dir.check_tokenizer(command, data)

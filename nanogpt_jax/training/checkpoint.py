@@ -55,7 +55,7 @@ def _quiet_orbax() -> None:
 
 
 class _TemporaryFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """orbax's folder of a save under way, or of one item in it."""
+    """orbax's folder of a save under way, or of one item in it. A step's gets its checksums before its final name."""
 
     async def finalize(self) -> None:
         if self.get_final().name.isdecimal():  # a step, whose items are final
@@ -85,7 +85,7 @@ def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
         lightweight_initialize=keep is None,  # it reads the losses of all checkpoints otherwise
         cleanup_tmp_directories=keep is not None,
         temporary_path_class=_TemporaryFolder,
-        # else, where a folder cannot be made, orbax's threads wait ten minutes for it and keep the process alive
+        # else, if a folder cannot be made, orbax's threads wait ten minutes for it and keep the process alive
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     folder = run_dir / "checkpoints"
@@ -135,7 +135,7 @@ class Checkpointer:
         """Return when everything saved is on disk."""
         self._guard(self._manager.wait_until_finished, self.latest)
         if self.latest is not None:
-            runs.begun(self._run_dir)
+            runs.delete_replaced(self._run_dir)
 
     def saved(self) -> list[Path]:
         """The folders of all whole checkpoints, in order, when the save under way is done."""

@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 from nanogpt_jax.config import TrainConfig, UserError
 from nanogpt_jax.host import files, terminal
-from nanogpt_jax.training.run_dir import begun, checkpoint_steps
+from nanogpt_jax.training.run_dir import checkpoint_steps, delete_replaced
 
-LINE_SECONDS = 60  # at most, between two lines of progress where there is no bar
+LINE_SECONDS = 60  # at most, between two lines of progress if there is no bar
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ class MetricsLog:
         except OSError as e:  # the next start drops what there is of the line
             raise self._failed(e) from None
         if self._is_new:
-            begun(self._run_dir)
+            delete_replaced(self._run_dir)
             self._is_new = False
         if self._tensorboard:
             for name, value in values.items():
@@ -143,7 +143,7 @@ class Progress:
         print(_for(sys.stdout, text), flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays, of no interest to who keeps the results."""
+        """A line that stays, on standard error: it is no result."""
         print(_for(sys.stderr, text), file=sys.stderr)
 
     def close(self) -> None:

@@ -49,8 +49,8 @@ class Recording:
         return trees
 
     def judge(self, loss: float) -> bool:
-        """Whether `loss` is the least so far. nan is not."""
-        if self.best_loss is None or not self.best_loss <= loss:
+        """Whether `loss` is the least so far."""
+        if self.best_loss is None or not self.best_loss <= loss:  # an old run's may be nan
             self.best_loss, self.stale = loss, 0
             return True
         self.stale += 1

@@ -8,8 +8,7 @@
 A run that is started over is set aside in RUN/.overwritten until the new one has begun: until its first line of metrics
 or its first checkpoint. A start that fails before that puts it back; one that is killed leaves that to the next.
 
-Nothing here imports jax, unless files that stand are to be replaced: a run that must not be touched is refused before
-XLA starts.
+A run that must not be touched is refused before XLA starts: nothing here imports jax before that is known.
 """
 
 import contextlib
@@ -38,7 +37,7 @@ WRITTEN_FILES = ("config.json", "data.json", "metrics.jsonl")
 WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
-BEING_MOVED, SET_ASIDE = config.SET_ASIDE
+BEING_MOVED, SET_ASIDE = config.REPLACED
 UNFINISHED = ".orbax-checkpoint-tmp"  # how the folder of a save under way ends
 # what earlier versions left when they were killed
 OLD_LEFTOVER = re.compile(
@@ -96,14 +95,14 @@ def claim(command: Command) -> Iterator[Path]:
         raise UserError(f"cannot write in {run_dir}: {e.strerror or e}") from None
     with lock:
         _tidy(run_dir)
-        before = [name for name in WRITTEN if os.path.lexists(run_dir / name)]
+        is_new = not _there(run_dir, WRITTEN)
         try:
             _check_request(command)
             _check_writable(run_dir)
             yield run_dir
         finally:
-            _settle(run_dir, is_new=not before)
-            if LOCK not in names and not _written(run_dir):
+            _settle(run_dir, is_new)
+            if LOCK not in names and not _there(run_dir, (*WRITTEN, SET_ASIDE, BEING_MOVED)):
                 (run_dir / LOCK).unlink(missing_ok=True)
                 _remove_folders(missing)
 
@@ -121,7 +120,7 @@ def _names(run_dir: Path) -> list[str]:
 
 
 def check_name(run_dir: Path) -> None:
-    """UserError where checkpoints could be neither written nor read: tensorstore takes UTF-8 alone for a path."""
+    """UserError for a path that is not UTF-8: tensorstore takes no other, so there could be no checkpoints."""
     try:
         str(run_dir.resolve()).encode()
     except UnicodeEncodeError:
@@ -139,15 +138,16 @@ def _is_ours(name: str) -> bool:
 
 def _check_packages(command: Command) -> None:
     for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        spec = importlib.util.find_spec(package) if getattr(command.cfg.train, name) else None
-        if getattr(command.cfg.train, name) and not (spec and spec.origin):  # a folder of that name has no origin
-            where = command.origin[f"train.{name}"]
-            raise UserError(f"train.{name}=true needs pip install 'nanogpt-jax[{name}]' ({where})")
+        if getattr(command.cfg.train, name):
+            spec = importlib.util.find_spec(package)
+            if not (spec and spec.origin):  # a folder of that name has no origin
+                where = command.origin[f"train.{name}"]
+                raise UserError(f"train.{name}=true needs pip install 'nanogpt-jax[{name}]' ({where})")
 
 
 def _check_kinds(run_dir: Path) -> None:
-    """UserError where something else stands in the place of a run's own files and folders: a link, above all, through
-    which a run that somebody handed over would have us write elsewhere. The run directory itself may be a link."""
+    """UserError if something else stands in the place of a run's own files and folders: above all a link, through
+    which a run from a stranger would have us write elsewhere. The run directory itself may be a link."""
     wanted = {run_dir / name: "folder" for name in WRITTEN_FOLDERS}
     wanted |= {run_dir / name: "file" for name in (*WRITTEN_FILES, LOCK)}
     for folder in ("tokenizer", "checkpoints"):
@@ -155,7 +155,7 @@ def _check_kinds(run_dir: Path) -> None:
         wanted |= {run_dir / folder / name: "folder" if name.isdecimal() else "file or folder" for name, _ in inside}
     wanted |= {run_dir / "tokenizer" / name: "file" for name in tokenizer.FILES}
     for path, kind in wanted.items():
-        if (found := files.kind_of(path)) and found not in kind:
+        if (found := files.kind_of(path)) and found not in kind.split():
             raise UserError(
                 f"{path} is a {found}, and not the {kind} that a run has there: nothing is read or written through it\n"
                 "       take it away, or choose another --run-dir"
@@ -163,7 +163,7 @@ def _check_kinds(run_dir: Path) -> None:
 
 
 def _check_request(command: Command) -> None:
-    """UserError where what is asked of the run directory cannot be, or could not be begun."""
+    """UserError if what is asked of the run directory is impossible."""
     run_dir, steps, first = command.run_dir, checkpoint_steps(command.run_dir), Path(command.cfg.train.init_from)
     if command.cfg.train.init_from != "scratch":
         if command.overwrite and os.path.exists(first) and os.path.samefile(first, run_dir):
@@ -203,18 +203,17 @@ def has_begun(run_dir: Path) -> bool:
     return bool(checkpoint_steps(run_dir)) or (path.is_file() and path.stat().st_size > 0)
 
 
-def begun(run_dir: Path) -> None:
-    """To be called when a run has begun: the one that it replaces is deleted."""
+def delete_replaced(run_dir: Path) -> None:
+    """Delete the run that was set aside. To be called when the one that replaces it has begun."""
     shutil.rmtree(run_dir / SET_ASIDE, ignore_errors=True)
 
 
-def _written(run_dir: Path) -> list[str]:
-    return [name for name in (*WRITTEN, SET_ASIDE, BEING_MOVED) if os.path.lexists(run_dir / name)]
+def _there(run_dir: Path, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if os.path.lexists(run_dir / name)]
 
 
 def _set_aside(run_dir: Path) -> None:
-    names = [name for name in WRITTEN if os.path.lexists(run_dir / name)]
-    if names:
+    if names := _there(run_dir, WRITTEN):
         (run_dir / BEING_MOVED).mkdir()
         for name in names:
             os.rename(run_dir / name, run_dir / BEING_MOVED / name)
@@ -222,12 +221,12 @@ def _set_aside(run_dir: Path) -> None:
 
 
 def _settle(run_dir: Path, is_new: bool) -> None:
-    """At the end of a start, or after one that was killed: a run that has begun takes the place of the one set aside;
-    of one that has not, nothing stays. `is_new`: there was nothing before it."""
+    """End a start, or one that was killed: a run that has begun replaces the one set aside, and nothing stays of one
+    that has not. `is_new`: there was nothing before it."""
     with contextlib.suppress(OSError):  # a disk that fails now is tried again by the next start
         if os.path.lexists(run_dir / SET_ASIDE):
             if has_begun(run_dir):
-                begun(run_dir)
+                delete_replaced(run_dir)
             else:
                 _remove_written(run_dir)
                 os.rename(run_dir / SET_ASIDE, run_dir / BEING_MOVED)
@@ -240,7 +239,7 @@ def _settle(run_dir: Path, is_new: bool) -> None:
 
 
 def _remove_written(run_dir: Path) -> None:
-    """What a start writes before training begins, and nothing that somebody else may have put there meanwhile."""
+    """Remove what a start writes before training begins, and nothing that somebody else may have put there since."""
     for name in (*WRITTEN_FILES, *(f"tokenizer/{name}" for name in tokenizer.FILES)):
         (run_dir / name).unlink(missing_ok=True)
     for folder in [*run_dir.glob(f"checkpoints/*{UNFINISHED}"), run_dir / "tensorboard", run_dir / "wandb"]:
@@ -249,7 +248,7 @@ def _remove_written(run_dir: Path) -> None:
 
 
 def _remove_folders(folders: list[Path]) -> None:
-    """Those that are empty."""
+    """Remove those that are empty."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -272,7 +271,7 @@ def _tidy(run_dir: Path) -> None:
 
 
 def check_tokenizer(command: Command, data: Dataset | LabelledData) -> None:
-    """UserError where the data's tokenizer is not the one of the run that training starts from."""
+    """UserError if the data's tokenizer is not the one of the run that training starts from."""
     first, wanted = Path(command.cfg.train.init_from), command.cfg.data.tokenizer
     if command.cfg.train.init_from == "scratch" or command.origin["data.tokenizer"] == str(first):
         return
@@ -310,7 +309,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
 
 
 def _check_same(run_dir: Path, command: Command, cfg: Config, data: Dataset | LabelledData) -> None:
-    """UserError where the run in the directory has other settings or other data."""
+    """UserError if the run in the directory has other settings or other data."""
     before = config.read_json(run_dir / "config.json", type(cfg))
     compared = frozenset(config.types_of(type(cfg))) - config.EXECUTION
     if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
@@ -338,7 +337,7 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Dataset | La
 
 
 def _check_devices(cfg: Config) -> None:
-    """UserError where training could not start: what is to be replaced is still there then."""
+    """UserError if training could not start: what is to be replaced is still there then."""
     from nanogpt_jax.distributed.mesh import make_mesh, start
     from nanogpt_jax.model import execution
 
@@ -360,6 +359,15 @@ def finished(run_dir: Path, cfg: Config) -> str:
     if last > steps:
         return f"{run_dir} is at step {last} already, beyond train.steps={steps}: nothing is left to do"
     return f"{run_dir} is finished: step {steps} of {steps}" if last == steps else ""
+
+
+def standing(run_dir: Path, argv: list[str], name: str = "train") -> str:
+    """What there is of a run whose command `argv` ends before its time, and the command to give then."""
+    if steps := checkpoint_steps(run_dir):
+        again = command_again(argv, name=name)
+        return f"the last checkpoint in {run_dir} is step {steps[-1]}\ngo on with the same command: {again}"
+    again = config.joined([*shlex.split(config.program(name)), *argv])  # --overwrite too: what it sets aside is back
+    return f"nothing was saved in {run_dir}\nstart over with the same command: {again}"
 
 
 def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
@@ -397,7 +405,7 @@ def _edited(argv: list[str], without: tuple[str, ...], *more: str) -> list[str]:
 
 
 def load_tokenizer(run_dir: Path, cfg: Config) -> Tokenizer:
-    """The tokenizer of a run; UserError where it is not its model's."""
+    """The tokenizer of a run; UserError if it is not its model's."""
     found = tokenizer.load(run_dir / "tokenizer")
     if found.n_vocab > cfg.model.vocab_size:
         raise UserError(

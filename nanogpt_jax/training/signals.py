@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nanogpt_jax.host import terminal
 
@@ -26,12 +26,17 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(standing: Callable[[], str]) -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM and SIGHUP into a request that the loop honours after the dispatch under way.
 
+    `standing()` says where the run stands if a second signal ends it at once; the KeyboardInterrupt carries that.
     One that whoever started us has us ignore stays ignored: SIGHUP by nohup, SIGINT by a script with `&`. In here, a
     terminal or reader that is gone is no error.
     """
+
+    def last_words() -> str:
+        return f"ended at once; {standing()}"
+
     request = StopRequest()
     previous = {s: signal.getsignal(s) for s in LISTENED}
     previous = {s: handler for s, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
@@ -44,12 +49,14 @@ def stop_on_signals() -> Iterator[StopRequest]:
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     woken = signal.set_wakeup_fd(writing.fileno())
-    threading.Thread(target=_answer, args=[reading], daemon=True).start()
+    threading.Thread(target=_answer, args=[reading, last_words], daemon=True).start()
     for s in previous:
         signal.signal(s, listen)
     try:
         with terminal.outlived():
             yield request
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(last_words()) from None
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
@@ -57,11 +64,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
         writing.close()
 
 
-def _answer(reading: socket.socket) -> None:
+def _answer(reading: socket.socket, last_words: Callable[[], str]) -> None:
     """Speak, and in the end act, for a main thread that hears nothing.
 
     Python calls a handler between two of its instructions, and a step is one of them: on a CPU it may take an hour.
     `reading` gets a signal's number when it comes, whatever the main thread does, and is closed when the run has ended.
+    `last_words()` is said before this thread ends the process.
     """
 
     def heard(seconds: float | None, signals: list[signal.Signals]) -> int:
@@ -87,7 +95,9 @@ def _answer(reading: socket.socket) -> None:
             )
             heard(None, insisting)
         heard(PATIENCE, insisting)
-        if sys.stderr.isatty():
-            terminal.unfiltered(sys.stderr).write("\x1b[?25h")  # the cursor, which the progress bar hides
-        say("ended at once; the same command goes on from the last checkpoint, or starts over if there is none")
-        os._exit(128 + number)
+        try:
+            if sys.stderr.isatty():
+                terminal.unfiltered(sys.stderr).write("\x1b[?25h")  # the cursor, which the progress bar hides
+            say(last_words())
+        finally:
+            os._exit(128 + number)
