@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import load, make_state, trees
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -28,16 +29,16 @@ from nanogpt_jax.data import labelled, labelled_rows
 from nanogpt_jax.data.labelled_rows import Example
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.evaluation import classification
-from nanogpt_jax.model import classifier, gpt2
+from nanogpt_jax.model import classifier, execution
 from nanogpt_jax.tools import classify
 from nanogpt_jax.training.checkpoint import Checkpointer, load_params
 from nanogpt_jax.training.metrics import read_metrics
 from nanogpt_jax.training.optim import head_alone, make_optimizer
 from nanogpt_jax.training.run_dir import checkpoint_steps
-from nanogpt_jax.training.step import init_state, make_predict_step, make_train_step, state_shardings
+from nanogpt_jax.training.step import init_state, make_train_step, state_shapes
 
 ROOT = Path(__file__).parent.parent
-TINY = gpt2.resolve(ModelConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True), "cpu")
+TINY = execution.resolve(ModelConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True), "cpu")
 K = 3
 PARAMS = jax.tree.map(  # biases and scales of their own, so that a forgotten one shows
     lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
@@ -112,14 +113,12 @@ def take_steps(n: int, freeze: bool = False, **changed):
     cfg = config.merge(ClassifierConfig(model=model), values, "test")
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, cfg.train.steps)
     tx = head_alone(tx) if freeze else tx
-    state = init_state(cfg, tx, mesh)
+    cfg = replace(cfg, classify=replace(cfg.classify, freeze=freeze))
+    objective = classify.objective(cfg, 12, np.array([0.5, 1, 2], np.float32))
+    state = init_state(cfg, tx, objective, mesh)
     before = jax.tree.map(np.asarray, state.params)
-    weights = np.array([0.5, 1, 2], np.float32)
-
-    def loss(model, params, rows, key):
-        return classifier.mean_loss(model, params, rows, key, weights=weights, freeze=freeze)
-
-    step, losses = make_train_step(cfg, tx, mesh, 1, loss), []
+    how = replace(execution.choose(cfg, "cpu", mesh.size), steps_per_dispatch=1)
+    step, losses = make_train_step(cfg, tx, mesh, objective, how).jitted, []
     for i in range(n):
         state, metrics = step(state, some_rows(cfg.train.batch_size, 12, i)[None], np.int32(1))
         losses.append(float(metrics["loss"][0]))
@@ -130,11 +129,11 @@ def test_a_mesh_changes_nothing():
     sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "classify.n_labels": K}
     cfg = config.merge(ClassifierConfig(model=TINY), sizes, "test")
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 9)
-    _, layout = state_shardings(cfg, tx, mesh)
-    params = jax.device_put(PARAMS, layout.params)
+    shapes = state_shapes(tx, classify.objective(cfg, 12, np.ones(K, np.float32)), mesh)
+    params = jax.device_put(PARAMS, jax.tree.map(lambda x: x.sharding, shapes.params))
     assert params["head"]["kernel"].addressable_shards[0].data.shape == (8, K)
     rows = some_rows(8, 12)
-    found = make_predict_step(cfg, mesh)(params, rows)
+    found = classify.predict_step(cfg.model, mesh)(params, rows)
     tokens, lengths, _ = classifier.unpack(rows)
     expected = jax.nn.log_softmax(np.array([numpy_logits(PARAMS, t[:n]) for t, n in zip(tokens, lengths, strict=True)]))
     np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -489,13 +488,12 @@ def make_language_model(run: Path) -> None:
     """A run as train.py leaves it, of a model that nobody has trained."""
     tok = labelled.tokenizer.make("char", "\n".join(text for text, _ in lines()))
     model = ModelConfig(block_size=48, vocab_size=tok.n_vocab, n_layer=1, n_head=2, n_embd=16)
-    cfg = config.Config(model=gpt2.resolve(model, "cpu"), train=config.TrainConfig(steps=1))
+    cfg = config.Config(model=execution.resolve(model, "cpu"), train=config.TrainConfig(steps=1))
     run.mkdir()
     tok.save(run / "tokenizer")
     (run / "config.json").write_text(config.to_json(cfg))
     with Checkpointer(run, 1) as checkpoints:
-        state = init_state(cfg, make_optimizer(cfg.optim, 1), make_mesh(cfg.mesh))
-        checkpoints.save(state, 1, {"best_val_loss": None}, None)
+        checkpoints.save(1, trees(make_state(cfg)), {"best_val_loss": None}, None)
 
 
 @pytest.fixture
@@ -604,8 +602,9 @@ def numbers(run: str) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
-def final(run: str):
-    return load_params(Path(run), config.read_json(Path(run) / "config.json", ClassifierConfig), "latest")
+def final(run: str, which: str = "latest"):
+    cfg = config.read_json(Path(run) / "config.json", ClassifierConfig)
+    return load_params(Path(run), classify.param_shapes(cfg), which)
 
 
 def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
@@ -641,7 +640,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_ends_early_as_the_whole_one(at, m
     evaluated = {row["step"]: row["val/macro_f1"] for row in numbers("whole") if "val/macro_f1" in row}
     best = max(evaluated, key=lambda s: evaluated[s])
     assert list(evaluated) == list(range(5, best + 11, 5))
-    assert load_params(Path("whole"), config.read_json(Path("whole/config.json"), ClassifierConfig))[1] == best
+    assert final("whole", "best")[1] == best
     before = numbers("whole")
     assert train(*flags, "--run-dir", "whole") == 0  # it stays ended
     assert "early (classify.patience=2)" in capsys.readouterr().out
@@ -657,7 +656,7 @@ def test_a_finished_run_is_left_alone_and_another_one_is_refused(at, capsys):
 
 def test_it_starts_from_a_language_model(at, capsys):
     flags = "--data.source a.jsonl --train.init-from runs/lm --train.batch-size 4 --train.steps 3".split()
-    body, _ = load_params(Path("runs/lm"), config.read_json(Path("runs/lm/config.json")))
+    body, _ = load("runs/lm")
     frozen = ("--model.block-size", "40", "--classify.freeze", "true")
     assert classify.main(["train", *flags, *frozen, "--run-dir", "frozen"]) == 0
     assert "parameters from runs/lm, a head of 34, the 34 of the head trained" in capsys.readouterr().out
@@ -867,13 +866,11 @@ def test_prose_and_code_are_told_apart():
     data = labelled.open_data(cfg)
     assert data.labels == ["code", "prose"]
     cfg = config.with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
-    cfg = replace(cfg, model=gpt2.resolve(cfg.model, "cpu"), train=replace(cfg.train, steps=144))
+    cfg = replace(cfg, model=execution.resolve(cfg.model, "cpu"), train=replace(cfg.train, steps=144))
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 144)
-
-    def loss(model, params, rows, key):
-        return classifier.mean_loss(model, params, rows, key, weights=np.ones(2, np.float32))
-
-    state, step = init_state(cfg, tx, mesh), make_train_step(cfg, tx, mesh, 8, loss)
+    objective, how = classify.objective(cfg, 64, np.ones(2, np.float32)), execution.choose(cfg, "cpu")
+    how = replace(how, steps_per_dispatch=8)
+    state, step = init_state(cfg, tx, objective, mesh), make_train_step(cfg, tx, mesh, objective, how).jitted
     for first in range(0, 144, 8):
         rows = data.splits["train"].batch(np.arange(first, first + 8), seed=0, batch_size=16, width=64)
         state, _ = step(state, rows, np.int32(8))

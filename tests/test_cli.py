@@ -197,11 +197,11 @@ def test_sizes_of_gpt2():
     """Radford et al. 2019, table 2, as counted from the released weights."""
     from dataclasses import replace
 
-    from nanogpt_jax.model import gpt2
+    from nanogpt_jax.model import sizes
 
-    sizes = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
-    for name, size in sizes.items():
-        assert gpt2.n_params(replace(config.load([name]).cfg.model, vocab_size=50257)) == size
+    of = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    for name, size in of.items():
+        assert sizes.n_params(replace(config.load([name]).cfg.model, vocab_size=50257)) == size
 
 
 def test_the_package_is_a_command_too(place, clean_env):
@@ -417,9 +417,10 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train
 from nanogpt_jax import cli
-from nanogpt_jax.training import loop, program
-loop.BEGUN = loop.LONG = 0
-program.Program._compile_apart = lambda self: time.sleep(300)
+from nanogpt_jax.model import execution
+from nanogpt_jax.training import compiled
+execution.RECOMPILE_AFTER = execution.RECOMPILE_LEFT = 0
+compiled.CompiledStep._compile_apart = lambda self: time.sleep(300)
 sys.exit(cli.guarded(train.main))
 """
     command = [sys.executable, "-c", busy, *SMALL, "--train.steps", "20", "--run-dir", "runs/busy"]
@@ -471,8 +472,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, clean
 
     import jax
     import numpy as np
-
-    from nanogpt_jax.training.checkpoint import load_params
+    from helpers import load
 
     (tmp_path / "text.txt").write_text("El gato persigue al ratón. " * 200, encoding="utf-8")
     flags = [*SMALL[:-1], "7", "--train.steps", "400", "--model.dropout", "0.1"]
@@ -480,7 +480,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, clean
     def outcome(run_dir):
         lines = (tmp_path / run_dir / "metrics.jsonl").read_text().splitlines()
         rows = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
-        return rows, load_params(tmp_path / run_dir, config.read_json(tmp_path / run_dir / "config.json"), "latest")
+        return rows, load(tmp_path / run_dir, "latest")
 
     assert run(tmp_path, clean_env, "train.py", *flags, "--run-dir", "whole").returncode == 0
     expected_rows, (expected, expected_step) = outcome("whole")

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import make_state, trees
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,8 +28,6 @@ from nanogpt_jax.tools import evaluate
 from nanogpt_jax.training import run_dir
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import read_metrics
-from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.step import init_state
 
 WORDS = "El gato negro persigue al ratón gris y el ratón huye del gato hasta la casa vieja del río".split()
 T = 16
@@ -70,13 +69,12 @@ def small_ranks() -> bytes:
 def untrained(flags: list[str]) -> None:
     """A run with its initial weights."""
     command = config.load(flags)
-    tx = make_optimizer(command.cfg.optim, 1)
     with run_dir.claim(command) as path:
         data = open_data(command.cfg.data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, None, command.origin)
         run_dir.prepare(path, command, cfg, data)
         with Checkpointer(path, keep=1) as checkpoints:
-            checkpoints.save(init_state(cfg, tx, make_mesh(cfg.mesh)), 1, {"best_val_loss": None}, None)
+            checkpoints.save(1, trees(make_state(cfg)), {"best_val_loss": None}, None)
 
 
 def write_items(folder: Path) -> None:

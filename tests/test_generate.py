@@ -24,7 +24,7 @@ from nanogpt_jax.data.tokenizer import CharTokenizer, Tokenizer
 from nanogpt_jax.inference import generate, native, sampler
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.inference.sampler import generate_text
-from nanogpt_jax.model import gpt2
+from nanogpt_jax.model import execution, gpt2
 
 quick = settings(max_examples=30, deadline=None)
 LETTERS = CharTokenizer.make("\n abcdefghijklmnopqrstuvwxyz")
@@ -76,7 +76,7 @@ def test_cached_decode_equals_the_full_forward_at_every_position(params, B):
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (B, CFG.block_size), np.int32)
     expected = full_forward(CFG, params, tokens)[..., : CFG.vocab_size]
     lengths = np.array([1, 5, 11][:B], np.int32)
-    apart = gpt2.for_texts(params)
+    apart = generate.for_decoding(CFG, params)
     prompts = np.where(np.arange(12) < lengths[:, None], tokens[:, :12], 3)  # whatever stands in the padding
     prefill = jax.jit(gpt2.prefill, static_argnums=0)
     logits, cache = prefill(CFG, apart, prompts, lengths, gpt2.init_cache(CFG, B, CFG.block_size))
@@ -95,7 +95,8 @@ def test_python_looks_through_a_layer_once(params, monkeypatch):
     plain = gpt2.attention.cached
     monkeypatch.setattr(gpt2.attention, "cached", lambda q, *rest: seen.append(q.shape) or plain(q, *rest))
     cache = gpt2.init_cache(CFG, 7, CFG.block_size)  # 7 texts in no other test: traces are kept
-    jax.jit(gpt2.decode_step, static_argnums=0).lower(CFG, gpt2.for_texts(params), np.zeros(7, np.int32), cache)
+    apart, tokens = generate.for_decoding(CFG, params), np.zeros(7, np.int32)
+    jax.jit(gpt2.decode_step, static_argnums=0).lower(CFG, apart, tokens, cache)
     assert seen == [(14, 1, 8)]
 
 
@@ -358,17 +359,6 @@ def test_end_of_text_ends_a_row_and_the_last_row_ends_the_work(gpt2_tokenizer, m
     assert generate_text(cfg, weights, gpt2_tokenizer, ["a", "b"], **arguments) == ["", ""]
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.sampled_from([-np.inf, -2.0, 0.0, 1.5, 7.0]), min_size=1, max_size=9))
-def test_the_first_of_the_greatest_is_taken(values):
-    """As jnp.argmax does, ties and all, in one block and in many; where a model has diverged, a place that exists."""
-    values += [-9.0] * (9 - len(values))
-    for x in (np.array([values, values[::-1]], np.float32), np.array([values * 128, values[::-1] * 128], np.float32)):
-        np.testing.assert_array_equal(generate._argmax(jnp.asarray(x)), np.argmax(x, axis=-1))
-        x[0, -1] = np.nan
-        assert generate._argmax(jnp.asarray(x))[0] == x.shape[1] - 1
-
-
 # ---- the step in C --------------------------------------------------------------------------------------------------
 
 in_c = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: every step is XLA's here")
@@ -392,8 +382,9 @@ def cache_of(cfg: ModelConfig, lengths: np.ndarray, S: int) -> gpt2.Cache:
 @settings(deadline=None, max_examples=8)
 def test_the_step_in_c_is_the_models(data, heads, S, vocab_size, bias):
     H, D = heads
-    cfg = ModelConfig(block_size=40, vocab_size=vocab_size, n_layer=2, n_head=H, n_embd=H * D, bias=bias)
-    lengths = np.array(data.draw(st.lists(st.integers(0, S - 1), min_size=1, max_size=native.FEW)), np.int32)
+    cfg = ModelConfig(40, vocab_size, n_layer=2, n_head=H, n_embd=H * D, bias=bias, decode="native")
+    rows = st.lists(st.integers(0, S - 1), min_size=1, max_size=execution.NATIVE_TEXTS)
+    lengths = np.array(data.draw(rows), np.int32)
     assert native.takes(cfg, len(lengths))
     params, cache = generate.for_decoding(cfg, random_params(cfg)), cache_of(cfg, lengths, S)
     token = np.arange(len(lengths), dtype=np.int32) % vocab_size
@@ -405,7 +396,7 @@ def test_the_step_in_c_is_the_models(data, heads, S, vocab_size, bias):
 
 @in_c
 def test_a_row_that_runs_over_writes_nowhere_else():
-    cfg = replace(CFG, n_layer=1)
+    cfg = replace(CFG, n_layer=1, decode="native")
     assert native.takes(cfg, 2)
     cache, params = cache_of(cfg, np.array([12, 3], np.int32), 8), generate.for_decoding(cfg, random_params(cfg))
     _, after = jax.jit(native.decode_step, static_argnums=0)(cfg, params, np.zeros(2, np.int32), cache)
@@ -413,7 +404,9 @@ def test_a_row_that_runs_over_writes_nowhere_else():
     assert changed == [[0, 7], [1, 7], [2, 3], [3, 3]]
 
 
-WIDE = replace(CFG, n_embd=256, n_head=4)  # more than a million weights: a share for a second thread, if there is one
+WIDE = replace(
+    CFG, n_embd=256, n_head=4, decode="native"
+)  # more than a million weights: a share for a second thread, if there is one
 
 
 @in_c
@@ -479,11 +472,26 @@ def test_without_a_place_to_build_a_step_is_xlas(monkeypatch, tmp_path):
 
 def test_what_the_c_function_is_not_for(monkeypatch):
     monkeypatch.setattr(native, "_registered", lambda: True)
-    assert native.takes(CFG, 1)
-    assert not native.takes(CFG, native.FEW + 1)
-    assert not native.takes(replace(CFG, dtype="bfloat16"), 1)
-    monkeypatch.setenv("NANOGPT_JAX_NATIVE", "0")
-    assert not native.takes(CFG, 1)
+    cfg = replace(CFG, decode="native")
+    assert native.takes(cfg, 1)
+    assert not native.takes(cfg, execution.NATIVE_TEXTS + 1)
+    assert not native.takes(replace(cfg, dtype="bfloat16"), 1)
+    assert not native.takes(replace(cfg, decode="xla"), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "platform", "expected"),
+    [
+        ({}, "cpu", "xla"),  # XLA's step is as fast for a small model, and needs no compiler
+        ({"n_embd": 384, "n_layer": 6}, "cpu", "native"),
+        ({"n_embd": 384, "n_layer": 6}, "gpu", "xla"),
+        ({"n_embd": 384, "n_layer": 6, "dtype": "bfloat16"}, "cpu", "xla"),
+        ({"n_embd": 384, "n_layer": 6, "decode": "xla"}, "cpu", "xla"),
+        ({"decode": "native"}, "cpu", "native"),
+    ],
+)
+def test_which_models_the_c_function_is_for(settings, platform, expected):
+    assert execution.resolve(ModelConfig(vocab_size=65, **settings), platform).decode == expected
 
 
 # ---- sample.py ------------------------------------------------------------------------------------------------------
@@ -492,15 +500,14 @@ def test_what_the_c_function_is_not_for(monkeypatch):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, params) -> Path:
     from nanogpt_jax.training.checkpoint import Checkpointer
-    from nanogpt_jax.training.step import TrainState
 
     folder = tmp_path_factory.mktemp("runs") / "letters"
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json(Config(model=CFG)))
     LETTERS.save(folder / "tokenizer")
     with Checkpointer(folder, keep=2) as checkpoints:
-        state = TrainState(jnp.int32(3), params, optax.sgd(0.1).init(params))
-        checkpoints.save(state, 3, {"best_val_loss": 2.0}, 2.0)
+        opt_state = optax.sgd(0.1).init(params)
+        checkpoints.save(3, {"params": params, "opt_state": opt_state}, {"best_val_loss": 2.0}, 2.0)
     return folder
 
 

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from helpers import load, make_state
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -35,11 +36,9 @@ from nanogpt_jax.data import tokenizer as tokenizers
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.interop import transformers_files, vocabulary, weights
-from nanogpt_jax.model import gpt2
+from nanogpt_jax.model import execution, gpt2
 from nanogpt_jax.tools import hub
-from nanogpt_jax.training.checkpoint import load_params
 from nanogpt_jax.training.optim import OPTIMIZERS, make_optimizer, with_frozen
-from nanogpt_jax.training.step import init_state
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2_odd.safetensors"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 40
@@ -122,9 +121,9 @@ def place(tmp_path_factory) -> Path:
 
 def test_an_imported_model_has_transformers_logits(place):
     cfg = config.read_json(place / "run" / "config.json")
-    params, step = load_params(place / "run", cfg)
+    params, step = load(place / "run")
     expected = load_file(FIXTURE)
-    cfg = gpt2.resolve(cfg.model, "cpu")
+    cfg = execution.resolve(cfg.model, "cpu")
     logits = jax.jit(gpt2.forward, static_argnums=0)(cfg, params, expected["tokens"][:, :-1])
     np.testing.assert_allclose(logits[..., :131], expected["logits"], rtol=0, atol=1e-4)
     assert step == 0
@@ -134,7 +133,7 @@ def test_import_then_export_and_export_then_import_are_bit_for_bit(place):
     written = load_file(place / "out" / "model.safetensors")
     assert_bits_equal({n.removeprefix("transformer."): a for n, a in written.items()}, arrays())
     assert command("import-hf", place / "out", place / "again") == 0
-    runs = [load_params(place / r, config.read_json(place / r / "config.json"))[0] for r in ("run", "again")]
+    runs = [load(place / r)[0] for r in ("run", "again")]
     assert_bits_equal(*runs)
     assert config.read_json(place / "again" / "config.json").model == CFG
     assert (place / "again/tokenizer/ranks.tiktoken").read_bytes() == own_tokenizer().stored
@@ -938,7 +937,7 @@ def test_an_import_is_not_made_of_the_directory_one_is_in(place, tmp_path, monke
 
 def test_weights_that_are_not_finite_are_not_exported(place, tmp_path, monkeypatch, capsys):
     def spoilt_params(*_):
-        params, step = load_params(place / "run", config.read_json(place / "run" / "config.json"))
+        params, step = load(place / "run")
         return {**params, "wpe": params["wpe"].at[3, 3].set(math.nan)}, step
 
     monkeypatch.setattr("nanogpt_jax.training.checkpoint.load_params", spoilt_params)
@@ -997,7 +996,7 @@ def train(place, monkeypatch, capsys):
 
 
 def params_of(run: str, which: str = "latest") -> gpt2.Params:
-    return load_params(Path(run), config.read_json(Path(run, "config.json")), which)[0]
+    return load(run, which)[0]
 
 
 def test_training_starts_from_a_run_keeps_what_is_frozen_and_goes_on_without_it(train, place):
@@ -1027,9 +1026,9 @@ def test_weights_to_start_from_are_laid_out_on_the_mesh(place):
     cfg = config.read_json(place / "run/config.json")
     tuned = config.merge(cfg, {"mesh.fsdp": 4, "mesh.data": 2, "train.batch_size": 8, "model.block_size": 7}, "test")
     mesh = make_mesh(tuned.mesh)
-    alone, _ = load_params(place / "run", cfg)
-    params, _ = load_params(place / "run", cfg, mesh=mesh)
-    state = init_state(tuned, make_optimizer(tuned.optim, 10), mesh, params)
+    alone, _ = load(place / "run")
+    params, _ = load(place / "run", mesh=mesh)
+    state = make_state(tuned, params)
     assert state.params["wte"].addressable_shards[0].data.shape == (384, 5)
     assert_bits_equal(state.params, {**alone, "wpe": alone["wpe"][:7]})
 
@@ -1133,8 +1132,8 @@ def test_transformers_loads_what_we_write(tmp_path, capsys, kind):
     prompt = "El gato "
     assert auto.encode(prompt) == made.encode(prompt).tolist()
     cfg = config.read_json(tmp_path / "run/config.json")
-    params, _ = load_params(tmp_path / "run", cfg)
-    cfg = gpt2.resolve(cfg.model, "cpu")
+    params, _ = load(tmp_path / "run")
+    cfg = execution.resolve(cfg.model, "cpu")
     ours = generate_text(cfg, params, made, [prompt], rules=Rules(temperature=0), max_new_tokens=15, seed=0)[0]
     theirs = pipeline("text-generation", str(tmp_path / "out"))(prompt, max_new_tokens=15, do_sample=False)
     assert theirs[0]["generated_text"] == prompt + ours

@@ -17,13 +17,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from nanogpt_jax.model.layers import linear, project
 from safetensors.numpy import load_file
 
 from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.interop import weights
-from nanogpt_jax.model import attention, blocked_attention, dropout, gpt2, initial, layers, losses
+from nanogpt_jax.model import attention, dropout, execution, gpt2, sizes
+from nanogpt_jax.model.kernels import blocked_attention, norm_gelu
+from nanogpt_jax.model.kernels.linear import linear, project, project_few
 from nanogpt_jax.model.losses import cross_entropy
 
 # L, T, V, H, C all odd or prime, and no two sizes equal, so that a wrong axis cannot fit
@@ -148,7 +149,7 @@ def test_the_defaults_of_gpt2_are_ours():
         n_head=theirs.n_head,
         n_embd=theirs.n_embd,
     )
-    assert theirs.layer_norm_epsilon == layers.EPSILON
+    assert theirs.layer_norm_epsilon == norm_gelu.EPSILON
     assert theirs.initializer_range == gpt2.INIT_STD
     assert theirs.activation_function == "gelu_new"  # the tanh form
     assert theirs.n_inner is None  # 4C
@@ -160,7 +161,7 @@ def test_the_defaults_of_gpt2_are_ours():
     import torch
 
     with torch.device("meta"):
-        assert gpt2.n_params(cfg) == sum(p.numel() for p in GPT2LMHeadModel(theirs).parameters())
+        assert sizes.n_params(cfg) == sum(p.numel() for p in GPT2LMHeadModel(theirs).parameters())
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -331,21 +332,19 @@ def test_blocks_of_the_real_size_equal_the_reference(rate, shape):
     ],
 )
 def test_auto_chooses_a_backend_that_can_do_the_work(model, platform, expected):
-    assert gpt2.resolve(ModelConfig(**model), platform).attention == expected
+    assert execution.resolve(ModelConfig(**model), platform).attention == expected
 
 
 def test_layers_are_unrolled_but_on_a_tpu_unless_told():
     asked = [(platform, unroll) for platform in ("cpu", "gpu", "tpu") for unroll in (0, 2)]
-    found = [
-        gpt2.resolve(ModelConfig(n_layer=5, scan_unroll=unroll), platform).scan_unroll for platform, unroll in asked
-    ]
+    found = [execution.resolve(ModelConfig(n_layer=5, scan_unroll=unroll), on).scan_unroll for on, unroll in asked]
     assert found == [5, 2, 5, 2, 1, 2]
 
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "cpu")])
 def test_a_backend_of_other_hardware_is_refused(name, platform):
     with pytest.raises(UserError, match=f"model.attention={name} needs a .PU, and this is a {platform.upper()}"):
-        gpt2.resolve(ModelConfig(attention=name, dtype="bfloat16"), platform)
+        execution.resolve(ModelConfig(attention=name, dtype="bfloat16"), platform)
 
 
 # ---- documents in one window ----------------------------------------------------------------------------------------
@@ -437,7 +436,7 @@ def test_few_rows_are_projected_alike(lead, outputs):
     rng = np.random.default_rng(0)
     x, kernel = (rng.normal(size=s).astype("float32") for s in ((*lead, 2, 5), (*outputs, 2, 5)))
     expected = project(x, np.moveaxis(kernel, (-2, -1), (0, 1)), 2)
-    assert_close(jax.jit(functools.partial(layers.project_few, n_in=2))(x, kernel), expected, 1e-5)
+    assert_close(jax.jit(functools.partial(project_few, n_in=2))(x, kernel), expected, 1e-5)
 
 
 def test_a_bfloat16_input_gives_a_float32_kernel_gradient():
@@ -463,7 +462,7 @@ def test_gelu_and_its_gradient_equal_the_definition(dtype, tolerance):
     tiny = [0, 1e-45, 1e-40, 1.2e-38, 1e-30, 1e-9, 1e-4]
     points = np.concatenate([tiny, np.linspace(0, 12, 12001), [20, 1e3, 1e12]])
     x = jnp.asarray(np.concatenate([points, -points]), dtype)
-    y, slope = jax.jit(lambda x: (layers.gelu(x), jax.grad(lambda x: layers.gelu(x).sum())(x)))(x)
+    y, slope = jax.jit(lambda x: (norm_gelu.gelu(x), jax.grad(lambda x: norm_gelu.gelu(x).sum())(x)))(x)
     assert y.dtype == slope.dtype == x.dtype
     for ours, theirs in zip((y, slope), gelu_and_slope(np.asarray(x, "float32")), strict=True):
         np.testing.assert_allclose(np.asarray(ours, "float32"), theirs, rtol=tolerance, atol=tolerance)
@@ -515,8 +514,8 @@ def test_parameters_are_float32(dtype):
 def test_gpt2_small_has_124_439_808_parameters():
     cfg = ModelConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, bias=True)
     assert cfg.padded_vocab_size == 50304
-    assert gpt2.n_params(cfg) == 124_439_808
-    assert gpt2.n_params(ODD) == sum(np.prod(s) for s in TREE.values()) - (256 - 131) * 20
+    assert sizes.n_params(cfg) == 124_439_808
+    assert sizes.n_params(ODD) == sum(np.prod(s) for s in TREE.values()) - (256 - 131) * 20
 
 
 def test_weights_are_made_without_the_attention_that_will_use_them():
@@ -524,30 +523,6 @@ def test_weights_are_made_without_the_attention_that_will_use_them():
     cfg = dataclasses.replace(SMALL, attention="cudnn", dtype="bfloat16")
     shapes = jax.eval_shape(lambda: gpt2.init_params(cfg, jax.random.key(0)))
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(shapes))
-
-
-@settings(max_examples=5)
-@given(
-    shape=st.lists(st.integers(1, 9), max_size=3).map(tuple),
-    std=st.sampled_from([1.0, 0.02, 0.02 / 24**0.5]),
-    seeds=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
-)
-def test_initial_numbers_are_those_of_jax_bit_for_bit(shape, std, seeds):
-    keys = jax.vmap(jax.random.key)(np.uint32(seeds))  # as the layers' keys
-    ours = jax.jit(jax.vmap(lambda key: initial.normal(key, shape, std)))(keys)
-    assert np.array_equal(ours, jax.jit(jax.vmap(lambda key: jax.random.normal(key, shape) * std))(keys))
-
-
-def test_the_generator_gives_the_published_numbers():
-    """Random123's own, for threefry2x32 with 20 rounds and the counter (0, 0)."""
-    bits = initial.threefry(jnp.zeros(2, jnp.uint32), jnp.zeros(1, jnp.uint32))
-    assert bits.tolist() == [0x6B200159 ^ 0x99BA4EFE]
-
-
-def test_another_generator_of_the_users_is_heeded():
-    key = jax.random.key(3, impl="rbg")
-    assert np.array_equal(initial.normal(key, (5, 7), 0.5), jax.random.normal(key, (5, 7)) * 0.5)
-    assert not np.array_equal(initial.normal(jax.random.key(3), (5, 7), 0.5), initial.normal(key, (5, 7), 0.5))
 
 
 def test_initial_weights_are_gpt2s():
@@ -677,34 +652,6 @@ def test_cross_entropy_and_its_gradient_equal_numpy(shape, scale, seed):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * max(scale, 1))
     gradient = (np.exp(log_softmax) - np.eye(shape[-1])[targets]) * g[..., None]
     np.testing.assert_allclose(backward(g)[0], gradient, rtol=1e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("N", [1, 7, 8, 60])
-@pytest.mark.parametrize(
-    ("V", "dtype", "most"), [(200, "float32", 5e-6), (256, "float32", 5e-6), (200, "bfloat16", 2e-2)]
-)
-def test_cross_entropy_of_the_head_is_that_of_all_its_logits(N, V, dtype, most, monkeypatch):
-    """And so are the gradients, in pieces of 6 rows at most: one, two, many, and of a prime number of rows."""
-    monkeypatch.setattr(losses, "ROWS", 6)
-    rng = np.random.default_rng(N)
-    x, wte = jnp.asarray(rng.normal(size=(N, 16)), dtype), jnp.asarray(rng.normal(size=(256, 16)) / 4, jnp.float32)
-    targets = rng.integers(V, size=N).astype("int32")
-
-    def whole(x, wte):
-        logits = (x.astype(jnp.float32) @ wte.T)[:, :V]
-        return 3 * cross_entropy(logits, targets).mean()
-
-    def ours(x, wte):
-        return 3 * losses.cross_entropy_of_head(x, wte, targets, V)
-
-    expected, gradients = jax.jit(jax.value_and_grad(whole, (0, 1)))(x, wte)
-    value, found = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, wte)
-    assert_close(value, expected, most)
-    assert_close(jax.jit(ours)(x, wte), expected, most)
-    for a, b in zip(found, gradients, strict=True):
-        assert a.dtype == b.dtype
-        assert_close(a.astype(jnp.float32), b.astype(jnp.float32), most)
-    assert not found[1][V:].any()  # padding learns nothing
 
 
 def test_the_gradient_of_a_bias_is_summed_in_float32():

@@ -12,6 +12,7 @@ import pytest
 
 from nanogpt_jax import cli, config, runtime
 from nanogpt_jax.config import UserError
+from nanogpt_jax.model import sizes
 from nanogpt_jax.tools import bench, scaling
 
 TINY = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --train.batch-size 4".split()
@@ -119,7 +120,7 @@ def test_operations_of_a_training_step_are_those_of_its_matrix_products():
     C, T, V = 32, cfg.model.block_size, 128
     products = 3 * (C * 3 * C + C * C + 2 * C * 4 * C) + V * C
     norms = (2 * 3 + 1) * C
-    assert bench.train_flops(cfg) == 6 * (products + norms) + 12 * 3 * C * T
+    assert sizes.flops_per_token(cfg.model) == 6 * (products + norms) + 12 * 3 * C * T
 
 
 def test_a_users_own_settings_stand(monkeypatch, tmp_path):

@@ -18,17 +18,18 @@ from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import load, make_state, make_step, trees
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from nanogpt_jax.training.program import Program
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.cli import door
@@ -37,13 +38,16 @@ from nanogpt_jax.data import batches
 from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
-from nanogpt_jax.model import attention, gpt2
-from nanogpt_jax.training import checksums, loop, metrics, program, signals
-from nanogpt_jax.training.checkpoint import Checkpointer, load_params
+from nanogpt_jax.model import attention, execution, gpt2
+from nanogpt_jax.training import checksums, language_model, loop, metrics, signals
+from nanogpt_jax.training.checkpoint import Checkpointer, load_first_params, load_params
+from nanogpt_jax.training.compiled import CompiledStep
+from nanogpt_jax.training.gradients import make_gradients
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
+from nanogpt_jax.training.recording import Recording
 from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.signals import stop_on_signals
-from nanogpt_jax.training.step import TrainState, init_state, make_train_step
+from nanogpt_jax.training.step import TrainStep, first_state, update
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60
@@ -61,20 +65,17 @@ def change(cfg: Config, **settings: object) -> Config:
 
 def take_steps(cfg: Config, n: int, per_dispatch: int = 1, stream: np.ndarray | None = None):
     """The state and the losses after n steps on fixed tokens, random ones by default."""
-    cfg = config.validate(replace(cfg, model=gpt2.resolve(cfg.model, "cpu")), {})
-    mesh = make_mesh(cfg.mesh)
-    tx = make_optimizer(cfg.optim, cfg.train.steps)
-    state = init_state(cfg, tx, mesh)
-    step = make_train_step(cfg, tx, mesh, per_dispatch)
+    cfg = config.validate(cfg, {})
+    state, step = make_state(cfg), make_step(cfg, per_dispatch)
     stream = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 2000) if stream is None else stream
     t, losses = cfg.train, []
-    for first, count in loop.dispatches(0, n, per_dispatch, ()):
+    for first, count in loop.calls(0, n, per_dispatch, ()):
         stack = np.zeros((per_dispatch, t.batch_size, cfg.model.block_size + 1), np.int32)
         for i in range(count):
             stack[i] = batches.batch(
                 stream, seed=1, step=first + i, batch_size=t.batch_size, block_size=cfg.model.block_size
             )
-        state, values = step(state, stack, np.int32(count))
+        state, values = step.jitted(state, stack, np.int32(count))
         losses += [float(x) for x in values["loss"][:count]]
     return state, losses
 
@@ -103,10 +104,7 @@ def test_python_looks_through_a_layer_once(monkeypatch):
     plain = attention.reference
     backend = lambda q, *rest, **more: seen.append(q.shape) or plain(q, *rest, **more)  # noqa: E731
     monkeypatch.setitem(attention.BACKENDS, "reference", backend)
-    cfg, mesh = replace(TINY, model=gpt2.resolve(TINY.model, "cpu")), make_mesh(config.MeshConfig(data=1))
-    tx = make_optimizer(cfg.optim, cfg.train.steps)
-    state, step = init_state(cfg, tx, mesh), make_train_step(cfg, tx, mesh)
-    step.lower(state, np.zeros((1, 8, 17), np.int32), np.int32(1))  # pyright: ignore[reportFunctionMemberAccess]
+    make_step(TINY).jitted.lower(make_state(TINY), np.zeros((1, 8, 17), np.int32), np.int32(1))
     assert [shape for shape in seen if shape[1] > 1] == [(4, 16, 4, 8)]  # of length 1: where weights are made
 
 
@@ -173,10 +171,8 @@ def test_each_device_calls_cudnn_with_its_own_part(monkeypatch, micro_batch):
 
 def compiled_step(cfg) -> str:
     """The text of the program of a step of TINY, changed, with shapes alone."""
-    mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
-    state = jax.eval_shape(lambda: init_state(cfg, tx, mesh))
-    tokens = jax.ShapeDtypeStruct((1, 8, 17), np.int32)
-    return make_train_step(cfg, tx, mesh).lower(state, tokens, np.int32(1)).compile().as_text()
+    state, tokens = jax.eval_shape(lambda: make_state(cfg)), jax.ShapeDtypeStruct((1, 8, 17), np.int32)
+    return make_step(cfg).jitted.lower(state, tokens, np.int32(1)).compile().as_text()
 
 
 def test_devices_that_split_the_batch_exchange_gradients_alone():
@@ -197,28 +193,28 @@ def test_gradients_of_micro_batches_meet_once_a_step():
     assert not [body for body in bodies if "all-reduce" in parts[body]]
 
 
-@pytest.mark.parametrize("micro_batch", [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_many_logits_exist_in_pieces_and_change_no_number(micro_batch, monkeypatch):
-    cfg = change(
-        TINY,
-        mesh__data=1,
-        model__n_layer=1,
-        model__vocab_size=1000,
-        model__attention="reference",
-        train__micro_batch=micro_batch,
-    )
+def test_update_is_a_function_that_vmap_takes():
+    """Four runs with seeds and learning rates of their own, together, are the four runs alone."""
+    cfg, how = change(TINY, model__n_layer=1), execution.choose(TINY, "cpu")
+    objective = language_model.next_token(execution.resolve(cfg.model, "cpu"))
+    gradients = make_gradients(cfg, make_mesh(cfg.mesh), objective, how)
+    rows = jnp.asarray(np.random.default_rng(0).integers(0, 65, (3, 8, 17)), jnp.int32)
 
-    def rows_of_logits() -> int:
-        return max(int(n) for n in re.findall(r"f32\[(?:1,)?(\d+),1024\]", compiled_step(cfg)))
+    def run(seed, rate):
+        tx = make_optimizer(replace(cfg.optim, learning_rate=rate), 3)
+        state = first_state(tx, objective, seed)
+        for batch in rows:
+            state, metrics = update(tx, gradients, state, batch, None)
+        return state, metrics
 
-    expected, expected_losses = take_steps(cfg, 2)
-    assert rows_of_logits() == 64  # of 128: half a batch at a time, or micro-batches
-    monkeypatch.setattr("nanogpt_jax.training.step.MANY_LOGITS", 1000)
-    monkeypatch.setattr("nanogpt_jax.model.losses.ROWS", 16)
-    assert rows_of_logits() == 16
-    state, found = take_steps(cfg, 2)
-    np.testing.assert_allclose(found, expected_losses, atol=2e-6)
-    assert_trees_close(state.params, expected.params, 2e-5)
+    seeds, rates = jnp.arange(4), jnp.float32([1e-3, 2e-3, 4e-3, 8e-3])
+    together, losses = jax.jit(jax.vmap(run))(seeds, rates)
+    alone = jax.jit(run)
+    for i in range(4):
+        state, metrics = alone(seeds[i], rates[i])
+        np.testing.assert_allclose(losses["loss"][i], metrics["loss"], atol=2e-6)
+        assert_trees_close(jax.tree.map(lambda x, i=i: x[i], together.params), state.params, 2e-5)
+    assert len({float(loss) for loss in losses["loss"]}) == 4
 
 
 @pytest.mark.parametrize("per_dispatch", [3, 8])
@@ -242,15 +238,16 @@ def test_steps_per_dispatch_changes_no_number(per_dispatch):
     ],
 )
 def test_small_steps_are_dispatched_together(platform, settings, expected):
-    assert loop.choose_steps_per_dispatch(change(Config(), model__vocab_size=65, **settings), platform) == expected
+    how = execution.choose(change(Config(), model__vocab_size=65, **settings), platform)
+    assert how.steps_per_dispatch == expected
 
 
 def test_metrics_that_are_there_are_read_at_once(tmp_path):
     """Read with those of the next call instead, they would be counted in the wrong time."""
     done = {name: jnp.ones(2).block_until_ready() for name in ("loss", "grad_norm", "learning_rate")}
     cfg = change(TINY, train__log_every=1)
-    with metrics.MetricsLog(tmp_path, cfg.train, 0) as log:
-        reader = loop._Reader(cfg, lambda *_: None, 128, log, metrics.Progress(0, 10))
+    with Recording(tmp_path, cfg.train) as run:
+        reader = loop._Reader(cfg, SimpleNamespace(tokens_per_step=128), run, metrics.Progress(0, 10))  # pyright: ignore
         reader.add(0, 2, done)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -258,7 +255,7 @@ def test_metrics_that_are_there_are_read_at_once(tmp_path):
 
 def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monkeypatch, capsys):
     """By a clock that goes on by a hundredth of a second when it is read, and by a thousand when a step is compiled."""
-    Program, now = loop.Program, [0.0]
+    now = [0.0]
 
     def tick() -> float:
         now[0] += 0.01
@@ -266,11 +263,11 @@ def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monke
 
     def slow(*args, **kwargs):
         now[0] += 1000
-        return Program(*args, **kwargs)
+        return CompiledStep(*args, **kwargs)
 
     for module in (loop, metrics):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=tick))
-    monkeypatch.setattr(loop, "Program", slow)
+    monkeypatch.setattr(loop, "CompiledStep", slow)
     assert train("--train.steps", "200", "--train.save-every", "0", "--train.eval-every", "0", "--run-dir", "r") == 0
     left = int(re.search(r"step \d+/200 .* left (\d+) s", capsys.readouterr().err)[1])
     assert left < 100
@@ -290,13 +287,11 @@ def test_a_long_run_without_a_terminal_says_something_every_minute(monkeypatch, 
 def test_the_second_program_takes_over_and_gives_the_same_bits(capfd):
     """Else a run that goes on from a checkpoint would differ from one that was never stopped."""
     cfg = change(TINY, model__dropout=0.2, model__n_layer=1, optim__name="muon")
-    cfg = replace(cfg, model=gpt2.resolve(cfg.model, "cpu"))
-    mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
     tokens = np.random.default_rng(0).integers(0, 65, (2, 8, 17), dtype=np.int32)
-    step = Program(make_train_step(cfg, tx, mesh, 2), init_state(cfg, tx, mesh), tokens, np.int32(2))
+    step = CompiledStep(make_step(cfg, 2), make_state(cfg), tokens)  # pyright: ignore[reportArgumentType]
 
     def three_steps():
-        state, _ = step(init_state(cfg, tx, mesh), tokens, np.int32(2))
+        state, _ = step(make_state(cfg), tokens, np.int32(2))
         state, metrics = step(state, tokens, np.int32(1))
         return state, metrics, step._program.memory_analysis().temp_size_in_bytes
 
@@ -312,19 +307,25 @@ def test_the_second_program_takes_over_and_gives_the_same_bits(capfd):
     ("place", "name", "value"),
     [
         (memory, "free", lambda: 2**10),
-        (program, "MOST_TEMPORARY", -1),
-        (Program, "_compile_apart", lambda self: 1 / 0),  # an XLA without that option
-        (program, "COST", program.COST),  # nothing changed: there is one
+        (execution, "RECOMPILE_TEMPORARY", -1),
+        (CompiledStep, "_compile_apart", lambda self: 1 / 0),  # an XLA without that option
+        (execution, "RECOMPILE_COST", execution.RECOMPILE_COST),  # nothing changed: there is one
     ],
 )
 def test_no_second_program_where_memory_is_scarce_or_xla_refuses(monkeypatch, place, name, value):
     monkeypatch.setattr(place, name, value)
-    x = jnp.ones((64, 64))
-    step = Program(jax.jit(lambda x: jnp.sin(x @ x) @ x), x)
-    first, expected = step._program, step(x)
+    x, rows = jnp.ones((64, 64)), jnp.ones(1)
+    step = CompiledStep(as_step(lambda x, rows, n: (jnp.sin(x @ x) @ x, {})), x, rows)  # pyright: ignore
+    first, expected = step._program, step(x, rows, 1)  # pyright: ignore
     step.improve(at_once=True)
-    assert_trees_equal(step(x), expected)
-    assert (step._program is first) == (name != "COST")
+    assert_trees_equal(step(x, rows, 1), expected)  # pyright: ignore
+    assert (step._program is first) == (name != "RECOMPILE_COST")
+
+
+def as_step(function: Any) -> TrainStep:
+    """Any function of (state, rows, n) as a step that may be compiled twice."""
+    how = execution.choose(TINY, "cpu")
+    return TrainStep(jax.jit(function), None, how)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_signal_is_heard_while_the_step_is_compiled():
@@ -340,7 +341,8 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
             assert signalled.wait(60), "the program was waited for"
 
     with stop_on_signals(str) as stop:
-        Program(Step(), jnp.ones(()), stop=stop)
+        step = TrainStep(Step(), None, execution.choose(TINY, "cpu"))  # pyright: ignore[reportArgumentType]
+        CompiledStep(step, jnp.ones(()), jnp.ones(1), stop=stop)  # pyright: ignore[reportArgumentType]
         assert stop.received == signal.SIGTERM
         signalled.set()
 
@@ -451,7 +453,7 @@ def test_a_run_that_wants_more_memory_than_is_free_says_so(train, monkeypatch, c
 def test_a_step_that_takes_minutes_is_announced(train, monkeypatch, capsys):
     assert train("--train.steps", "1", "--run-dir", "quick") == 0
     assert "minutes" not in capsys.readouterr().err
-    monkeypatch.setattr(loop, "PER_CORE", 100.0)
+    monkeypatch.setattr(execution, "CORE_FLOPS", 100.0)
     assert train("--train.steps", "1", "--run-dir", "slow") == 0
     said = capsys.readouterr().err
     assert re.search(
@@ -462,9 +464,9 @@ def test_a_step_that_takes_minutes_is_announced(train, monkeypatch, capsys):
 def test_several_devices_have_no_second_program():
     mesh = make_mesh(change(TINY, mesh__data=2).mesh)
     x = jax.device_put(jnp.ones((64, 64)), NamedSharding(mesh, P("data")))
-    step = Program(jax.jit(lambda x: x @ x), x)
+    step = CompiledStep(as_step(lambda x, rows, n: (x @ x, {})), x, jnp.ones(1))  # pyright: ignore
     step.improve(at_once=True)
-    assert step._next is None
+    assert step._second is None
 
 
 def test_free_memory_is_what_the_control_groups_leave(monkeypatch, tmp_path):
@@ -492,21 +494,24 @@ def test_free_memory_is_what_the_control_groups_leave(monkeypatch, tmp_path):
 
 def test_only_a_long_run_is_compiled_twice(train, monkeypatch):
     asked = []
-    monkeypatch.setattr(Program, "improve", lambda self: asked.append(self))
-    monkeypatch.setattr(loop, "BEGUN", 0)
+    monkeypatch.setattr(CompiledStep, "improve", lambda self: asked.append(self))
+    monkeypatch.setattr(execution, "RECOMPILE_AFTER", 0)
     assert train("--train.steps", "20", "--run-dir", "short") == 0
     assert not asked
-    monkeypatch.setattr(loop, "LONG", 0)
+    monkeypatch.setattr(execution, "RECOMPILE_LEFT", 0)
+    assert train("--train.steps", "20", "--train.recompile", "off", "--run-dir", "off") == 0
+    assert not asked
     assert train("--train.steps", "20", "--run-dir", "long") == 0
     assert asked
 
 
 def test_a_run_takes_the_second_program_and_says_so(train, monkeypatch, capsys):
-    improve = Program.improve
-    monkeypatch.setattr(program, "COST", 0)
-    monkeypatch.setattr(Program, "improve", lambda self: improve(self) or wait([self._next] if self._next else []))
-    monkeypatch.setattr(loop, "BEGUN", 0)
-    monkeypatch.setattr(loop, "LONG", 0)
+    improve = CompiledStep.improve
+    monkeypatch.setattr(
+        CompiledStep, "improve", lambda self: improve(self) or wait([self._second] if self._second else [])
+    )
+    for name in ("RECOMPILE_COST", "RECOMPILE_AFTER", "RECOMPILE_LEFT"):
+        monkeypatch.setattr(execution, name, 0)
     assert train("--train.steps", "20", "--run-dir", "r") == 0
     assert len(re.findall(r"step \d+: a second, quicker program", capsys.readouterr().err)) == 1
 
@@ -544,18 +549,15 @@ def test_training_learns_and_the_step_is_donated():
     assert losses[0] > 4
     assert losses[-1] < 0.5
     assert int(state.step) == 60
-    cfg = replace(TINY, model=gpt2.resolve(TINY.model, "cpu"))
-    mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 10)
-    old = init_state(cfg, tx, mesh)
-    make_train_step(cfg, tx, mesh)(old, np.zeros((1, 8, 17), np.int32), np.int32(1))
+    old = make_state(TINY)
+    make_step(TINY).jitted(old, np.zeros((1, 8, 17), np.int32), np.int32(1))
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
 
 
 def test_initial_state_depends_on_the_seed_alone():
-    tx = make_optimizer(TINY.optim, 10)
-    one = init_state(TINY, tx, make_mesh(TINY.mesh))
-    assert_trees_equal(one.params, init_state(TINY, tx, make_mesh(config.MeshConfig(2, 2, 2))).params)
-    other = init_state(change(TINY, train__seed=1), tx, make_mesh(TINY.mesh))
+    one = make_state(TINY)
+    assert_trees_equal(one.params, make_state(TINY, mesh=make_mesh(config.MeshConfig(2, 2, 2))).params)
+    other = make_state(change(TINY, train__seed=1))
     assert not np.array_equal(one.params["wte"], other.params["wte"])
 
 
@@ -629,7 +631,7 @@ def test_unknown_parameters_and_odd_dimensions_are_refused():
     every=st.lists(st.integers(0, 13), max_size=3),
 )  # fmt: skip
 def test_dispatches_cover_every_step_once_and_stop_where_something_happens(start, steps, most, every):
-    plan = list(loop.dispatches(start, steps, most, tuple(every)))
+    plan = list(loop.calls(start, steps, most, tuple(every)))
     assert [s for first, n in plan for s in range(first, first + n)] == list(range(start, steps))
     assert all(1 <= n <= most for _, n in plan)
     inside = {s for first, n in plan for s in range(first + 1, first + n)}
@@ -663,7 +665,7 @@ def numbers(run: str) -> list[dict]:
 
 
 def final_params(run: str):
-    return load_params(Path(run), config.read_json(Path(run) / "config.json"), "latest")
+    return load(run, "latest")
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch, capsys):
@@ -713,9 +715,8 @@ def test_a_save_is_a_copy_of_its_moment(train):
         assert train("--train.steps", str(steps), *flags, run) == 0
         params[steps] = final_params(run)[0]
     assert train("--train.steps", "12", "--optim.schedule", "constant", "--train.keep", "9", "--run-dir", "long") == 0
-    cfg = config.read_json(Path("long/config.json"))
     for steps, expected in params.items():
-        assert_trees_equal(load_params(Path("long"), cfg, str(steps))[0], expected)
+        assert_trees_equal(load("long", str(steps))[0], expected)
 
 
 def test_newest_and_best_checkpoints_are_kept(train):
@@ -727,7 +728,7 @@ def test_newest_and_best_checkpoints_are_kept(train):
     assert list(losses) == [10, 20, 30, 40, 50, 60]
     best = min(losses, key=lambda s: losses[s])
     assert checkpoint_steps(Path("r")) == sorted({best, 56, 60})
-    assert load_params(Path("r"), config.read_json(Path("r/config.json")))[1] == best
+    assert load("r")[1] == best
     # a resumed run knows the best from before
     assert train(*flags, "--train.steps", "64", "--run-dir", "r") == 0
     assert checkpoint_steps(Path("r")) == sorted({best, 60, 64})
@@ -739,7 +740,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         train(*flags, "--run-dir", "r")
     assert all(math.isfinite(row.get("train/loss", 0)) for row in rows("r"))
     for step in checkpoint_steps(Path("r")):
-        params, _ = load_params(Path("r"), config.read_json(Path("r/config.json")), str(step))
+        params, _ = load("r", str(step))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
@@ -756,11 +757,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ],
 )
 def test_a_run_that_diverges_names_the_checkpoints_that_there_are(start, saved, words):
-    class Saved:
-        def saved(self):
-            return [Path("a b/checkpoints") / str(step) for step in saved]
-
-    error = loop.not_finite(Config(), start, 5, Saved(), "the loss is nan")  # pyright: ignore[reportArgumentType]
+    saved = [Path("a b/checkpoints") / str(step) for step in saved]
+    error = loop.not_finite(Config(), start, 5, saved, "the loss is nan")
     assert str(error).startswith("step 5: the loss is nan; the run stops here")
     assert words in str(error)
 
@@ -776,7 +774,7 @@ SPOILT = {  # at which update, what -> how the run ends and which checkpoints th
 def test_a_state_that_is_not_finite_is_never_saved(case, train, monkeypatch, capsys):
     at, what, steps, words, saved = SPOILT[case]
     if "nobody" in case:
-        monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"loss": 1.0, "bits_per_byte": 1.0})
+        monkeypatch.setattr(language_model, "evaluate", lambda *_, **__: {"loss": 1.0, "bits_per_byte": 1.0})
 
     def spoilt(*args):
         tx = make_optimizer(*args)
@@ -824,11 +822,10 @@ def saved(tmp_path_factory):
     """saved() is a run of its own, with checkpoints 10 and 20, and its settings."""
     original = tmp_path_factory.mktemp("saved") / "run"
     cfg = replace(TINY, model=replace(TINY.model, n_layer=1, n_embd=8))
-    tx, mesh = make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh)
+    cfg = replace(cfg, train=replace(cfg.train, steps=20))
     with Checkpointer(original, keep=2) as checkpoints:
         for step in (10, 20):
-            state = init_state(cfg, tx, mesh)
-            checkpoints.save(state, step, {"best_val_loss": None}, 1 / step)
+            checkpoints.save(step, trees(make_state(cfg)), {"best_val_loss": None}, 1 / step)
             checkpoints.wait()
     (original / "config.json").write_text(config.to_json(cfg))
 
@@ -857,24 +854,23 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
     assert len(parts) > 20
     bad = run / "checkpoints/20/opt_state/_METADATA"
     flip(bad, 5)
-    load_params(run, cfg)  # which needs none of it
-    tx, mesh = make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh)
+    load(run)  # which needs none of it
+    shapes = trees(jax.eval_shape(lambda: make_state(cfg)))
     delete = re.escape(f"rm -r {run / 'checkpoints/20'}")
     with Checkpointer(run, 2) as checkpoints, pytest.raises(UserError, match=f"{bad} has .*checksum(.|\n)*{delete}\n"):
-        checkpoints.resume(cfg, tx, mesh)
+        checkpoints.restore(shapes)
     bad = max((run / "checkpoints/20/params").rglob("*"), key=lambda p: p.stat().st_size)
     flip(bad, 5)
     monkeypatch.setattr(sys, "argv", ["sample.py", "a run"])
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*: python sample.py 'a run' --checkpoint=10$"):
-        load_params(run, cfg)
+        load(run)
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*take checkpoint 10: eval --checkpoint=10$"):
-        load_params(run, cfg, command="eval")
-    again = rf"{bad} has .*\n.*rm -r {run}/checkpoints/20\n"
-    with Checkpointer(run.with_name("new"), 2) as checkpoints, pytest.raises(UserError, match=again):
-        checkpoints.resume(change(cfg, train__init_from=str(run)), tx, mesh)
+        load(run, command="eval")
+    with pytest.raises(UserError, match=rf"{bad} has .*\n.*rm -r {run}/checkpoints/20\n"):
+        load_first_params(run, gpt2.param_shapes(cfg.model))
     shutil.rmtree(run / "checkpoints/10")
     with pytest.raises(UserError, match=rf"{bad} has .*\n.*no other"):
-        load_params(run, cfg)
+        load(run)
 
 
 @pytest.mark.parametrize(
@@ -890,10 +886,10 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
     ],
 )
 def test_other_damage_is_found_too(saved, spoil, words):
-    run, cfg = saved()
+    run, _ = saved()
     spoil(run / "checkpoints/20")
     with pytest.raises(UserError, match=rf"checkpoints/20 is damaged\n.*checkpoints/20/{words}"):
-        load_params(run, cfg)
+        load(run)
 
 
 def test_every_file_that_is_read_is_verified_once(saved, monkeypatch):
@@ -910,12 +906,12 @@ def test_every_file_that_is_read_is_verified_once(saved, monkeypatch):
         return sorted(str(path.relative_to(folder)) for path in found if path.stat().st_size)
 
     monkeypatch.setattr(checksums, "_checksum", count)
-    load_params(run, cfg)
+    load(run)
     read = files_of("10/metrics", "20/metrics", "20/params", "20/meta", "20/_CHECKPOINT_METADATA")
     assert sorted(verified) == read
     verified.clear()
     with Checkpointer(run, 2) as checkpoints:
-        checkpoints.resume(cfg, make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh))
+        checkpoints.restore(trees(jax.eval_shape(lambda: make_state(cfg))))
     assert sorted(verified) == sorted([*read, *files_of("20/opt_state")])
 
 
@@ -933,15 +929,15 @@ def test_a_disk_that_cannot_be_read_is_told_with_the_file(saved, monkeypatch):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_and_one_note_says_what_that_means(saved, capsys):
-    run, cfg = saved()
+    run, _ = saved()
     (run / "checkpoints/20/checksums.json").unlink()
     meta = run / "checkpoints/20/meta/metadata"
     meta.write_text(json.dumps({"best_val_loss": 0.5}))
-    assert load_params(run, cfg)[1] == 20
+    assert load(run)[1] == 20
     assert capsys.readouterr().err.count("note: an earlier version saved") == 1
     flip(run / "checkpoints/20/params/manifest.ocdbt", 5)
     with pytest.raises(UserError, match=r"checkpoints/20 is damaged or of another model\n.*\n.*take checkpoint 10"):
-        load_params(run, cfg)
+        load(run)
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -952,31 +948,31 @@ def test_a_good_checkpoint_that_does_not_fit_the_settings_is_not_called_damaged(
         (run / "checkpoints/20/meta/metadata").write_text("{}")
     other = replace(cfg, model=replace(cfg.model, block_size=99))
     with pytest.raises(UserError, match=r"config.json\n +wpe.* is \(16, 8\) in the checkpoint, and \(99, 8\) by") as e:
-        load_params(run, other)
+        load_params(run, gpt2.param_shapes(other.model))
     assert "rm -r" not in str(e.value)
     assert "checkpoint 10" not in str(e.value)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(saved):
-    run, cfg = saved()
-    params, _ = load_params(run, cfg)
+    run, _ = saved()
+    params, _ = load(run)
     params["ln_f"]["scale"] = params["ln_f"]["scale"].at[3].set(math.nan)
     with Checkpointer(run, keep=3) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(30), params, {"x": jnp.ones(1)}), 30, {}, None)
+        checkpoints.save(30, {"params": params, "opt_state": {"x": jnp.ones(1)}}, {}, None)
     with pytest.raises(UserError, match=r"checkpoints/30 is not finite: there is nan or inf in ln_f.scale"):
-        load_params(run, cfg, "latest")
+        load(run, "latest")
 
 
 def test_a_save_that_fails_leaves_no_folder_and_keeps_the_words_of_the_system(saved, monkeypatch):
     run, cfg = saved()
-    state = init_state(cfg, make_optimizer(cfg.optim, 20), make_mesh(cfg.mesh))
+    state = trees(make_state(cfg))
 
     def full(folder: Path) -> None:
         raise ValueError(f"RESOURCE_EXHAUSTED: Error writing {'x' * 300} [OS error 28: no space left on device]")
 
     monkeypatch.setattr(checksums, "write", full)
     with Checkpointer(run, 2) as checkpoints:
-        checkpoints.save(state, 30, {}, None)
+        checkpoints.save(30, state, {}, None)
         with pytest.raises(
             UserError, match=r"could not save step 30(.|\n)*is step 20\n +No space left on device: RESOU"
         ):

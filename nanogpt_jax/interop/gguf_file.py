@@ -12,7 +12,7 @@ from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.data.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
 from nanogpt_jax.host import files
 from nanogpt_jax.interop.vocabulary import tokens_and_merges
-from nanogpt_jax.model.layers import EPSILON
+from nanogpt_jax.model.kernels.norm_gelu import EPSILON
 
 # Hugging Face's names, in a layer and outside, to llama.cpp's. Its matrices are [out, in], as the embeddings are.
 NAMES = {

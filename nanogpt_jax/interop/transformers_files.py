@@ -17,7 +17,7 @@ from nanogpt_jax.config import ModelConfig, UserError, quoted
 from nanogpt_jax.host.messages import cut, first_line
 from nanogpt_jax.interop.json_file import is_file, read_object, shown
 from nanogpt_jax.interop.weights import expected_tensors, is_tensor, n_tensors, their_shapes
-from nanogpt_jax.model.layers import EPSILON
+from nanogpt_jax.model.kernels.norm_gelu import EPSILON
 
 WIDE = (np.float32, np.float16, ml_dtypes.bfloat16)
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")

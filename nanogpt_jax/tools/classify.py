@@ -126,7 +126,7 @@ SAY = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}"
 def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any):
     """Settings to a trained classifier -> how it ended, the best checkpoint's step and its validation scores."""
     from nanogpt_jax.distributed.mesh import batch_ways, make_mesh, start
-    from nanogpt_jax.model import classifier, execution
+    from nanogpt_jax.model import execution
     from nanogpt_jax.training.checkpoint import load_params
     from nanogpt_jax.training.loop import Outcome, fit, start_state
     from nanogpt_jax.training.optim import head_alone, make_optimizer
@@ -141,7 +141,7 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
     tx = make_optimizer(cfg.optim, t.steps)
     tx = head_alone(tx) if c.freeze else tx
     weights = class_weights(data.splits["train"].labels, c.n_labels, c.class_weights)
-    predict, ways = _predict_step(cfg.model, mesh), batch_ways(mesh)
+    predict, ways = predict_step(cfg.model, mesh), batch_ways(mesh)
     rows = -(-max(t.micro_batch or t.batch_size, 32) // ways) * ways
     val = data.splits["val"]
 
@@ -149,9 +149,7 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
         return classification.scores(_log_probabilities(predict, params, val, data.width, rows), val.labels)
 
     task = Task(
-        init=functools.partial(classifier.init_params, cfg.model, c.n_labels),
-        loss=functools.partial(classifier.mean_loss, cfg.model, weights=weights, freeze=c.freeze),
-        row_length=data.width + 2,
+        **vars(objective(cfg, data.width, weights)),
         batch=functools.partial(data.splits["train"].batch, seed=t.seed, batch_size=t.batch_size, width=data.width),
         evaluate=scores,
         summary=f"validation {SAY}",
@@ -170,12 +168,22 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
         return outcome, None, {}
     then = f"{config.program('classify')} eval {config.word(directory)}"
     params, best = load_params(
-        directory, _shapes(cfg), command=then
+        directory, param_shapes(cfg), command=then
     )  # the best, as eval and predict take it: on one device
-    return outcome, best, scores(params, _predict_step(cfg.model, make_mesh(config.MeshConfig())))
+    return outcome, best, scores(params, predict_step(cfg.model, make_mesh(config.MeshConfig())))
 
 
-def _shapes(cfg: ClassifierConfig) -> Any:
+def objective(cfg: ClassifierConfig, width: int, weights: np.ndarray) -> Any:
+    """First weights, and the loss of rows [B, W+2]; weights [K] of the labels."""
+    from nanogpt_jax.model import classifier
+    from nanogpt_jax.training.task import Objective
+
+    init = functools.partial(classifier.init_params, cfg.model, cfg.classify.n_labels)
+    loss = functools.partial(classifier.mean_loss, cfg.model, weights=weights, freeze=cfg.classify.freeze)
+    return Objective(init, loss, width + 2)
+
+
+def param_shapes(cfg: ClassifierConfig) -> Any:
     """A classifier's parameters as jax.ShapeDtypeStructs."""
     import jax
 
@@ -184,7 +192,7 @@ def _shapes(cfg: ClassifierConfig) -> Any:
     return jax.eval_shape(lambda: classifier.init_params(cfg.model, cfg.classify.n_labels, jax.random.key(0)))
 
 
-def _predict_step(cfg: ModelConfig, mesh: Any) -> Callable[[Any, Any], Any]:
+def predict_step(cfg: ModelConfig, mesh: Any) -> Callable[[Any, Any], Any]:
     """(a classifier's params, rows [B, W+2] int32) -> log-probabilities of the labels [B, K] float32."""
     import jax
 
@@ -192,12 +200,12 @@ def _predict_step(cfg: ModelConfig, mesh: Any) -> Callable[[Any, Any], Any]:
     from nanogpt_jax.model import classifier
 
     @functools.partial(jax.jit, in_shardings=(None, shard(mesh, BATCH)), out_shardings=shard(mesh))
-    def predict_step(params: Any, rows: jax.Array) -> jax.Array:
+    def predict(params: Any, rows: jax.Array) -> jax.Array:
         tokens, lengths, _ = classifier.unpack(rows)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.nn.log_softmax(classifier.logits(cfg, params, tokens, lengths))
 
-    return predict_step
+    return predict
 
 
 def class_weights(labels: np.ndarray, n_labels: int, kind: str) -> np.ndarray:
@@ -272,7 +280,7 @@ class _Classifier:
         from nanogpt_jax.training.checkpoint import load_params
 
         self.cfg = replace(self.cfg, model=execution.resolve(self.cfg.model, jax.default_backend()))
-        self.params, self.step = load_params(self.run, _shapes(self.cfg), self._checkpoint)
+        self.params, self.step = load_params(self.run, param_shapes(self.cfg), self._checkpoint)
 
     def encoder(self) -> labelled.Encoder:
         return labelled.Encoder(self.tokenizer, self.cfg.model.block_size, self.cfg.data.keep)
@@ -280,7 +288,7 @@ class _Classifier:
     def log_probabilities(self, texts: Texts) -> np.ndarray:
         from nanogpt_jax.distributed.mesh import make_mesh
 
-        predict = _predict_step(self.cfg.model, make_mesh(config.MeshConfig()))
+        predict = predict_step(self.cfg.model, make_mesh(config.MeshConfig()))
         width, rows = labelled.width_for([texts], self.cfg.model.block_size), min(32, -(-len(texts) // 8) * 8)
         found = _log_probabilities(predict, self.params, texts, width, rows, bar=True)
         if not np.isfinite(found).all():

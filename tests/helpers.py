@@ -1,0 +1,41 @@
+"""What several test files need to train a little and to look into a run."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from nanogpt_jax import config
+from nanogpt_jax.config import Config
+from nanogpt_jax.distributed.mesh import make_mesh
+from nanogpt_jax.distributed.sharding import laid_out
+from nanogpt_jax.model import execution, gpt2
+from nanogpt_jax.training.checkpoint import load_params
+from nanogpt_jax.training.language_model import next_token
+from nanogpt_jax.training.optim import make_optimizer
+from nanogpt_jax.training.step import TrainState, TrainStep, init_state, make_train_step
+
+
+def make_state(cfg: Config, given: Any = None, mesh: Mesh | None = None) -> TrainState:
+    """The state at step 0 of a language model's run."""
+    tx = make_optimizer(cfg.optim, cfg.train.steps)
+    return init_state(cfg, tx, next_token(cfg.model), mesh or make_mesh(cfg.mesh), given)
+
+
+def make_step(cfg: Config, per_call: int = 1) -> TrainStep:
+    """Its step, as train.py makes it on a CPU."""
+    cfg, mesh = replace(cfg, train=replace(cfg.train, steps_per_dispatch=per_call)), make_mesh(cfg.mesh)
+    how, cfg = execution.choose(cfg, "cpu", mesh.size), replace(cfg, model=execution.resolve(cfg.model, "cpu"))
+    return make_train_step(cfg, make_optimizer(cfg.optim, cfg.train.steps), mesh, next_token(cfg.model), how)
+
+
+def trees(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint keeps of a state."""
+    return {"params": state.params, "opt_state": state.opt_state}
+
+
+def load(run: Path | str, which: str = "best", mesh: Mesh | None = None, **more: Any) -> tuple[Any, int]:
+    """The parameters of a run, and their step."""
+    shapes = gpt2.param_shapes(config.read_json(Path(run) / "config.json").model)
+    return load_params(Path(run), laid_out(mesh, shapes) if mesh else shapes, which, **more)
