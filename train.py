@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
-from nanogpt_jax import cli, config, runtime
+from nanogpt_jax import cli, config
 
 
 def main(argv: list[str]) -> int:
@@ -15,15 +15,15 @@ def main(argv: list[str]) -> int:
         print(config.help_text())
         return 0
     command = config.load(argv)  # defaults, TOML file, command line -> settings, or an error with a hint
-    if command.print_config:
-        print(config.render(command.cfg, command.origin), runtime.describe(), sep="\n\n")
-        return 0
 
     from nanogpt_jax.data import batches
     from nanogpt_jax.data.prepare import open_data
     from nanogpt_jax.training import run_dir
     from nanogpt_jax.training.signals import stop_on_signals
 
+    if command.print_config:
+        print(run_dir.describe(command))
+        return 0
     with (
         run_dir.claim(command) as run,  # locked: nobody else writes here
         nullcontext(open_data(command.cfg.data)) as data,  # prepared on first use; Ctrl-C ends that at once
@@ -33,15 +33,14 @@ def main(argv: list[str]) -> int:
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
         batches.check_length(data.train, cfg.model.block_size)  # before anything is written
         run_dir.prepare(run, command, cfg, data)
-        longer = run_dir.command_again(argv, steps=2 * max([cfg.train.steps, *run_dir.checkpoint_steps(run)]))
-        then = f"next: {config.program('sample')} {config.word(run)} --num-samples 3\n      or train longer: {longer}"
+        then = run_dir.afterwards(run, argv, cfg.train.steps)
         if finished := run_dir.finished(run, cfg):
             print(f"{finished}\n{then}")
             return 0
         outcome, sample = train(cfg, run, data, stop)
         if outcome.signal:
-            print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}")
-            print(f"go on with the same command: {run_dir.command_again(argv)}")
+            again = f"go on with the same command: {run_dir.command_again(argv)}"
+            print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}\n{again}")
             return 128 + outcome.signal
         print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.validation['val/loss']:.4f} at the last step")
         print(f"a sample:\n\n{sample}\n\n{then}")
@@ -60,8 +59,7 @@ def train(cfg, directory, data, stop):
     from nanogpt_jax.training.recording import Recording
     from nanogpt_jax.training.step import make_train_step
 
-    platform = start()  # JAX's devices: it takes seconds, so only now
-    mesh = make_mesh(cfg.mesh)
+    platform, mesh = start(), make_mesh(cfg.mesh)  # JAX's devices: it takes seconds, so only now
     how = execution.choose(cfg, platform, mesh.size)  # how it runs here: decided once
     cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
     task = language_model(cfg, mesh, data)

@@ -162,7 +162,7 @@ def test_wrong_data_and_run_directories(place, clean_env, arguments, words):
     assert (place / "runs/done/checkpoints/10").is_dir()
 
 
-def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, clean_env):
+def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
     page = run(tmp_path, {**clean_env, "COLUMNS": "80"}, "train.py", "--help").stdout
     assert re.search(r"--model.n-layer INT +L, transformer blocks \(default: 4\)", page)
     assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+from the peak .* in the last 20\s+%", page)
@@ -178,6 +178,7 @@ def test_help_and_print_config_name_every_setting_and_start_no_jax(tmp_path, cle
     assert re.search(r"n_head = 4 +# command line", shown.stdout)
     assert re.search(r"n_embd = 768 +# .*gpt2.toml", shown.stdout)
     assert re.search(r"dropout = 0.0 +# default", shown.stdout)
+    assert re.search(r"^# how it runs on this machine.*:\n# attention=blocked\n# scan_unroll=3\n", shown.stdout, re.M)
     (tmp_path / "again.toml").write_text(shown.stdout, encoding="utf-8")
     again = run(tmp_path, clean_env, "train.py", "again.toml", "--print-config").stdout
     assert re.sub("#.*", "", again) == re.sub("#.*", "", shown.stdout)

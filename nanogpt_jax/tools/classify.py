@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_jax import cli, config, runtime
+from nanogpt_jax import cli, config
 from nanogpt_jax.config import ClassifierConfig, ModelConfig, UserError
 from nanogpt_jax.data import labelled, labelled_rows, tokenizer
 from nanogpt_jax.data.labelled import LabelledData, Texts
@@ -74,7 +74,7 @@ def train(argv: list[str]) -> int:
         return 0
     command = config.load(argv, ClassifierConfig)
     if command.print_config:
-        print(config.render(command.cfg, command.origin), runtime.describe(), sep="\n\n")
+        print(run_dir.describe(command))
         return 0
 
     from nanogpt_jax.training.signals import stop_on_signals

@@ -12,6 +12,7 @@ A run that must not be touched is refused before XLA starts: nothing here import
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -24,13 +25,15 @@ from pathlib import Path
 
 import filelock
 
-from nanogpt_jax import config
+from nanogpt_jax import config, runtime
 from nanogpt_jax.config import Command, Config, UserError
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.labelled import LabelledData
 from nanogpt_jax.data.prepare import Dataset
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files
+from nanogpt_jax.model import execution
+from nanogpt_jax.model.execution import Execution
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
 WRITTEN_FILES = ("config.json", "data.json", "metrics.jsonl")
@@ -293,7 +296,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
     elif (run_dir / "metrics.jsonl").exists() and not command.overwrite:
         print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
     if steps and (command.overwrite or not finished(run_dir, cfg)):
-        _check_devices(cfg)
+        _execution(cfg)  # what is to be replaced is still there
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
     try:
         if not steps or command.overwrite:
@@ -336,13 +339,21 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Dataset | La
         )
 
 
-def _check_devices(cfg: Config) -> None:
-    """UserError if training could not start: what is to be replaced is still there then."""
+def _execution(cfg: Config) -> Execution:
+    """How `cfg` would run here. UserError if it could not."""
     from nanogpt_jax.distributed.mesh import make_mesh, start
-    from nanogpt_jax.model import execution
 
-    execution.resolve(cfg.model, start())
-    make_mesh(cfg.mesh)
+    platform = start()
+    return execution.choose(cfg, platform, make_mesh(cfg.mesh).size)
+
+
+def describe(command: Command) -> str:
+    """What training would do, as TOML with comments: the settings and where they came from, JAX, this machine."""
+    how = dataclasses.asdict(_execution(command.cfg))
+    known = "" if command.cfg.model.vocab_size else ", if its vocabulary, which is not known yet, is small"
+    shown = "\n".join(f"# {name}={str(value).lower()}" for name, value in how.items())
+    settings = config.render(command.cfg, command.origin)
+    return f"{settings}\n\n{runtime.describe()}\n\n# how it runs on this machine{known}:\n{shown}"
 
 
 def _fingerprint(path: Path) -> str:
@@ -375,6 +386,13 @@ def command_again(argv: list[str], steps: int | None = None, name: str = "train"
     more = ["--train.steps", str(min(steps, config.MOST_STEPS))] if steps else []
     without = ("--resume", "--train.steps") if steps else ("--resume",)
     return config.joined([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), *more)])
+
+
+def afterwards(run_dir: Path, argv: list[str], steps: int) -> str:
+    """What to do with a run that has had its steps: two commands."""
+    longer = command_again(argv, steps=2 * max([steps, *checkpoint_steps(run_dir)]))
+    sample = f"{config.program('sample')} {config.word(run_dir)} --num-samples 3"
+    return f"next: {sample}\n      or train longer: {longer}"
 
 
 def typed(without: tuple[str, ...] = (), *more: str) -> str:
