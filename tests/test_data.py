@@ -210,6 +210,9 @@ def packed(content: bytes) -> bytes:
         ("open.tsv", 'n\ttext\n1\t"so it goes\n2\tfine\n3\tsix foot 2"\n', ['"so it goes', "fine", 'six foot 2"']),
         ("whole.tsv", 'text\tn\n"whole."\t1\n', ['"whole."']),
         ("quoted.tsv", 'text\tn\n"a\tb"\t1\n"c\nd"\t2\n', ["a\tb", "c\nd"]),
+        # lines that could be rows, but for their label, which is none; and those that are
+        ("both.tsv", 'text\tlabel\n"a\tb\nc"\tx\nd\tx\ne\ty\nf\ty\n', ["a\tb\nc", "d", "e", "f"]),
+        ("rows.tsv", 'text\tlabel\n"a\tx\nc"\tx\nd\tx\ne\ty\nf\ty\n', ['"a', 'c"', "d", "e", "f"]),
         ("doubled.tsv", 'text\tn\n"a ""b"""\t1\n', ['a "b"']),
         ("header.tsv", '"text"\t"n"\n"whole."\t"1"\n', ["whole."]),
     ],

@@ -128,13 +128,13 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
     provided that there are no other backslashes.
 
     The quotes of a .tsv are letters if each line then has as many cells as the header. They are quotes all the same if
-    that gives a table too, and a program has written them.
+    that gives a table too, and a program has written them, or else lines would be rows that are none by their cells.
     """
     lines = _Lines(found(), separator)
-    by_program, broken = _as_quotes(lines, separator)
+    is_written, broken = _as_quotes(lines, separator)
     if separator == "\t":
         if lines.broken is None:
-            return RFC if by_program and broken is None else None
+            return RFC if is_written and broken is None else None
         if broken is None and lines.quotes:
             return RFC
         if broken is None or not lines.quotes or lines.broken.line > broken.line:
@@ -147,7 +147,7 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
 
 
 def _as_quotes(lines: "_Lines", separator: str) -> tuple[bool, _Broken | None]:
-    """Whether a program has written the quotes of a table, and why it is none if they are quotes (None: it is one)."""
+    """Whether the quotes of a table are meant as such, and why it is none if they are (None: it is one)."""
     quotes, swallowed = _Quotes(separator), Swallowed(separator)
     try:
         for begin, end, row in _quoted_rows(iter(lines), separator, RFC):
@@ -158,7 +158,7 @@ def _as_quotes(lines: "_Lines", separator: str) -> tuple[bool, _Broken | None]:
     except _Broken as e:
         lines.finish()
         return quotes.by_program, e
-    return quotes.by_program, None
+    return quotes.by_program or swallowed.none_for_sure(), None
 
 
 def _is_table(found: LineBlocks, separator: str, dialect: dict[str, Any]) -> bool:
