@@ -213,6 +213,8 @@ def packed(content: bytes) -> bytes:
         # lines that could be rows, but for their label, which is none; and those that are
         ("both.tsv", 'text\tlabel\n"a\tb\nc"\tx\nd\tx\ne\ty\nf\ty\n', ["a\tb\nc", "d", "e", "f"]),
         ("rows.tsv", 'text\tlabel\n"a\tx\nc"\tx\nd\tx\ne\ty\nf\ty\n', ['"a', 'c"', "d", "e", "f"]),
+        ("lone.tsv", 'text\n"a\nb"\nc\n"d\ne"\n', ["a\nb", "c", "d\ne"]),
+        ("lone raw.tsv", 'text\n"a\nb"\nc\n"d\ne"\n6" wide\n', ['"a', 'b"', "c", '"d', 'e"', '6" wide']),
         ("doubled.tsv", 'text\tn\n"a ""b"""\t1\n', ['a "b"']),
         ("header.tsv", '"text"\t"n"\n"whole."\t"1"\n', ["whole."]),
     ],

@@ -36,7 +36,7 @@ KINDS = [
     Kind(b"\x04\x22\x4d\x18", "packed by LZ4", "unpack it first: lz4 -dc < {file} > {unpacked}"),
     Kind(b"\x1f\x9d", "packed by compress", "unpack it first: gunzip -c < {file} > {unpacked}"),
     Kind(b"PK\x03\x04", "a ZIP archive, or a .docx, .xlsx, .odt or .epub, which are such",
-         "unpack it: unzip {file} -d {folder}; or save the document as .txt or .csv"),
+         "unpack it: unzip {file} -d {folder}\n       or, if it is a document, save it as .txt or .csv"),
     Kind(b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x -o{folder} {file}"),
     Kind(b"Rar!\x1a\x07", "a RAR archive", "unpack it: unrar x {file} {folder}/"),
     Kind(b"SQLite format 3\0", "an SQLite database",
