@@ -928,7 +928,7 @@ def test_a_folder_that_cannot_be_listed_is_told_by_its_name(train, monkeypatch):
     with pytest.raises(UserError, match=f"cannot read {closed}: Permission denied"):
         train("--train.steps", "8", "--run-dir", "r")
     with pytest.raises(UserError, match=rf"checkpoints/4 cannot be read\n +{closed} cannot be read: Permission denied"):
-        load_params(Path("r"), config.read_json(Path("r/config.json")))
+        load("r")
 
 
 def test_another_text_is_told_as_such_although_it_has_other_characters(train):
