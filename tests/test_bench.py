@@ -1,4 +1,4 @@
-"""The bench, in processes of its own as a person starts it, and what JAX is told before it starts."""
+"""The bench, in processes of its own as a person starts it, and how the cost of a token grows."""
 
 import json
 import subprocess
@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from nanogpt_jax.tools import bench, scaling
 
 from nanogpt_jax import cli
+from nanogpt_jax.bench import bench, scaling
 from nanogpt_jax.config import UserError
 
 TINY = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --train.batch-size 4".split()
