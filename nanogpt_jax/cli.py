@@ -108,31 +108,46 @@ def door(name: str) -> ModuleType:
     return module
 
 
-def tool(name: str) -> ModuleType:
-    return importlib.import_module(f"nanogpt_jax.tools.{name}")
-
-
-COMMANDS: dict[str, tuple[str, Main]] = {
-    "train": ("train a GPT-2, or go on with a run (train.py)", lambda argv: door("train").main(argv)),
-    "sample": ("write text with a trained model (sample.py)", lambda argv: door("sample").main(argv)),
-    "prepare": ("turn text into tokens, ahead of training", lambda argv: tool("prepare").main(argv)),
-    "eval": ("measure how good a run is, and which of two is better", lambda argv: tool("evaluate").main(argv)),
-    "import-hf": ("make a run of a GPT-2 in Hugging Face's files", lambda argv: tool("hub").main_import(argv)),
-    "export-hf": ("write a run for transformers, or as GGUF", lambda argv: tool("hub").main_export(argv)),
-    "classify": ("train a text classifier, measure it, ask it", lambda argv: tool("classify").main(argv)),
-    "scaling": ("measure how the cost of a token grows with the model", lambda argv: tool("scaling").main(argv)),
-    "bench": ("measure how fast this machine trains and samples", lambda argv: tool("bench").main(argv)),
+# command -> what it does; the module that does it, or the door, whose name has no dot; its function
+COMMANDS = {
+    "train": ("train a GPT-2, or go on with a run (train.py)", "train", "main"),
+    "sample": ("write text with a trained model (sample.py)", "sample", "main"),
+    "prepare": ("turn text into tokens, ahead of training", "commands.prepare", "main"),
+    "eval": ("measure how good a run is, and which of two is better", "commands.evaluate", "main"),
+    "import-hf": ("make a run of a GPT-2 in Hugging Face's files", "commands.huggingface", "main_import"),
+    "export-hf": ("write a run for transformers, or as GGUF", "commands.huggingface", "main_export"),
+    "classify": ("train a text classifier, measure it, ask it", "commands.classify", "main"),
+    "scaling": ("measure how the cost of a token grows with the model", "bench.scaling", "main"),
+    "bench": ("measure how fast this machine trains and samples", "bench.bench", "main"),
 }
 
 
+def offered() -> dict[str, str]:
+    """The commands and what they do, without those whose module was removed with its slice. Nothing is imported."""
+    package = Path(__file__).parent
+
+    def is_there(module: str) -> bool:
+        return "." not in module or (package / f"{module.replace('.', '/')}.py").is_file()
+
+    return {name: meaning for name, (meaning, module, _) in COMMANDS.items() if is_there(module)}
+
+
+def command(name: str) -> Main:
+    """The function of a command, imported now."""
+    _, module, function = COMMANDS[name]
+    found = importlib.import_module(f"nanogpt_jax.{module}") if "." in module else door(module)
+    return getattr(found, function)
+
+
 def _main(argv: list[str]) -> int:
+    commands = offered()
     if not argv or argv[0] in ("--help", "-h", "help"):
         print("usage: nanogpt-jax COMMAND [ARGUMENTS], or nanogpt-jax COMMAND --help\n")
-        print("\n".join(f"  {name:<12}{meaning}" for name, (meaning, _) in COMMANDS.items()))
+        print("\n".join(f"  {name:<12}{meaning}" for name, meaning in commands.items()))
         return 0
-    if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]}{suggestion(argv[0], COMMANDS)}\n       see nanogpt-jax --help")
-    return COMMANDS[argv[0]][1](argv[1:])
+    if argv[0] not in commands:
+        raise UserError(f"unknown command {argv[0]}{suggestion(argv[0], commands)}\n       see nanogpt-jax --help")
+    return command(argv[0])(argv[1:])
 
 
 def main() -> int:

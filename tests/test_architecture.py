@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt_jax import cli
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nanogpt_jax"
 
-# room -> the other rooms it may import. cli is the front door's hinge: the doors at the top may import anything.
+# room -> the other rooms it may import. The doors at the top may import anything.
 MAY_IMPORT = {
     "host": set(),
     "config": {"host"},
@@ -20,25 +22,19 @@ MAY_IMPORT = {
     "inference": {"config", "host", "runtime", "model", "data"},
     "evaluation": {"config", "host", "model", "data", "inference", "distributed"},
     "interop": {"config", "host", "model", "data"},
-    "tools": {
-        *(
-            "config",
-            "host",
-            "runtime",
-            "cli",
-            "model",
-            "data",
-            "distributed",
-            "training",
-            "inference",
-            "evaluation",
-            "interop",
-        )
+    "classify": {"config", "host", "model", "data", "distributed", "training"},
+    "bench": {"config", "runtime", "cli", "model", "data", "distributed", "training", "inference"},
+    "commands": {
+        *("config", "host", "cli", "model", "data", "distributed", "training", "inference", "evaluation"),
+        *("interop", "classify"),
     },
-    "cli": {"config", "host", "runtime", "tools"},
+    "cli": {"config", "host", "runtime"},
     "__main__": {"cli"},
     "__init__": set(),
 }
+# what one `rm -r` removes: the room, with the command beside it, if it has one
+SLICES = {"bench": "", "classify": "commands/classify.py", "interop": "commands/huggingface.py"}
+REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = ["model", "training/step.py", "training/optim.py", "distributed/sharding.py", "inference/generate.py"]
 IMPURE_NAMES = {"print", "open", "input"}
 IMPURE_MODULES = {"time", "os", "sys", "pathlib", "json", "logging", "random", "datetime", "shutil", "socket"}
@@ -69,7 +65,33 @@ ROOMS = sorted({room_of(p) for p in modules_of(PACKAGE)})
 
 
 def test_every_room_is_in_the_table():
-    assert set(ROOMS) == set(MAY_IMPORT)
+    assert set(ROOMS) == set(MAY_IMPORT) - REMOVED
+
+
+def was_removed(path: Path) -> bool:
+    """Whether a slice went and took this along."""
+    gone = [PACKAGE / part for room in REMOVED for part in (room, SLICES[room]) if part]
+    return any(path.resolve().is_relative_to(part) for part in gone)
+
+
+def test_a_slice_is_known_to_its_command_alone_and_goes_with_it():
+    for path in modules_of(PACKAGE):
+        place = path.relative_to(PACKAGE).as_posix()
+        assert not was_removed(path), f"{place} goes with its slice"
+        for room, command in SLICES.items():
+            known = [name for name in imported(path) if f"{name}.".startswith(f"nanogpt_jax.{room}.")]
+            assert not known or room_of(path) == room or place == command, f"{place} imports {known[0]}"
+
+
+def test_a_command_imports_no_other_one():
+    for path in modules_of(PACKAGE / "commands"):
+        assert not [name for name in imported(path) if name.startswith("nanogpt_jax.commands")], path
+
+
+def test_the_table_of_commands_has_each_file_of_commands_and_each_is_there():
+    places = {PACKAGE / f"{module.replace('.', '/')}.py" for _, module, _ in cli.COMMANDS.values() if "." in module}
+    assert [path for path in places if not path.is_file() and not was_removed(path)] == []
+    assert {path for path in (PACKAGE / "commands").glob("*.py") if path.stem != "__init__"} <= places
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -89,7 +111,7 @@ def test_only_checkpoint_imports_orbax_and_only_the_model_and_the_state_import_f
         assert "flax" not in names or room_of(path) == "model" or path.name == "step.py", path
         assert "lm_eval" not in names or path.name in ("lm_eval_adapter.py", "evaluate.py"), path  # an extra
         assert "pickle" not in names, path
-        assert "torch" not in names or room_of(path) == "tools", path
+        assert "torch" not in names or room_of(path) in ("bench", "interop"), path
 
 
 def test_settings_are_read_without_jax():

@@ -23,17 +23,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanogpt_jax import config
+from nanogpt_jax.classify import data as labelled
+from nanogpt_jax.classify import head, scores, task
+from nanogpt_jax.classify import rows as labelled_rows
+from nanogpt_jax.classify.rows import Example
 from nanogpt_jax.cli import door
+from nanogpt_jax.commands import classify
 from nanogpt_jax.config import ClassifierConfig, LabelledConfig, ModelConfig, UserError
-from nanogpt_jax.data import labelled, labelled_rows
-from nanogpt_jax.data.labelled_rows import Example
 from nanogpt_jax.distributed.mesh import make_mesh
-from nanogpt_jax.evaluation import classification
-from nanogpt_jax.model import classifier, execution
-from nanogpt_jax.tools import classify
+from nanogpt_jax.model import execution
 from nanogpt_jax.training.checkpoint import Checkpointer, load_params
 from nanogpt_jax.training.metrics import read_metrics
-from nanogpt_jax.training.optim import head_alone, make_optimizer
+from nanogpt_jax.training.optim import make_optimizer
 from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.step import init_state, make_train_step, state_shapes
 
@@ -42,7 +43,7 @@ TINY = execution.resolve(ModelConfig(block_size=12, vocab_size=50, n_layer=2, n_
 K = 3
 PARAMS = jax.tree.map(  # biases and scales of their own, so that a forgotten one shows
     lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
-    classifier.init_params(TINY, K, jax.random.key(0)),
+    head.init_params(TINY, K, jax.random.key(0)),
 )
 
 
@@ -71,15 +72,15 @@ def numpy_logits(params, tokens: np.ndarray) -> np.ndarray:
 
 
 def test_the_head_reads_the_last_real_token_and_equals_numpy():
-    tokens, lengths, _ = classifier.unpack(some_rows(5, 12))
-    logits = classifier.logits(TINY, PARAMS, jnp.asarray(tokens), jnp.asarray(lengths))
+    tokens, lengths, _ = head.unpack(some_rows(5, 12))
+    logits = head.logits(TINY, PARAMS, jnp.asarray(tokens), jnp.asarray(lengths))
     assert logits.shape == (5, K)
     assert logits.dtype == jnp.float32
     expected = [numpy_logits(PARAMS, row[:n]) for row, n in zip(tokens, lengths, strict=True)]
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
-loss_and_gradients = jax.jit(jax.value_and_grad(functools.partial(classifier.mean_loss, TINY, weights=np.ones(K))))
+loss_and_gradients = jax.jit(jax.value_and_grad(functools.partial(head.mean_loss, TINY, weights=np.ones(K))))
 
 
 @given(st.integers(0, 1000))
@@ -96,12 +97,12 @@ def test_padding_changes_nothing(seed):
 
 def test_weights_of_an_imbalance_multiply_the_loss_of_each_text():
     rows = some_rows(6, 12)
-    weights = classify.class_weights(np.array([0, 0, 0, 0, 0, 0, 1, 1, 2]), K, "balanced")
+    weights = task.class_weights(np.array([0, 0, 0, 0, 0, 0, 1, 1, 2]), K, "balanced")
     np.testing.assert_allclose(weights, [9 / (3 * 6), 9 / (3 * 2), 9 / 3])  # scikit-learn's "balanced"
     logits = np.array([numpy_logits(PARAMS, row[: row[-2]]) for row in rows])
     nats = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), rows[:, -1]]
-    for w in (weights, classify.class_weights(np.array([0, 1, 1, 2]), K, "none")):
-        loss = classifier.mean_loss(TINY, PARAMS, jnp.asarray(rows), weights=w)
+    for w in (weights, task.class_weights(np.array([0, 1, 1, 2]), K, "none")):
+        loss = head.mean_loss(TINY, PARAMS, jnp.asarray(rows), weights=w)
         np.testing.assert_allclose(loss, sum(w[k] * x for k, x in zip(rows[:, -1], nats, strict=True)) / 6, rtol=1e-5)
     assert len(set(rows[:, -1])) == K
 
@@ -112,9 +113,9 @@ def take_steps(n: int, freeze: bool = False, **changed):
     model = replace(TINY, n_layer=1, scan_unroll=1)
     cfg = config.merge(ClassifierConfig(model=model), values, "test")
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, cfg.train.steps)
-    tx = head_alone(tx) if freeze else tx
+    tx = task.head_alone(tx) if freeze else tx
     cfg = replace(cfg, classify=replace(cfg.classify, freeze=freeze))
-    objective = classify.objective(cfg, 12, np.array([0.5, 1, 2], np.float32))
+    objective = task.objective(cfg, 12, np.array([0.5, 1, 2], np.float32))
     state = init_state(cfg, tx, objective, mesh)
     before = jax.tree.map(np.asarray, state.params)
     how = replace(execution.choose(cfg, "cpu", mesh.size), steps_per_dispatch=1)
@@ -129,12 +130,12 @@ def test_a_mesh_changes_nothing():
     sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "classify.n_labels": K}
     cfg = config.merge(ClassifierConfig(model=TINY), sizes, "test")
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 9)
-    shapes = state_shapes(tx, classify.objective(cfg, 12, np.ones(K, np.float32)), mesh)
+    shapes = state_shapes(tx, task.objective(cfg, 12, np.ones(K, np.float32)), mesh)
     params = jax.device_put(PARAMS, jax.tree.map(lambda x: x.sharding, shapes.params))
     assert params["head"]["kernel"].addressable_shards[0].data.shape == (8, K)
     rows = some_rows(8, 12)
-    found = classify.predict_step(cfg.model, mesh)(params, rows)
-    tokens, lengths, _ = classifier.unpack(rows)
+    found = task.predict_step(cfg.model, mesh)(params, rows)
+    tokens, lengths, _ = head.unpack(rows)
     expected = jax.nn.log_softmax(np.array([numpy_logits(PARAMS, t[:n]) for t, n in zip(tokens, lengths, strict=True)]))
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -155,16 +156,16 @@ def test_a_frozen_body_stays_bit_for_bit_and_has_no_moments(optimizer):
 
 def test_confusion_matrix_and_macro_f1_are_scikit_learns():
     """The values in scikit-learn's documentation of confusion_matrix, f1_score and precision_recall_fscore_support."""
-    confusion = classification.confusion_matrix(np.array([2, 0, 2, 2, 0, 1]), np.array([0, 0, 2, 2, 0, 2]), 3)
+    confusion = scores.confusion_matrix(np.array([2, 0, 2, 2, 0, 1]), np.array([0, 0, 2, 2, 0, 2]), 3)
     np.testing.assert_array_equal(confusion, [[2, 0, 0], [0, 0, 1], [1, 0, 2]])
-    assert abs(classification.macro_f1(confusion) - (0.8 + 0 + 2 / 3) / 3) < 1e-12
-    confusion = classification.confusion_matrix(np.array([0, 1, 2, 0, 1, 2]), np.array([0, 2, 1, 0, 0, 1]), 3)
-    assert round(classification.macro_f1(confusion), 2) == 0.27
-    np.testing.assert_allclose(classification.precision_recall_f1(confusion)[0], [2 / 3, 1, 0.8])
+    assert abs(scores.macro_f1(confusion) - (0.8 + 0 + 2 / 3) / 3) < 1e-12
+    confusion = scores.confusion_matrix(np.array([0, 1, 2, 0, 1, 2]), np.array([0, 2, 1, 0, 0, 1]), 3)
+    assert round(scores.macro_f1(confusion), 2) == 0.27
+    np.testing.assert_allclose(scores.precision_recall_f1(confusion)[0], [2 / 3, 1, 0.8])
     # a label that neither occurs nor is predicted has no say
-    assert classification.macro_f1(np.array([[3, 0], [0, 0]])) == 1
+    assert scores.macro_f1(np.array([[3, 0], [0, 0]])) == 1
     p = np.log([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]])
-    found = classification.scores(p, np.array([0, 1, 1]))
+    found = scores.scores(p, np.array([0, 1, 1]))
     assert abs(found["loss"] + np.log(0.7 * 0.6 * 0.1) / 3) < 1e-12
     assert abs(found["accuracy"] - 2 / 3) < 1e-12
     assert abs(found["macro_f1"] - (0.8 * 0 + 2 * 1 / 3 + 2 * 1 / 3) / 2) < 1e-12
@@ -577,7 +578,7 @@ def test_a_blank_text_among_the_arguments_is_refused(at):
 
 
 def test_probabilities_that_are_not_finite_are_refused(at, monkeypatch):
-    monkeypatch.setattr(classify, "_log_probabilities", lambda *_, **__: np.full((1, 2), np.nan))
+    monkeypatch.setattr(task, "log_probabilities", lambda *_, **__: np.full((1, 2), np.nan))
     for command in (["predict", "runs/c", "el gato", "--json"], ["eval", "runs/c", "--json"]):
         with pytest.raises(UserError, match=r"runs/c at step \d+ gives probabilities that are not finite"):
             classify.main(command)
@@ -592,7 +593,7 @@ def test_a_picture_goes_where_it_was_asked_for(at, capsys):
 
 
 def test_a_picture_that_cannot_be_is_refused_before_the_work(at, monkeypatch):
-    monkeypatch.setattr(classify, "_Classifier", None)
+    monkeypatch.setattr(classify, "Classifier", None)
     with pytest.raises(UserError, match=r"^--picture=/proc/x\.svg"):  # not even root can write there
         classify.main(["eval", "runs/c", "--picture", "/proc/x.svg"])
 
@@ -604,7 +605,7 @@ def numbers(run: str) -> list[dict]:
 
 def final(run: str, which: str = "latest"):
     cfg = config.read_json(Path(run) / "config.json", ClassifierConfig)
-    return load_params(Path(run), classify.param_shapes(cfg), which)
+    return load_params(Path(run), task.param_shapes(cfg), which)
 
 
 def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
@@ -868,15 +869,15 @@ def test_prose_and_code_are_told_apart():
     cfg = config.with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
     cfg = replace(cfg, model=execution.resolve(cfg.model, "cpu"), train=replace(cfg.train, steps=144))
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 144)
-    objective, how = classify.objective(cfg, 64, np.ones(2, np.float32)), execution.choose(cfg, "cpu")
+    objective, how = task.objective(cfg, 64, np.ones(2, np.float32)), execution.choose(cfg, "cpu")
     how = replace(how, steps_per_dispatch=8)
     state, step = init_state(cfg, tx, objective, mesh), make_train_step(cfg, tx, mesh, objective, how).jitted
     for first in range(0, 144, 8):
         rows = data.splits["train"].batch(np.arange(first, first + 8), seed=0, batch_size=16, width=64)
         state, _ = step(state, rows, np.int32(8))
     test = data.splits["test"]
-    tokens, lengths, labels = classifier.unpack(jnp.asarray(test.rows(np.arange(len(test)), 64)))
-    predicted = classifier.logits(cfg.model, state.params, tokens, lengths).argmax(1)
+    tokens, lengths, labels = head.unpack(jnp.asarray(test.rows(np.arange(len(test)), 64)))
+    predicted = head.logits(cfg.model, state.params, tokens, lengths).argmax(1)
     assert (predicted == labels).mean() > 0.8
 
 
@@ -885,6 +886,11 @@ def test_help_names_every_setting(capsys):
         assert classify.main(words) == 0
     assert "--picture FILE" in capsys.readouterr().out
     assert classify.main(["train", "--help"]) == 0
-    page = capsys.readouterr().out.replace("-", "_")
+    page = capsys.readouterr().out
+    told = " ".join(page.split())
+    assert "where the label stands: a string or a whole number (default: label)" in told  # its own
+    assert "looks at the validation texts; 0: once an epoch (default: 0)" in told  # another than a language model's
+    assert "the dropout (default: 1337)" in told  # the same
+    page = page.replace("-", "_")
     assert all(key in page for key in config.types_of(ClassifierConfig))
     assert not any(key.startswith("classify") for key in config.TYPES)

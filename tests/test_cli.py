@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt_jax import config
+from nanogpt_jax import cli, config
 from nanogpt_jax.config import UserError
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
@@ -214,15 +214,44 @@ def test_the_package_is_a_command_too(place, clean_env):
     refused(command("trian"), "unknown command trian", "did you mean train?")
     refused(command("train", "--model.n-layers", "3"), "did you mean model.n_layer?")
     assert "[model]" in command("train", "shakespeare_char", "--print-config").stdout
-    for name in ("import-hf", "export-hf"):
-        assert f"usage: nanogpt-jax {name}" in command(name, "--help").stdout
-        refused(command(name, "x"), f"{name} takes")
     assert command("train", "--help").stdout.startswith("usage: nanogpt-jax train [CONFIG.toml]")
     refused(command("train", "train.steps=20"), "no config file train.steps=20", "did you mean --train.steps=20?")
-    page = " ".join(command("classify", "train", "--help").stdout.split())
-    assert "where the label stands: a string or a whole number (default: label)" in page  # its own
-    assert "looks at the validation texts; 0: once an epoch (default: 0)" in page  # another than a language model's
-    assert "the dropout (default: 1337)" in page  # the same
+
+
+def test_every_command_has_a_page_of_its_own(capsys):
+    for name in cli.offered():
+        assert cli.command(name)(["--help"]) == 0
+        assert capsys.readouterr().out.startswith("usage: ")
+
+
+def test_a_command_goes_with_its_slice(capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "paint", ("draw a picture", "paint.oil", "main"))
+    assert cli.guarded(cli._main, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "prepare" in shown
+    assert "paint" not in shown
+    assert cli.guarded(cli._main, ["paint"]) == 2
+    assert "unknown command paint" in capsys.readouterr().err
+
+
+def test_a_want_of_memory_is_an_error_and_no_other_one_is_hidden(capsys):
+    import jax.numpy as jnp
+
+    assert cli.guarded(lambda _: int(jnp.zeros(2**50).sum()), []) == 2  # four million gigabytes
+    error = capsys.readouterr().err
+    assert error.startswith("error: Out of memory allocating 4503599627370496 bytes")
+    assert "less is needed for fewer and shorter texts" in error
+    assert cli.guarded(lambda _: len(bytearray(2**50)), []) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory\n")
+
+    for said in ("INTERNAL: RESOURCE_EXHAUSTED: Out of memory", "DefaultCPUAllocator: can't allocate memory"):
+        assert cli.out_of_memory(RuntimeError(said))
+
+    def other(_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded")
+
+    with pytest.raises(RuntimeError, match="Shared memory"):
+        cli.guarded(other, [])
 
 
 def test_a_finished_run_is_left_alone(place, clean_env):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.cli import door
+from nanogpt_jax.commands import evaluate
 from nanogpt_jax.config import MeshConfig, UserError
 from nanogpt_jax.data import batches, tokenizer
 from nanogpt_jax.data.prepare import open_data
@@ -24,7 +25,6 @@ from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import shard
 from nanogpt_jax.evaluation import items, likelihood, loss, statistics
 from nanogpt_jax.model import gpt2
-from nanogpt_jax.tools import evaluate
 from nanogpt_jax.training import run_dir
 from nanogpt_jax.training.checkpoint import Checkpointer
 from nanogpt_jax.training.metrics import read_metrics
@@ -579,7 +579,7 @@ def test_without_lm_eval_it_says_how_to_have_it(here, monkeypatch, capsys):
 
 def test_in_a_process_of_its_own_a_mistake_is_one_line_before_jax_starts(here, clean_env):
     code = (
-        "import sys; from nanogpt_jax import cli; code = cli.guarded(cli.COMMANDS['eval'][1], ['--stride', '0']); "
+        "import sys; from nanogpt_jax import cli; code = cli.guarded(cli.command('eval'), ['--stride', '0']); "
         "assert 'jax' not in sys.modules; sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=here, env=clean_env, capture_output=True, text=True)

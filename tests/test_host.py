@@ -1,14 +1,16 @@
-"""Files that are whole or not there, and that never fall on somebody else's; streams that end nothing."""
+"""Files that are whole and never fall on somebody else's; streams that end nothing; what JAX is told."""
 
 import contextlib
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from nanogpt_jax import runtime
 from nanogpt_jax.host import files, messages, terminal
 
 
@@ -229,3 +231,74 @@ SHOWN = [("sí no", "sí no"), (7, "7"), ("a ", "'a '"), ("\x1b[2J", "'\\x1b[2J'
 @pytest.mark.parametrize(("label", "seen"), SHOWN)
 def test_a_label_is_shown_so_that_a_person_sees_what_it_is(label, seen):
     assert messages.printable(label) == seen
+
+
+# ---- what JAX is told before it starts -------------------------------------------------------------------------------
+
+
+def test_a_users_own_settings_stand(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": "--mine"})
+    runtime.set_up()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
+    assert os.environ["XLA_FLAGS"] == "--mine"
+    assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0.1"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
+    assert "# XLA_FLAGS=--mine" in runtime.describe()
+
+
+def test_programs_are_kept_in_the_cache_folder_and_not_where_none_can_be(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    runtime.set_up()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path / "nanogpt_jax"))
+    assert "JAX_ENABLE_COMPILATION_CACHE" not in os.environ
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path / "file")})
+    runtime.set_up()
+    assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+
+
+CACHED = """
+import os, sys
+from nanogpt_jax import cli
+def main(_):
+    import jax, jax.numpy as jnp
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    for n in (1, 2):
+        assert jax.jit(lambda x: jnp.sin(x) * n)(jnp.ones(3)).shape == (3,)
+    return 0
+sys.exit(cli.guarded(main))
+"""
+
+
+def test_damaged_entries_of_the_compile_cache_are_replaced_in_silence(tmp_path, clean_env):
+    def run() -> dict[str, bytes]:
+        env = {**clean_env, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-W", "error", "-c", CACHED], env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        return {path.name: path.read_bytes() for path in sorted(tmp_path.glob("*-cache"))}
+
+    whole = run()
+    (one, first), (two, second), *_ = [(n, c) for n, c in whole.items() if "lambda" in n]
+    (tmp_path / one).write_bytes(first[:50])
+    (tmp_path / two).write_bytes(second[:40] + bytes(20) + second[60:])
+    third = next(name for name in whole if name not in (one, two))
+    (tmp_path / third).unlink()  # must be kept again, though a killed process has left entries without a note
+    (tmp_path / one.replace("-cache", "-atime")).unlink()
+    (tmp_path / "jit_x-0123-cache").write_bytes(b"")
+    found = run()
+    assert found.keys() == {*whole, "jit_x-0123-cache"}
+    assert len(found[one]) > 50
+    assert bytes(20) not in found[two]
+    assert (tmp_path / "jit_x-0123-atime").exists()
+    assert run() == found  # read, and not written anew
+
+
+def test_a_compile_cache_of_any_size_is_looked_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "1000")
+    for i in range(1000):
+        (tmp_path / f"jit_f-{i}-cache").touch()
+        (tmp_path / f"jit_f-{i}-atime").touch()
+    began = time.process_time()
+    runtime._complete_cache()
+    assert time.process_time() - began < 0.02

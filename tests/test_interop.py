@@ -31,13 +31,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.cli import door
+from nanogpt_jax.commands import huggingface
 from nanogpt_jax.config import DataConfig, ModelConfig, OptimConfig
 from nanogpt_jax.data import tokenizer as tokenizers
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
-from nanogpt_jax.interop import transformers_files, vocabulary, weights
+from nanogpt_jax.interop import check, transformers_files, vocabulary, weights
 from nanogpt_jax.model import execution, gpt2
-from nanogpt_jax.tools import hub
 from nanogpt_jax.training.optim import OPTIMIZERS, make_optimizer, with_frozen
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2_odd.safetensors"
@@ -103,7 +103,9 @@ def assert_bits_equal(a: Any, b: Any) -> None:
 def command(*words: str | Path) -> int:
     """`nanogpt-jax WORDS`, in this process."""
     name, *rest = map(str, words)
-    return cli.guarded({"import-hf": hub.main_import, "export-hf": hub.main_export}[name], [*rest, "--no-compare"])
+    return cli.guarded(
+        {"import-hf": huggingface.main_import, "export-hf": huggingface.main_export}[name], [*rest, "--no-compare"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -833,7 +835,7 @@ import os
 import safetensors.numpy
 from nanogpt_jax import cli
 from nanogpt_jax.interop import gguf_file, transformers_files, vocabulary
-from nanogpt_jax.tools import hub
+from nanogpt_jax.commands import huggingface
 from nanogpt_jax.training import checkpoint
 
 def kill_after(module, name, calls=1):
@@ -854,7 +856,7 @@ for line, module, name, calls in (
     if not (child := os.fork()):
         kill_after(module, name, calls)
         command, *words = line.split()
-        os._exit(cli.guarded({"import-hf": hub.main_import, "export-hf": hub.main_export}[command], [*words, "--no-compare"]))
+        os._exit(cli.guarded({"import-hf": huggingface.main_import, "export-hf": huggingface.main_export}[command], [*words, "--no-compare"]))
     print(line, os.waitpid(child, 0)[1])
 """
 
@@ -904,7 +906,7 @@ def test_overwrite_follows_no_link_in_a_directory(place, tmp_path):
     assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 0
     assert (tmp_path / "elsewhere.json").read_text() == "mine"
     assert not (tmp_path / "out/config.json").is_symlink()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == set(hub.EXPORTED)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == set(huggingface.EXPORTED)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])
@@ -968,8 +970,8 @@ def test_more_tokens_than_the_tokenizer_has_are_said(place, tmp_path, capsys):
 
 
 def test_without_transformers_it_says_that_nothing_was_compared(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    assert cli.guarded(hub.main_export, [str(place / "run"), str(tmp_path / "out")]) == 0
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    assert cli.guarded(huggingface.main_export, [str(place / "run"), str(tmp_path / "out")]) == 0
     assert "not compared with transformers: torch is not installed" in capsys.readouterr().out
 
 
@@ -1117,8 +1119,8 @@ def test_transformers_loads_what_we_write(tmp_path, capsys, kind):
     model.save_pretrained(tmp_path / "hf")
     for name, text in vocabulary.tokenizer_files(made, 32).items():
         (tmp_path / "hf" / name).write_text(text, encoding="utf-8")
-    assert cli.guarded(hub.main_import, [str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
-    assert cli.guarded(hub.main_export, [str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert cli.guarded(huggingface.main_import, [str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    assert cli.guarded(huggingface.main_export, [str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     difference = [float(line.split(": ")[1].split()[0]) for line in shown.splitlines() if "max |Δlogit|" in line]
     assert len(difference) == 2

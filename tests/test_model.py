@@ -21,7 +21,6 @@ from safetensors.numpy import load_file
 
 from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.interop import weights
 from nanogpt_jax.model import attention, dropout, execution, gpt2, sizes
 from nanogpt_jax.model.kernels import blocked_attention, norm_gelu
 from nanogpt_jax.model.kernels.linear import linear, project, project_few
@@ -103,11 +102,21 @@ def test_logits_equal_numpy(L, H, C, T, V, bias):
 
 
 def from_hugging_face(cfg: ModelConfig, arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays under `prefix` ("weight." or "grad.") as {"h/attn/c_attn/kernel": array}, and none left over."""
+    """The arrays under `prefix` ("weight." or "grad.") as {"h/attn/c_attn/kernel": array}, and none left over.
+
+    Their names are ours but for the last word, their layers stand one by one, their vocabulary is not padded.
+    """
     arrays = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-    flat = flatten_dict(weights.from_hugging_face(cfg, arrays.pop), sep="/")
+    found = {}
+    for path, shape in shapes(cfg).items():
+        name = path.replace("kernel", "weight").replace("scale", "weight").replace("/", ".")
+        name = f"{path}.weight" if path in ("wte", "wpe") else name
+        layers = [name.replace("h.", f"h.{i}.", 1) for i in range(cfg.n_layer)] if path.startswith("h/") else [name]
+        array = np.stack([arrays.pop(each) for each in layers])
+        rows = np.zeros((shape[0] - cfg.vocab_size, *shape[1:]), np.float32)
+        found[path] = np.concatenate([array[0], rows]) if path == "wte" else array.reshape(shape)
     assert not arrays
-    return flat
+    return found
 
 
 def assert_equals_hugging_face(cfg: ModelConfig, arrays: dict[str, np.ndarray]) -> None:
@@ -516,6 +525,15 @@ def test_gpt2_small_has_124_439_808_parameters():
     assert cfg.padded_vocab_size == 50304
     assert sizes.n_params(cfg) == 124_439_808
     assert sizes.n_params(ODD) == sum(np.prod(s) for s in TREE.values()) - (256 - 131) * 20
+
+
+def test_operations_of_a_training_step_are_those_of_its_matrix_products():
+    """6 a token for each weight that multiplies, and 12 L C T for the scores and the sums: counted by hand here."""
+    cfg = config.load("--model.vocab-size 128 --model.n-layer 3 --model.n-embd 32 --model.n-head 2".split()).cfg
+    C, T, V = 32, cfg.model.block_size, 128
+    products = 3 * (C * 3 * C + C * C + 2 * C * 4 * C) + V * C
+    norms = (2 * 3 + 1) * C
+    assert sizes.flops_per_token(cfg.model) == 6 * (products + norms) + 12 * 3 * C * T
 
 
 def test_weights_are_made_without_the_attention_that_will_use_them():

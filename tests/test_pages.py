@@ -1,18 +1,17 @@
 """The pages: short where people come in, true about the files, and every command in them is one that runs."""
 
 import dataclasses
+import importlib
 import re
 import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+from test_architecture import PACKAGE, ROOT, was_removed
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.inference import options
-from nanogpt_jax.tools import bench, classify, evaluate, hub, prepare, scaling
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -75,14 +74,16 @@ def test_a_page_says_things_once_and_its_links_lead_somewhere(page):
     headings = re.findall("^## .*", text, re.M)
     assert len(headings) == len(set(headings))
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+        place = page.parent / target
+        assert target.startswith("https://") or place.exists() or was_removed(place), target
     for name in re.findall(r"^ *(\w+\.\w+)  +\S", text, re.M):  # a line of a map
-        assert list(page.parent.rglob(name)), name
+        assert list(page.parent.rglob(name)) or was_removed(PACKAGE / "commands" / name), name
 
 
-@pytest.mark.parametrize("room", [path for path in (ROOT / "nanogpt_jax").iterdir() if (path / "README.md").exists()])
-def test_a_room_with_a_page_names_each_of_its_files(room):
-    text = (room / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("room", sorted({path.parent for path in PACKAGE.glob("*/*.py")}), ids=lambda room: room.name)
+def test_a_rooms_page_or_the_packages_names_each_of_its_files(room):
+    page = room / "README.md" if (room / "README.md").exists() else PACKAGE / "README.md"
+    text = page.read_text(encoding="utf-8")
     assert [path.name for path in room.glob("*.py") if path.name not in text] in ([], ["__init__.py"])
 
 
@@ -101,22 +102,14 @@ def test_every_command_of_every_page_is_understood(words, tmp_path, monkeypatch)
         config.load(rest)
     elif name.removesuffix(".py") == "sample":
         options.read(rest)
-    elif name == "prepare":
-        prepare.read(rest)
-    elif name == "eval":
-        evaluate.read(rest)
-    elif name in hub.ARGUMENTS:
-        hub.arguments(name, rest)
-    elif name == "classify" and rest[0] == "train":
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "runs/done").mkdir(parents=True)
-        (tmp_path / "runs/done/config.json").write_text(config.to_json(config.Config()))
-        config.load(rest[1:], config.ClassifierConfig)
-    elif name == "classify":
-        classify.arguments(rest[0], rest[1:])
-    elif name == "bench":
-        monkeypatch.setattr(bench, "find_spec", lambda name: name)  # as if torch was there
-        bench.read(rest)
+    elif name not in cli.offered():
+        assert was_removed(PACKAGE / f"{cli.COMMANDS[name][1].replace('.', '/')}.py")
     else:
-        assert name == "scaling", words
-        scaling.read(rest)
+        command = importlib.import_module(f"nanogpt_jax.{cli.COMMANDS[name][1]}")
+        if name == "bench":
+            monkeypatch.setattr(command, "find_spec", lambda name: name)  # as if torch was there
+        if name == "classify":
+            monkeypatch.chdir(tmp_path)
+            (tmp_path / "runs/done").mkdir(parents=True)
+            (tmp_path / "runs/done/config.json").write_text(config.to_json(config.Config()))
+        command.read(*([name, rest] if name.endswith("-hf") else [rest]))

@@ -24,9 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_jax import cli, config
+from nanogpt_jax.commands import prepare as command
 from nanogpt_jax.config import DataConfig, UserError
 from nanogpt_jax.data import batches, corpora, prepare, records, text_file, tokenizer
-from nanogpt_jax.tools import prepare as command
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"Document {i}: Töne, 静けさ\nand {i * i} words.\r\n" for i in range(60)]
@@ -382,7 +382,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, children ignore it
 from nanogpt_jax import cli
 from nanogpt_jax.data import prepare, tokenizer
-from nanogpt_jax.tools import prepare as command
+from nanogpt_jax.commands import prepare as command
 prepare.SHARD, prepare.PIECE, calls, original = 2000, 1000, [], tokenizer.GPT2Tokenizer.encode
 def encode(self, text):
     calls.append(0)
@@ -781,7 +781,7 @@ def test_a_full_disk_is_told_and_keeps_finished_shards(clean_env):
 import resource, signal, sys
 from nanogpt_jax import cli
 from nanogpt_jax.data import prepare
-from nanogpt_jax.tools import prepare as command
+from nanogpt_jax.commands import prepare as command
 prepare.SHARD, prepare.PIECE = 2000, 1000
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))

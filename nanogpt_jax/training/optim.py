@@ -1,6 +1,5 @@
 """Optimizers and learning-rate schedules: optax's, in two tables. Adding one is a function and an entry."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -147,14 +146,3 @@ def with_frozen(cfg: OptimConfig, tree: optax.Updates, value: float) -> optax.Up
         return x
 
     return jax.tree_util.tree_map_with_path(fill, tree)
-
-
-def head_alone(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` for a classifier's head; all other parameters stay as they are, and need no moments."""
-
-    def part(path: tuple, _leaf: object) -> str:
-        return "head" if path_name(path).startswith("head/") else "body"
-
-    return optax.partition(
-        {"head": tx, "body": optax.set_to_zero()}, functools.partial(jax.tree_util.tree_map_with_path, part)
-    )

@@ -22,14 +22,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import filelock
 
 from nanogpt_jax import config, runtime
 from nanogpt_jax.config import Command, Config, UserError
 from nanogpt_jax.data import tokenizer
-from nanogpt_jax.data.labelled import LabelledData
-from nanogpt_jax.data.prepare import Dataset
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files
 from nanogpt_jax.model import execution
@@ -46,6 +45,17 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # how the folder of a save under way ends
 OLD_LEFTOVER = re.compile(
     r"(config|data)\.json\.tmp|metrics\.tmp|\.(characters\.txt|ranks\.tiktoken|tokenizer\.json)\.[0-9a-f]{8}\.tmp"
 )
+
+
+class Data(Protocol):
+    """What a run writes down of the data that it trains on; data/prepare.py has a language model's."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def manifest(self) -> dict[str, Any]: ...  # JSON
+    @property
+    def fingerprint(self) -> str: ...  # equal if what is trained on is
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
@@ -276,7 +286,7 @@ def _tidy(run_dir: Path) -> None:
 # ---- what training needs of it --------------------------------------------------------------------------------------
 
 
-def check_tokenizer(command: Command, data: Dataset | LabelledData) -> None:
+def check_tokenizer(command: Command, data: Data) -> None:
     """UserError if the data's tokenizer is not the one of the run that training starts from."""
     first, wanted = Path(command.cfg.train.init_from), command.cfg.data.tokenizer
     if command.cfg.train.init_from == "scratch" or command.origin["data.tokenizer"] == str(first):
@@ -288,7 +298,7 @@ def check_tokenizer(command: Command, data: Dataset | LabelledData) -> None:
         )
 
 
-def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | LabelledData) -> None:
+def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
     """Check that the run in the directory, if there is one, is this run; else write down what the new run is.
 
     `cfg` is the command's configuration with the vocabulary size filled in.
@@ -314,7 +324,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Dataset | Labell
         ) from None
 
 
-def _check_same(run_dir: Path, command: Command, cfg: Config, data: Dataset | LabelledData) -> None:
+def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
     """UserError if the run in the directory has other settings or other data."""
     before = config.read_json(run_dir / "config.json", type(cfg))
     compared = frozenset(config.types_of(type(cfg))) - config.EXECUTION

@@ -35,11 +35,13 @@ def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
         print(USAGE)
         return 0
-    command = read(argv)
-    cfg = command.cfg.data
+    return run(read(argv))
+
+
+def run(command: config.Command) -> int:
     from nanogpt_jax.data.prepare import open_data
 
-    began = time.monotonic()
+    cfg, began = command.cfg.data, time.monotonic()
     data = open_data(cfg)
     print(
         f"{cfg.title}: {len(data.train):,} tokens to train on, {len(data.val):,} to validate, "

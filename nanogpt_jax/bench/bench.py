@@ -42,7 +42,7 @@ USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [-
 Settings are those of train.py; see nanogpt-jax train --help."""
 
 OWN = {"rounds": "5", "seconds": "2", "versus": "", "json": "", "batch": "1", "prompt": "", "new": ""}
-PEER = "nanogpt_jax.tools.torch_peer"  # imported where it is asked for
+PEER = "nanogpt_jax.bench.torch_peer"  # imported where it is asked for
 PEERS = {"train": ("torch", "torch.compile"), "decode": ("transformers",), "data": ()}
 
 
@@ -145,7 +145,7 @@ class _Worker:
         order = {**order, "began": time.time()}
         # one card for all of them: no engine takes three quarters of its memory ahead
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ} if order.get("versus") else None
-        command = [sys.executable, "-m", "nanogpt_jax.tools.bench", json.dumps(order)]
+        command = [sys.executable, "-m", "nanogpt_jax.bench.bench", json.dumps(order)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, question: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Labelled texts: read, split and tokenized, for a classifier.
 
-A source is a file of rows (see records.py), `hf:NAME[:CONFIG]` for Hugging Face's `datasets` (a folder on this
+A source is a file of rows (see data/records.py), `hf:NAME[:CONFIG]` for Hugging Face's `datasets` (a folder on this
 machine, too), or a name in SOURCES. It is read anew at each start and kept in memory: labelled texts are few.
-labelled_rows.py says which rows can be used.
+rows.py says which rows can be used.
 """
 
 # N texts, M tokens of all of them, W width of a padded row
@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from nanogpt_jax.classify.rows import Example, Label, Rows, contradictions, label_notes, labels_of, plain
 from nanogpt_jax.config import ClassifierConfig, LabelledConfig, UserError, suggestion
 from nanogpt_jax.data import batches, records, tables, text_file, tokenizer
-from nanogpt_jax.data.labelled_rows import Example, Label, Rows, contradictions, label_notes, labels_of, plain
 from nanogpt_jax.data.shell import Source
 from nanogpt_jax.data.tables import Row
 from nanogpt_jax.data.tokenizer import Tokenizer

@@ -54,7 +54,7 @@ CLEAR = 2.0  # standard errors from which on a difference is called one
 
 
 @dataclass(frozen=True)
-class Wish:
+class Options:
     """The command line, checked."""
 
     runs: list[str]
@@ -96,34 +96,37 @@ def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
         print(USAGE)
         return 0
-    wish = read(argv)
-    runs = [open_run(path) for path in map(options.existing, wish.runs)] or [open_run(run_dir.newest(Path("runs")))]
-    _check_places(wish)
+    return run(read(argv))
+
+
+def run(asked: Options) -> int:
+    runs = [open_run(path) for path in map(options.existing, asked.runs)] or [open_run(run_dir.newest(Path("runs")))]
+    _check_places(asked)
     for run in runs:
-        if wish.stride > run.cfg.model.block_size:
-            raise UserError(f"--stride={wish.stride} exceeds block_size={run.cfg.model.block_size} of {run.path}")
-    texts = _texts(wish, runs) if wish.wants_loss else []
-    tasks = _lm_eval_tasks(wish) if wish.lm_eval else None  # missing now is better than missing after minutes
+        if asked.stride > run.cfg.model.block_size:
+            raise UserError(f"--stride={asked.stride} exceeds block_size={run.cfg.model.block_size} of {run.path}")
+    texts = _texts(asked, runs) if asked.wants_loss else []
+    tasks = _lm_eval_tasks(asked) if asked.lm_eval else None  # missing now is better than missing after minutes
 
     from nanogpt_jax.evaluation import items  # jax takes seconds, so only now
 
-    choices = items.read_choices(wish.choices) if wish.choices else []
-    words = items.read_last_words(wish.last_word) if wish.last_word else []
+    choices = items.read_choices(asked.choices) if asked.choices else []
+    words = items.read_last_words(asked.last_word) if asked.last_word else []
     columns: list[dict[str, Any]] = []
     scores: list[dict[str, np.ndarray]] = []  # of each run: a figure for each token or item, by what it measures
     for i, run in enumerate(runs):
-        model, step = load(run, wish.checkpoint)
+        model, step = load(run, asked.checkpoint)
         column: dict[str, Any] = {"run": str(run.path), "step": step}
         found: dict[str, np.ndarray] = {}
         if texts:
-            found["nats"] = _nats(model, texts[i], wish, f"loss of {run.path}")
-            column["loss"] = _loss(found["nats"], texts[i], run.cfg.model.block_size, wish.stride)
+            found["nats"] = _nats(model, texts[i], asked, f"loss of {run.path}")
+            column["loss"] = _loss(found["nats"], texts[i], run.cfg.model.block_size, asked.stride)
         if choices:
             found |= _prefixed("choices", items.score_choices(model, choices, _track(f"choices of {run.path}")))
-            column["choices"] = _choices(found, wish.choices)
+            column["choices"] = _choices(found, asked.choices)
         if words:
             found |= _prefixed("words", items.score_last_words(model, words, _track(f"last words of {run.path}")))
-            column["last_word"] = _last_word(found, wish.last_word)
+            column["last_word"] = _last_word(found, asked.last_word)
         if tasks:
             column["lm_eval"] = _lm_eval(model, tasks, run.path)
         _print(column)
@@ -134,15 +137,15 @@ def main(argv: list[str]) -> int:
         result["differences"] = _differences(runs, texts, scores)
         for difference in result["differences"]:
             print(difference["words"])
-    if wish.json:
-        cli.write_file("--json", wish.json, json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    if asked.json:
+        cli.write_file("--json", asked.json, json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
     return 0
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
-def read(argv: list[str]) -> Wish:
+def read(argv: list[str]) -> Options:
     """Flags and names; UserError for what cannot be meant. No jax here."""
 
     def check(key: str) -> None:
@@ -168,17 +171,17 @@ def read(argv: list[str]) -> Wish:
         raise UserError("--lm-eval measures one run at a time; leave the other one out")
     numbers = {key: _number(value, key) for key in ("stride", "batch_size")}
     tasks = value["lm_eval"].split(",") if value["lm_eval"] else []
-    found = Wish(**{**value, **numbers, "lm_eval": tasks, "runs": words})
+    found = Options(**{**value, **numbers, "lm_eval": tasks, "runs": words})
     if any(numbers.values()) and not found.wants_loss:
         raise UserError("--stride and --batch-size are about the loss of a text; add --data or --split")
     return found
 
 
-def _check_places(wish: Wish) -> None:
-    if wish.include_path and not Path(wish.include_path).is_dir():
-        raise UserError(f"--include-path={wish.include_path} is no directory")
-    if wish.json:
-        cli.check_file("--json", wish.json)
+def _check_places(asked: Options) -> None:
+    if asked.include_path and not Path(asked.include_path).is_dir():
+        raise UserError(f"--include-path={asked.include_path} is no directory")
+    if asked.json:
+        cli.check_file("--json", asked.json)
 
 
 def _number(value: dict[str, str], key: str) -> int:
@@ -218,12 +221,12 @@ def load(run: Run, checkpoint: str = "best"):
     return Model(for_scoring(run.cfg.model, jax.default_backend()), params, run.tokenizer, mesh), step
 
 
-def _texts(wish: Wish, runs: list[Run]) -> list[Text]:
+def _texts(asked: Options, runs: list[Run]) -> list[Text]:
     """The text as each run reads it, seen to be one and the same."""
-    if wish.data:
-        corpus = _read(wish.data, wish.field or "text")
-        return [_given_text(wish.data, corpus, run) for run in runs]
-    texts = [_own_text(run, wish.split or "val") for run in runs]
+    if asked.data:
+        corpus = _read(asked.data, asked.field or "text")
+        return [_given_text(asked.data, corpus, run) for run in runs]
+    texts = [_own_text(run, asked.split or "val") for run in runs]
     if len(runs) == 2 and _bytes(runs[0], texts[0]) != _bytes(runs[1], texts[1]):
         raise UserError(
             f"the texts of {runs[0].path} ({texts[0].name}) and {runs[1].path} ({texts[1].name}) differ; "
@@ -297,13 +300,13 @@ def _bytes(run: Run, text: Text) -> bytes:
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def _nats(model: Any, text: Text, wish: Wish, what: str) -> np.ndarray:
+def _nats(model: Any, text: Text, asked: Options, what: str) -> np.ndarray:
     from nanogpt_jax.evaluation.loss import token_nats
 
     T = model.cfg.block_size
     return token_nats(
         model.score, model.params, text.tokens, model.mesh,
-        block_size=T, stride=wish.stride, batch_size=wish.batch_size, track=_track(what),
+        block_size=T, stride=asked.stride, batch_size=asked.batch_size, track=_track(what),
     )  # fmt: skip
 
 
@@ -443,24 +446,24 @@ def _import_adapter() -> Any:
     return lm_eval_adapter
 
 
-def _lm_eval_tasks(wish: Wish) -> Any:
+def _lm_eval_tasks(asked: Options) -> Any:
     """The tasks as lm-eval takes them; UserError where one is not known or its data cannot be had."""
     _import_adapter()
     from lm_eval.tasks import TaskManager
 
     wrong = UserError("")
-    for defaults in (False, True) if wish.include_path else (True,):  # its own 14,000 take seconds to look through
-        manager = TaskManager(include_path=wish.include_path or None, include_defaults=defaults)
-        unknown = [task for task in wish.lm_eval if task not in manager.all_tasks]
+    for defaults in (False, True) if asked.include_path else (True,):  # its own 14,000 take seconds to look through
+        manager = TaskManager(include_path=asked.include_path or None, include_defaults=defaults)
+        unknown = [task for task in asked.lm_eval if task not in manager.all_tasks]
         if unknown:
             near = config.suggestion(unknown[0], manager.all_tasks) or "\n       --include-path DIR adds your own"
             wrong = UserError(f"lm-eval knows no task {unknown[0]}{near}")
             continue
         try:
-            return manager.load(wish.lm_eval)
+            return manager.load(asked.lm_eval)
         except Exception as e:  # from many libraries: YAML, datasets, the network
             wrong = UserError(
-                f"--lm-eval={','.join(wish.lm_eval)} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
+                f"--lm-eval={','.join(asked.lm_eval)} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
                 "       a task whose data is on the hub needs the network"
             )
     raise wrong

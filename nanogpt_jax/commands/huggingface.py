@@ -1,17 +1,16 @@
 """`nanogpt-jax import-hf` and `export-hf`: GPT-2 in Hugging Face's files to a run directory, and back; GGUF too."""
 
 import contextlib
-import dataclasses
-import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import Config, ModelConfig, UserError
+from nanogpt_jax.config import Config, UserError
 from nanogpt_jax.host import files, messages, terminal
 from nanogpt_jax.model import sizes
 
@@ -41,24 +40,60 @@ WEIGHTS = "model.safetensors"
 EXPORTED = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 EXPORTED += ("vocab.json", "merges.txt", "special_tokens_map.json")
 BEGUN, OVER = "export", "overwrite"  # the temporary folder in DIR: where none of these was, and where some were
-TOKENS_COMPARED = 256
 ARGUMENTS = {  # the two words, the flags with a value, those without
     "import-hf": ("MODEL RUN", ("tokenizer",), ("no_compare",)),
     "export-hf": ("RUN DIR", ("checkpoint",), ("overwrite", "no_compare")),
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    """A command line, checked."""
+
+    source: str  # MODEL or RUN
+    target: str  # RUN or DIR
+    flags: dict[str, str]
+
+
 def main_import(argv: list[str]) -> int:
+    return _main("import-hf", IMPORT_USAGE, run_import, argv)
+
+
+def main_export(argv: list[str]) -> int:
+    return _main("export-hf", EXPORT_USAGE, run_export, argv)
+
+
+def _main(command: str, usage: str, run: Callable[[Options], int], argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(IMPORT_USAGE)
+        print(usage)
         return 0
-    (name, target), flags = arguments("import-hf", argv)
+    return run(read(command, argv))
+
+
+def read(command: str, argv: list[str]) -> Options:
+    """The two words of a command line and its flags; UserError if it is not understood. No jax here."""
+    wanted, valued, switches = ARGUMENTS[command]
+
+    def check(key: str) -> None:
+        if key not in (*valued, *switches):
+            raise config.unknown_flag(key, (*valued, *switches), command)
+
+    words, flags = config.split_arguments(argv, switches, check)
+    if len(words) != 2:
+        got = " ".join(words) or "nothing"
+        raise UserError(f"{command} takes {wanted}, but got {got}\n       see nanogpt-jax {command} --help")
+    source, target = words
+    return Options(source, target, flags)
+
+
+def run_import(options: Options) -> int:
+    name, target, flags = options.source, options.target, options.flags
     run = Path(target)
     _refuse_existing(run)
     path = Path(name) if os.path.exists(name) else _download(name)
 
     from nanogpt_jax.data import tokenizer as tokenizers
-    from nanogpt_jax.interop import transformers_files, vocabulary, weights
+    from nanogpt_jax.interop import check, transformers_files, vocabulary, weights
 
     model = transformers_files.open_model(path)
     if model.note:
@@ -114,9 +149,9 @@ def main_import(argv: list[str]) -> int:
         f"{run}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
         f"block_size={m.block_size} vocabulary {m.vocab_size}), tokenizer of {tokenizer.n_vocab}, from {name}"
     )
-    ours = _own_logits(m, params, flags)
+    ours = check.own_logits(m, params, "no_compare" in flags)
     del params  # room for theirs
-    print(_compared(ours, model.config, model.files))
+    print(check.compared(ours, model.config, model.files))
     shown = config.word(run)
     print(
         f"next: {config.program('sample')} {shown} --prompt 'Once upon a time'\n"
@@ -125,12 +160,8 @@ def main_import(argv: list[str]) -> int:
     return 0
 
 
-def main_export(argv: list[str]) -> int:
-    if cli.asks_for_help(argv):
-        print(EXPORT_USAGE)
-        return 0
-    (name, target), flags = arguments("export-hf", argv)
-    run, out = Path(name), Path(target)
+def run_export(options: Options) -> int:
+    run, out, flags = Path(options.source), Path(options.target), options.flags
     settings = config.read_json(run / "config.json")
     cfg = settings.model
     _refuse_target(out, "overwrite" in flags)
@@ -141,7 +172,7 @@ def main_export(argv: list[str]) -> int:
     if tokenizer.n_vocab > cfg.vocab_size:
         raise UserError(f"{run} is damaged: its tokenizer has {tokenizer.n_vocab} tokens, its model {cfg.vocab_size}")
 
-    from nanogpt_jax.interop import gguf_file, transformers_files, vocabulary, weights
+    from nanogpt_jax.interop import check, gguf_file, transformers_files, vocabulary, weights
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import load_params
 
@@ -174,25 +205,10 @@ def main_export(argv: list[str]) -> int:
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     print(f"{out}: step {step} of {run}, as transformers reads it")
-    ours = _own_logits(cfg, params, flags)
+    ours = check.own_logits(cfg, params, "no_compare" in flags)
     del tensors, params  # room for theirs
-    print(_compared(ours, about, [out / "model.safetensors"]))
+    print(check.compared(ours, about, [out / "model.safetensors"]))
     return 0
-
-
-def arguments(command: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The two words of a command line and its flags; UserError where it is not understood."""
-    wanted, options, switches = ARGUMENTS[command]
-
-    def check(key: str) -> None:
-        if key not in (*options, *switches):
-            raise config.unknown_flag(key, (*options, *switches), command)
-
-    words, flags = config.split_arguments(argv, switches, check)
-    if len(words) != 2:
-        got = " ".join(words) or "nothing"
-        raise UserError(f"{command} takes {wanted}, but got {got}\n       see nanogpt-jax {command} --help")
-    return words, flags
 
 
 def _refuse_existing(run: Path) -> None:
@@ -321,59 +337,3 @@ def _progress(what: str, total: int) -> Iterator[Any]:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
-
-
-def _tokens(n_vocab: int, block_size: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng(0).integers(n_vocab, size=(1, min(block_size, TOKENS_COMPARED)))
-
-
-def _own_logits(cfg: ModelConfig, params: Any, flags: dict[str, str]) -> Any:
-    """Ours [1, T, V] for random tokens; or, as text, why nothing is to be compared."""
-    if "no_compare" in flags:
-        return "not compared (--no-compare)"
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"not compared with transformers: {missing[0]} is not installed (pip install 'nanogpt-jax[compare]')"
-    import jax
-    import numpy as np
-
-    from nanogpt_jax.model import gpt2
-
-    cfg = dataclasses.replace(cfg, attention="reference", dtype="float32", scan_unroll=1, remat="none")
-    forward = jax.jit(gpt2.forward, static_argnums=0)
-    with jax.default_matmul_precision("highest"):  # a GPU's own choice is 1e-3 off
-        logits = forward(cfg, params, _tokens(cfg.vocab_size, cfg.block_size))
-    return np.asarray(logits)[..., : cfg.vocab_size]
-
-
-def _compared(ours: Any, about: dict[str, Any], files: list[Path]) -> str:
-    """What is to be said of `ours` beside the logits of transformers, which reads `files` in its own way."""
-    if isinstance(ours, str):
-        return ours
-    import numpy as np
-    import torch  # pyright: ignore[reportMissingImports]
-    from safetensors.torch import load_file
-    from transformers import GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
-
-    from nanogpt_jax.interop.transformers_files import short_name
-
-    theirs_about = GPT2Config.from_dict({**about, "attn_implementation": "eager"})
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(theirs_about).train(False)
-    state = {}
-    for path in files:
-        for name, tensor in load_file(path).items():
-            name = short_name(name)
-            state[name if name.startswith("lm_head.") else f"transformer.{name}"] = tensor.float()
-    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-    left = model.load_state_dict(state, strict=False, assign=True)
-    assert not left.missing_keys, f"transformers misses {left.missing_keys}"
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(_tokens(theirs_about.vocab_size, theirs_about.n_positions))).logits.numpy()
-    difference, size = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
-    return (
-        f"max |Δlogit| against transformers: {difference:.2e} on {ours.shape[1]} random tokens "
-        f"(largest logit {size:.1f})"
-    )

@@ -36,7 +36,7 @@ def logits(
 
 
 def unpack(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """rows [B, W+2] int32, as data/labelled.py packs them -> tokens [B, W], lengths [B], labels [B]."""
+    """rows [B, W+2] int32, as data.py packs them -> tokens [B, W], lengths [B], labels [B]."""
     return rows[:, :-2], rows[:, -2], rows[:, -1]
 
 

@@ -4,6 +4,8 @@
 
 import numpy as np
 
+SUMMARY = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}"  # of `scores`, for str.format
+
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_labels: int) -> np.ndarray:
     """labels, predicted [N] -> counts [K, K] int64: rows are the labels, columns what was predicted."""

@@ -1,0 +1,75 @@
+"""A classifier's run, opened to ask it. No jax before its parameters are read: what is damaged is told at once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt_jax import config
+from nanogpt_jax.classify import data
+from nanogpt_jax.classify.data import Texts
+from nanogpt_jax.classify.rows import Label
+from nanogpt_jax.config import ClassifierConfig, UserError
+from nanogpt_jax.data import tokenizer
+from nanogpt_jax.host import files
+from nanogpt_jax.training import run_dir
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """What a run has written down of its data. UserError if that is not there or damaged."""
+    path = run / "data.json"
+    try:
+        manifest = json.loads(files.read(path))
+        labels, _ = manifest["labels"], manifest["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is missing or damaged ({e})") from None
+    if not isinstance(labels, list) or not all(type(label) in (str, int) for label in labels):
+        raise UserError(f"{path} is damaged: its labels are {labels!r:.60}")
+    return manifest
+
+
+class Classifier:
+    """A run, opened: settings, tokenizer, labels and parameters. UserError if it is none or damaged."""
+
+    def __init__(self, run: Path, checkpoint: str):
+        self.run, self.cfg = run, config.read_json(run / "config.json", ClassifierConfig)
+        self.tokenizer = tokenizer.load(run / "tokenizer")
+        self.manifest = read_manifest(run)
+        self.labels: list[Label] = self.manifest["labels"]
+        c, m = self.cfg.classify, self.cfg.model
+        if len(self.labels) != c.n_labels or self.tokenizer.n_vocab > m.vocab_size:
+            raise UserError(
+                f"{run} is damaged: {len(self.labels)} labels and {self.tokenizer.n_vocab} tokens, but a model for "
+                f"{c.n_labels} and {m.vocab_size}"
+            )
+        if not run_dir.checkpoint_steps(run):
+            raise UserError(f"{run} has no checkpoint yet")
+        self._checkpoint = checkpoint
+
+    def load(self) -> None:
+        """The parameters: takes seconds, so only when all else is known to be right."""
+        import jax
+
+        from nanogpt_jax.classify.task import param_shapes
+        from nanogpt_jax.model import execution
+        from nanogpt_jax.training.checkpoint import load_params
+
+        self.cfg = replace(self.cfg, model=execution.resolve(self.cfg.model, jax.default_backend()))
+        self.params, self.step = load_params(self.run, param_shapes(self.cfg), self._checkpoint)
+
+    def encoder(self) -> data.Encoder:
+        return data.Encoder(self.tokenizer, self.cfg.model.block_size, self.cfg.data.keep)
+
+    def log_probabilities(self, texts: Texts) -> np.ndarray:
+        """[N, K] float32. UserError if they are not finite."""
+        from nanogpt_jax.classify import task
+        from nanogpt_jax.distributed.mesh import make_mesh
+
+        predict = task.predict_step(self.cfg.model, make_mesh(config.MeshConfig()))
+        width, at_once = data.width_for([texts], self.cfg.model.block_size), min(32, -(-len(texts) // 8) * 8)
+        found = task.log_probabilities(predict, self.params, texts, width, at_once, bar=True)
+        if not np.isfinite(found).all():
+            raise UserError(f"{self.run} at step {self.step} gives probabilities that are not finite: it has diverged")
+        return found

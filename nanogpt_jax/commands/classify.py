@@ -1,0 +1,309 @@
+"""`nanogpt-jax classify train|eval|predict`: name the label of a text with GPT-2 and a head over its last token."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt_jax import cli, config
+from nanogpt_jax.classify import data as labelled
+from nanogpt_jax.classify import rows as labelled_rows
+from nanogpt_jax.classify import scores, shown
+from nanogpt_jax.classify.data import LabelledData, Texts
+from nanogpt_jax.classify.opened import Classifier, read_manifest
+from nanogpt_jax.config import ClassifierConfig, Command, UserError
+from nanogpt_jax.host.messages import printable
+from nanogpt_jax.inference import options
+from nanogpt_jax.training import run_dir
+
+USAGE = """usage: nanogpt-jax classify train|eval|predict [ARGUMENTS], or nanogpt-jax classify train --help
+
+  train    make a classifier from labelled texts (.jsonl, .json, .csv, .tsv, .parquet, hf:NAME)
+  eval     accuracy, macro-F1 and the confusion matrix of one
+  predict  labels and probabilities of texts"""
+
+EVAL_USAGE = """usage: nanogpt-jax classify eval RUN [--FLAG VALUE ...]
+
+Measures a classifier on its test split (its validation split, if it kept no test texts) or on other labelled texts.
+
+  --source SOURCE        other texts: a .jsonl, .json, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG]
+  --split NAME           of hf:NAME, the split that is taken (default: test)
+  --text-column NAME     where the text stands in SOURCE (default: as in training)
+  --label-column NAME    where the label stands in SOURCE (default: as in training)
+  --checkpoint WHICH     best, latest or a step (default: best)
+  --picture FILE         draw the confusion matrix (needs pip install 'nanogpt-jax[plot]'): .svg, .png, .pdf
+  --baseline             beside it, TF-IDF and logistic regression, trained on the run's training texts
+                         (needs pip install 'nanogpt-jax[baseline]')
+  --json                 one JSON object instead of tables"""
+
+PREDICT_USAGE = """usage: nanogpt-jax classify predict RUN [TEXT ...] [--FLAG VALUE ...]
+
+Prints the likeliest label and its probability, a line for each text. Without TEXT or --file it reads standard input, a
+text a line. Words after -- are texts, whatever they begin with. A blank line or a row without text is skipped: an empty
+line stands in its place, so that the first line stays that of the first text.
+
+  --file FILE            a text a line; or a column of a .jsonl, .json, .csv, .tsv or .parquet file
+  --text-column NAME     which column (default: as in training)
+  --checkpoint WHICH     best, latest or a step (default: best)
+  --json                 JSON lines with the probability of every label; of a file, with the text's line, too"""
+
+SWITCHES = ("json", "baseline")
+
+
+FLAGS = {
+    "eval": ("source", "split", "text_column", "label_column", "checkpoint", "picture", *SWITCHES),
+    "predict": ("file", "text_column", "checkpoint", "json"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """The command line of `eval` or `predict`, checked."""
+
+    run: str
+    texts: list[str]
+    flags: dict[str, str]
+
+
+def main(argv: list[str]) -> int:
+    commands = ("train", "eval", "predict")
+    if not argv or (argv[0] not in commands and cli.asks_for_help(argv)):
+        print(USAGE)
+        return 0
+    name, *rest = argv
+    if name not in commands:
+        raise UserError(f"classify {name} is none of train, eval, predict{config.suggestion(name, commands)}")
+    end = rest.index("--") if name == "predict" and "--" in rest else len(rest)  # behind it are texts
+    if cli.asks_for_help(rest[:end]):
+        print({"train": config.help_text(ClassifierConfig), "eval": EVAL_USAGE, "predict": PREDICT_USAGE}[name])
+        return 0
+    asked = read(argv)
+    if isinstance(asked, Command):
+        return train(asked, argv)
+    return evaluate(asked) if name == "eval" else predict(asked)
+
+
+def read(argv: list[str]) -> Command | Question:
+    """What `train` is to do, or what `eval` or `predict` is asked; UserError for what cannot be meant. No jax here."""
+    name, *rest = argv
+    return config.load(rest, ClassifierConfig) if name == "train" else _question(name, rest)
+
+
+def _question(name: str, argv: list[str]) -> Question:
+    def check(key: str) -> None:
+        if key not in FLAGS[name]:
+            raise config.unknown_flag(key, FLAGS[name], f"classify {name}")
+
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, flags = config.split_arguments(argv[:end], SWITCHES, check)
+    run, *texts = [*words, *argv[end + 1 :]] or [""]
+    if not run:
+        raise UserError(f"classify {name} needs the directory of a run\n       see nanogpt-jax classify {name} --help")
+    if name == "eval" and texts:
+        raise UserError(f"one run at a time, but got {run} and {texts[0]}")
+    if name == "eval" and "source" not in flags:
+        for flag in [f for f in ("split", "text_column", "label_column") if f in flags]:
+            raise UserError(f"--{flag.replace('_', '-')} says how to read --source, which is not given")
+    if texts and "file" in flags:
+        raise UserError(f"texts and --file={flags['file']} exclude each other; leave one out")
+    if any(not text.strip() for text in texts):
+        raise UserError("one of the texts is empty, and nothing can be told from that")
+    if broken := [text for text in texts if labelled_rows.SURROGATE.search(text)]:
+        raise UserError(f"the text {broken[0]!r:.60} is not UTF-8")
+    return Question(run, texts, flags)
+
+
+# ---- train: the twin of train.py ------------------------------------------------------------------------------------
+
+
+def train(command: Command, argv: list[str]) -> int:
+    if command.print_config:
+        print(run_dir.describe(command))
+        return 0
+
+    from nanogpt_jax.training.signals import stop_on_signals
+
+    with run_dir.claim(command) as run, stop_on_signals(lambda: run_dir.standing(run, argv, "classify")) as stop:
+        goes_on = not command.overwrite and run_dir.checkpoint_steps(run)
+        data = labelled.open_data(command.cfg, run=read_manifest(run) if goes_on else None)
+        run_dir.check_tokenizer(command, data)
+        cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
+        cfg = config.with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
+        run_dir.prepare(run, command, cfg, data)
+        program = config.program("classify")
+        then = f"next: {program} eval {config.word(run)}\n      {program} predict {config.word(run)} TEXT"
+        if finished := run_dir.finished(run, cfg):
+            print(f"{finished}\n{then}")
+            return 0
+        outcome, best, found = _train(cfg, run, data, stop)
+        if outcome.signal:
+            print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}")
+            print(f"go on with the same command: {run_dir.command_again(argv, name='classify')}")
+            return 128 + outcome.signal
+        early = "" if outcome.step == cfg.train.steps else f", early (classify.patience={cfg.classify.patience})"
+        print(
+            f"done at step {outcome.step} after {outcome.seconds:.0f} s{early}; the best checkpoint is step {best}: "
+            f"validation {scores.SUMMARY.format(**found)}\n{then}"
+        )
+        return 0
+
+
+def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any):
+    """Settings to a trained classifier -> how it ended, the best checkpoint's step and its validation scores."""
+    from nanogpt_jax.classify import task as classification
+    from nanogpt_jax.distributed.mesh import make_mesh, start
+    from nanogpt_jax.model import execution
+    from nanogpt_jax.training.checkpoint import load_params
+    from nanogpt_jax.training.loop import Outcome, fit, start_state
+    from nanogpt_jax.training.optim import make_optimizer
+    from nanogpt_jax.training.recording import Recording
+    from nanogpt_jax.training.step import make_train_step
+
+    platform, mesh, patience = start(), make_mesh(cfg.mesh), cfg.classify.patience
+    how = execution.choose(cfg, platform, mesh.size)
+    cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
+    task = classification.classifier(cfg, mesh, data)
+    tx = make_optimizer(cfg.optim, cfg.train.steps)
+    tx = classification.head_alone(tx) if cfg.classify.freeze else tx
+    with Recording(directory, cfg.train) as run:
+        state = start_state(cfg, tx, task, mesh, run)
+        print(classification.headline(cfg, directory, data, mesh, run.step), flush=True)
+        if 0 < patience <= run.stale:
+            outcome = Outcome(run.step, 0.0, None, {})
+        else:
+            outcome = fit(cfg, task, state, make_train_step(cfg, tx, mesh, task, how), run, stop)
+    if outcome.signal:
+        return outcome, None, {}
+    then = f"{config.program('classify')} eval {config.word(directory)}"
+    params, best = load_params(directory, classification.param_shapes(cfg), command=then)
+    alone = classification.predict_step(cfg.model, make_mesh(config.MeshConfig()))  # as eval and predict take it
+    at_once = classification.texts_at_once(cfg, mesh)
+    return outcome, best, classification.evaluate(alone, params, data.splits["val"], data.width, at_once)
+
+
+# ---- eval and predict -----------------------------------------------------------------------------------------------
+
+
+def evaluate(asked: Question) -> int:
+    flags = asked.flags
+    plt = _pyplot(flags["picture"]) if "picture" in flags else None
+    baseline = _baseline() if "baseline" in flags else None
+    model = Classifier(options.existing(asked.run), flags.get("checkpoint", "best"))
+    data = None
+    if "source" not in flags or baseline:
+        data = labelled.open_data(model.cfg, model.tokenizer, model.manifest)
+        if data.fingerprint != model.manifest["fingerprint"]:
+            raise UserError(
+                f"the data of {model.run} has changed: {model.cfg.data.source} gives other texts now than in training\n"
+                "       bring the old texts back, or give others with --source"
+            )
+    if "source" in flags:
+        d = model.cfg.data
+        other = replace(
+            d,
+            source=flags["source"],
+            split=flags.get("split", "test"),
+            text_column=flags.get("text_column", d.text_column),
+            label_column=flags.get("label_column", d.label_column),
+        )
+        encoder, notes, what = model.encoder(), [], other.source
+        examples = labelled.read(other, notes, "--source")
+        texts = encoder.encode(examples, model.labels, f"--source={what}")
+        notes += [*labelled_rows.contradictions(examples), *encoder.notes()]
+    else:
+        assert data is not None
+        split = "test" if len(data.splits["test"]) else "val"
+        texts, what, notes = data.splits[split], f"the {split} split of {model.cfg.data.source}", data.notes
+    model.load()
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    found = {f"{model.run} at step {model.step}": model.log_probabilities(texts)}
+    if baseline:
+        assert data is not None
+        weights = model.cfg.classify.class_weights
+        found["TF-IDF + logistic regression"] = baseline.log_probabilities(data.splits["train"], texts, weights)
+    commonest = np.bincount(texts.labels).max() / len(texts)
+    results = {name: scores.scores(x, texts.labels) for name, x in found.items()}
+    matrices = {n: scores.confusion_matrix(texts.labels, x.argmax(1), len(model.labels)) for n, x in found.items()}
+    if "json" in flags:
+        each = [{"name": n, **results[n], "confusion": matrices[n].tolist()} for n in found]
+        about = {"source": what, "texts": len(texts), "labels": model.labels, "commonest": commonest}
+        print(json.dumps({**about, "results": each}, ensure_ascii=False, allow_nan=False))
+    else:
+        print(f"{len(texts)} texts: {what}; the commonest label alone would be right in {commonest:.4f}")
+        for name in found:
+            print(f"\n{name}: {scores.SUMMARY.format(**results[name])}\n{shown.table(matrices[name], model.labels)}")
+    if plt:
+        place = flags["picture"]
+        drawn = shown.picture(plt, matrices[next(iter(found))], model.labels, _format(Path(place)))
+        cli.write_file("--picture", place, drawn)
+    return 0
+
+
+def predict(asked: Question) -> int:
+    texts, flags = asked.texts, asked.flags
+    model = Classifier(options.existing(asked.run), flags.get("checkpoint", "best"))
+    if "file" in flags:
+        column = flags.get("text_column", model.cfg.data.text_column)
+        what, rows = flags["file"], labelled.read_texts(Path(flags["file"]), column)
+    elif texts:
+        what, rows = "", list(enumerate(texts, start=1))
+    else:
+        if sys.stdin.isatty():
+            raise UserError("nothing to classify: give texts, --file FILE, or pipe lines into it")
+        what = "standard input"
+        rows = labelled.lines_of(sys.stdin.buffer.read(), what)
+    rows, notes = labelled_rows.usable(what, rows) if what else (rows, [])
+    lines, texts = zip(*((line, text) for line, text in rows if text), strict=True)
+    encoder = model.encoder()
+    name = "line {} ({!r:.60})" if what else "text {} ({!r:.60})"
+    tokens, starts = encoder.tokens(texts, lambda i: name.format(lines[i], texts[i]), what)
+    model.load()
+    for note in [*notes, *encoder.notes()]:
+        print(f"note: {note}", file=sys.stderr)
+    found = iter(np.exp(model.log_probabilities(Texts(list(texts), np.zeros(len(texts), np.int32), tokens, starts))))
+    for line, text in rows:
+        if not text:
+            if "json" not in flags:
+                print()
+            continue
+        p = next(found)
+        best = int(p.argmax())
+        if "json" in flags:
+            each = {str(label): round(float(x), 6) for label, x in zip(model.labels, p, strict=True)}
+            row = {"label": model.labels[best], "probability": round(float(p[best]), 6), "probabilities": each}
+            row = {"line": line, **row} if what else row
+            print(json.dumps(row, ensure_ascii=False, allow_nan=False))
+        else:
+            print(f"{printable(model.labels[best], sys.maxsize)}\t{p[best]:.4f}")
+    return 0
+
+
+def _pyplot(picture: str) -> Any:
+    try:
+        import matplotlib  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(f"--picture={picture} needs pip install 'nanogpt-jax[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    known = plt.figure().canvas.get_supported_filetypes()
+    if _format(Path(picture)) not in known:
+        raise UserError(f"--picture={picture} must end in one of {', '.join(f'.{k}' for k in known)}")
+    cli.check_file("--picture", picture)
+    return plt
+
+
+def _format(picture: Path) -> str:
+    return picture.suffix.lower().lstrip(".")
+
+
+def _baseline() -> Any:
+    try:
+        from nanogpt_jax.classify import baseline
+    except ImportError:
+        raise UserError("--baseline needs pip install 'nanogpt-jax[baseline]'") from None
+    return baseline
