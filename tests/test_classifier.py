@@ -23,8 +23,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanogpt_jax import config
+from nanogpt_jax.classify.settings import ClassifierConfig, LabelledConfig, with_labels
 from nanogpt_jax.cli import door
-from nanogpt_jax.config import ClassifierConfig, LabelledConfig, ModelConfig, UserError
+from nanogpt_jax.config import ModelConfig, UserError
+from nanogpt_jax.config.settings import types_of
 from nanogpt_jax.data import labelled, labelled_rows
 from nanogpt_jax.data.labelled_rows import Example
 from nanogpt_jax.distributed.mesh import make_mesh
@@ -865,7 +867,7 @@ def test_prose_and_code_are_told_apart():
     )
     data = labelled.open_data(cfg)
     assert data.labels == ["code", "prose"]
-    cfg = config.with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
+    cfg = with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
     cfg = replace(cfg, model=execution.resolve(cfg.model, "cpu"), train=replace(cfg.train, steps=144))
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 144)
     objective, how = classify.objective(cfg, 64, np.ones(2, np.float32)), execution.choose(cfg, "cpu")
@@ -886,5 +888,5 @@ def test_help_names_every_setting(capsys):
     assert "--picture FILE" in capsys.readouterr().out
     assert classify.main(["train", "--help"]) == 0
     page = capsys.readouterr().out.replace("-", "_")
-    assert all(key in page for key in config.types_of(ClassifierConfig))
-    assert not any(key.startswith("classify") for key in config.TYPES)
+    assert all(key in page for key in types_of(ClassifierConfig))
+    assert not any(key.startswith("classify") for key in types_of())

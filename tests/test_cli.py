@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from nanogpt_jax import config
+from nanogpt_jax.classify.settings import ClassifierConfig
 from nanogpt_jax.config import UserError
+from nanogpt_jax.config.settings import types_of
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
 from nanogpt_jax.training import run_dir
@@ -166,12 +168,12 @@ def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
     page = run(tmp_path, {**clean_env, "COLUMNS": "80"}, "train.py", "--help").stdout
     assert re.search(r"--model.n-layer INT +L, transformer blocks \(default: 4\)", page)
     assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+from the peak .* in the last 20\s+%", page)
-    for text in (page, config.help_text(config.ClassifierConfig)):
+    for text in (page, config.help_text(ClassifierConfig)):
         assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", text), "a setting without a comment"
     assert max(map(len, page.splitlines())) < 110
     page = page.replace("-", "_")
     shown = run(tmp_path, clean_env, "train.py", "gpt2", "--model.n-layer=3", "--model.n_head", "4", "--print-config")
-    for key in config.TYPES:
+    for key in types_of():
         assert key in page
         assert re.search(rf"^{key.split('.')[1]} = .* # ", shown.stdout, re.M)
     assert re.search(r"n_layer = 3 +# command line", shown.stdout)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_jax import cli, config
+from nanogpt_jax.classify.settings import ClassifierConfig
 from nanogpt_jax.inference import options
 from nanogpt_jax.tools import bench, classify, evaluate, hub, prepare, scaling
 
@@ -111,7 +112,7 @@ def test_every_command_of_every_page_is_understood(words, tmp_path, monkeypatch)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "runs/done").mkdir(parents=True)
         (tmp_path / "runs/done/config.json").write_text(config.to_json(config.Config()))
-        config.load(rest[1:], config.ClassifierConfig)
+        config.load(rest[1:], ClassifierConfig)
     elif name == "classify":
         classify.arguments(rest[0], rest[1:])
     elif name == "bench":

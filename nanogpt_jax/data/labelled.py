@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_jax.config import ClassifierConfig, LabelledConfig, UserError, suggestion
+from nanogpt_jax.classify.settings import ClassifierConfig, LabelledConfig
+from nanogpt_jax.config import UserError, suggestion
 from nanogpt_jax.data import batches, records, tables, text_file, tokenizer
 from nanogpt_jax.data.labelled_rows import Example, Label, Rows, contradictions, label_notes, labels_of, plain
 from nanogpt_jax.data.shell import Source

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nanogpt_jax import config
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import UserError, command_line
 from nanogpt_jax.data import text_file
 
 LONGEST_PROMPT = 1 << 24  # characters
@@ -66,7 +66,7 @@ def read(argv: list[str]) -> argparse.Namespace:
             both = f"{options.run} and {config.quoted(word)}"
             raise UserError(f"one run at a time, but got {both}\n       a text to go on from is --prompt TEXT")
         known = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
-        raise config.unknown_flag(word.partition("=")[0].lstrip("-"), known, "sample")
+        raise command_line.unknown_flag(word.partition("=")[0].lstrip("-"), known, "sample")
     for name, (must, good) in LIMITS.items():
         if not good(value := getattr(options, name)):
             raise UserError(f"--{name.replace('_', '-')}={value} must {must}")

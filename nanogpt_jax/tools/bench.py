@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax import cli, config, runtime
-from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config import Config, UserError, command_line, parse
+from nanogpt_jax.config.settings import types_of
 from nanogpt_jax.model import sizes
 
 USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [--seconds S] [--versus torch]
@@ -82,12 +83,12 @@ def read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
     """The kind of work, the settings, and our own options, checked."""
 
     def check(key: str) -> None:
-        if "." in key and key not in config.TYPES:
-            raise config.unknown_setting(key, "command line")
-        if key not in OWN and key not in config.TYPES:
-            raise config.unknown_flag(key, (*OWN, *config.TYPES), "bench")
+        if "." in key and key not in types_of():
+            raise command_line.unknown_setting(key, "command line")
+        if key not in OWN and key not in types_of():
+            raise command_line.unknown_flag(key, (*OWN, *types_of()), "bench")
 
-    words, flags = config.split_arguments(argv, (), check)
+    words, flags = command_line.split_arguments(argv, (), check)
     works = [word for word in words if word in PEERS]
     work = works[0] if works else "train"
     words = [word for word in words if word not in PEERS]
@@ -225,7 +226,7 @@ def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[s
 def _work(order: dict[str, Any]) -> None:
     """Answer the parent's questions, one JSON line each, until it asks for the end."""
     out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
-    values = config.flatten(order["cfg"], "bench")
+    values = parse.flatten(order["cfg"], "bench")
     cfg = config.merge(Config(), values, "bench")
     engines: dict[tuple[str, str], Callable[..., Any]] = {
         ("train", "jax"): _jax_train,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import ClassifierConfig, ModelConfig, UserError
+from nanogpt_jax.classify.settings import ClassifierConfig, with_labels
+from nanogpt_jax.config import ModelConfig, UserError, command_line
 from nanogpt_jax.data import labelled, labelled_rows, tokenizer
 from nanogpt_jax.data.labelled import LabelledData, Texts
 from nanogpt_jax.evaluation import classification
@@ -87,7 +88,7 @@ def train(argv: list[str]) -> int:
         data = labelled.open_data(command.cfg, run=_manifest(run) if goes_on else None)
         run_dir.check_tokenizer(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
-        cfg = config.with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
+        cfg = with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
         run_dir.prepare(run, command, cfg, data)
         program = config.program("classify")
         then = f"next: {program} eval {config.word(run)}\n      {program} predict {config.word(run)} TEXT"
@@ -307,10 +308,10 @@ def arguments(name: str, argv: list[str]) -> tuple[str, list[str], dict[str, str
 
     def check(key: str) -> None:
         if key not in FLAGS[name]:
-            raise config.unknown_flag(key, FLAGS[name], f"classify {name}")
+            raise command_line.unknown_flag(key, FLAGS[name], f"classify {name}")
 
     end = argv.index("--") if "--" in argv else len(argv)
-    words, flags = config.split_arguments(argv[:end], SWITCHES, check)
+    words, flags = command_line.split_arguments(argv[:end], SWITCHES, check)
     run, *texts = [*words, *argv[end + 1 :]] or [""]
     if not run:
         raise UserError(f"classify {name} needs the directory of a run\n       see nanogpt-jax classify {name} --help")

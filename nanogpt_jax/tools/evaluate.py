@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config import Config, UserError, command_line
 from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.corpora import Corpus
 from nanogpt_jax.data.prepare import encode, open_data
@@ -147,9 +147,9 @@ def read(argv: list[str]) -> Wish:
 
     def check(key: str) -> None:
         if key not in FLAGS:
-            raise config.unknown_flag(key, FLAGS, "eval")
+            raise command_line.unknown_flag(key, FLAGS, "eval")
 
-    words, flags = config.split_arguments(argv, (), check)
+    words, flags = command_line.split_arguments(argv, (), check)
     if len(words) > 2:
         raise UserError(f"one run, or two to compare, but got {', '.join(words)}")
     value = dict.fromkeys(FLAGS, "") | {"checkpoint": "best"} | flags

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import Config, ModelConfig, UserError
+from nanogpt_jax.config import Config, ModelConfig, UserError, command_line
 from nanogpt_jax.host import files, messages, terminal
 from nanogpt_jax.model import sizes
 
@@ -186,9 +186,9 @@ def arguments(command: str, argv: list[str]) -> tuple[list[str], dict[str, str]]
 
     def check(key: str) -> None:
         if key not in (*options, *switches):
-            raise config.unknown_flag(key, (*options, *switches), command)
+            raise command_line.unknown_flag(key, (*options, *switches), command)
 
-    words, flags = config.split_arguments(argv, switches, check)
+    words, flags = command_line.split_arguments(argv, switches, check)
     if len(words) != 2:
         got = " ".join(words) or "nothing"
         raise UserError(f"{command} takes {wanted}, but got {got}\n       see nanogpt-jax {command} --help")

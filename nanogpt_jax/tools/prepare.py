@@ -5,7 +5,8 @@ import shlex
 import time
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import DataConfig, UserError
+from nanogpt_jax.config import DataConfig, UserError, command_line
+from nanogpt_jax.config.settings import types_of
 
 USAGE = """usage: nanogpt-jax prepare [SOURCE] [--tokenizer char|gpt2|bpe:N|DIR] [--field NAME] [--val-fraction F]
                            [--mixture A=3,B=1] [--threads N] [--dir DIR] [--config CONFIG]
@@ -52,14 +53,14 @@ def main(argv: list[str]) -> int:
 
 def read(argv: list[str]) -> config.Command:
     """The command line, as train.py would read `--data.NAME` for each of our flags."""
-    own = {key.removeprefix("data.") for key in config.TYPES if key.startswith("data.")}
+    own = {key.removeprefix("data.") for key in types_of() if key.startswith("data.")}
 
     def check(key: str) -> None:
         if key.removeprefix("data.") not in own and key != "config":
-            raise config.unknown_flag(key, (*own, "config"), "prepare")
+            raise command_line.unknown_flag(key, (*own, "config"), "prepare")
 
     # a lone dash is a source, not a flag
-    words, flags = config.split_arguments(argv, (), check)
+    words, flags = command_line.split_arguments(argv, (), check)
     if len(words) > 1:
         raise UserError(
             f"one source at a time, but got {' and '.join(words)}\n"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import UserError, command_line
+from nanogpt_jax.config.settings import types_of
 
 USAGE = """usage: nanogpt-jax scaling [--picture FILE] [--json FILE] [--rounds N] [--SECTION.NAME VALUE ...]
 
@@ -57,10 +58,10 @@ def read(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     own, settings = {"picture": "", "json": "", "rounds": "3"}, {}
 
     def check(key: str) -> None:
-        if key not in own and key not in config.TYPES:
-            raise config.unknown_flag(key, (*own, *config.TYPES), "scaling")
+        if key not in own and key not in types_of():
+            raise command_line.unknown_flag(key, (*own, *types_of()), "scaling")
 
-    words, flags = config.split_arguments(argv, (), check)
+    words, flags = command_line.split_arguments(argv, (), check)
     if words:
         raise UserError(f"{words[0]} is no flag\n       see nanogpt-jax scaling --help")
     for key, value in flags.items():

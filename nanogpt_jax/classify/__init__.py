@@ -1,0 +1,1 @@
+"""Text classifiers. The core does not know this room: remove it, and the rest trains as before."""
