@@ -106,15 +106,15 @@ def test_every_command_of_every_page_is_understood(words, tmp_path, monkeypatch)
         prepare.read(rest)
     elif name == "eval":
         evaluate.read(rest)
-    elif name in hub.ARGUMENTS:
-        hub.arguments(name, rest)
+    elif name in ("import-hf", "export-hf"):
+        (hub.read_import if name == "import-hf" else hub.read_export)(rest)
     elif name == "classify" and rest[0] == "train":
         monkeypatch.chdir(tmp_path)
         (tmp_path / "runs/done").mkdir(parents=True)
         (tmp_path / "runs/done/config.json").write_text(config.to_json(config.Config()))
         config.load(rest[1:], ClassifierConfig)
     elif name == "classify":
-        classify.arguments(rest[0], rest[1:])
+        (classify.read_eval if rest[0] == "eval" else classify.read_predict)(rest[1:])
     elif name == "bench":
         monkeypatch.setattr(bench, "find_spec", lambda name: name)  # as if torch was there
         bench.read(rest)

@@ -1,15 +1,30 @@
-"""The command line: how a person types a command, and how theirs is read."""
+"""How a person types a command, and how theirs is read.
+
+A command line is two things: a class whose fields are its flags, and a `CommandLine` over it. For example:
+
+    @dataclass(frozen=True)
+    class Options(command_line.Options):
+        seed: int = flag("N", "the same seed gives the same text", 1337, must=AT_LEAST_1)
+        overwrite: bool = flag("", "write over old files", False)
+
+    EXPORT = CommandLine("export-hf", Options, "Writes a run for transformers.", {"RUN": "a run directory"})
+    EXPORT.read(["runs/mine", "--seed=3"]).seed == 3
+"""
 
 import difflib
+import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from nanogpt_jax.config.errors import UserError, suggestion
-from nanogpt_jax.config.settings import Config, Kind, sections_of, types_of
+from nanogpt_jax.config.settings import Config, Kind, meanings, sections_of, types_of
 
 DOORS = ("train.py", "sample.py")
 
@@ -47,17 +62,6 @@ def joined(words: Iterable[str]) -> str:
     return " ".join(map(quoted, words))
 
 
-def unknown_flag(key: str, known: Any, command: str) -> UserError:
-    """What to say of --KEY, which COMMAND does not have; `known` are the names of those it has."""
-    near = suggestion(flag_of(key), [flag_of(k) for k in known if len(k) > 1])  # not -h
-    near = near or f"\n       see {program(command)} --help"
-    return UserError(f"unknown flag {flag_of(key)}{near}")
-
-
-def flag_of(key: str) -> str:
-    return f"--{key}".replace("_", "-")
-
-
 def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
     names = {k: k.split(".")[1] for k in types_of(kind)}
     near = difflib.get_close_matches(key.split(".")[-1], sorted(names.values()))  # the section may be a wrong one
@@ -66,34 +70,206 @@ def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
     return UserError(f"unknown setting {key} ({where}){hint}")
 
 
-def split_arguments(
-    argv: list[str], switches: tuple[str, ...], check: Callable[[str], None]
-) -> tuple[list[str], dict[str, str]]:
-    """Positional words, and {"model.n_layer": "8"} from `--model.n-layer 8` or `--model.n-layer=8`.
+# ---- one table of flags a command -----------------------------------------------------------------------------------
 
-    Dashes and underscores are the same. `switches` are the flags that take no value; `check` refuses unknown ones.
+Must = tuple[str, Callable[[Any], bool]]  # what a value must be or lie in, in words and as a test
+AT_LEAST_1: Must = ("be at least 1", lambda n: n >= 1)
+COUNT: Must = ("be a whole number, at least 1", lambda n: n >= 1)
+
+
+@dataclass(frozen=True)
+class Flag:
+    metavar: str  # of its value; "": a switch, or the choices of a Literal
+    meaning: str  # its line in --help, without the default
+    must: Must | None
+    heading: str  # a paragraph that stands above it in --help
+
+
+def flag(metavar: str, meaning: str, default: Any = None, *, must: Must | None = None, heading: str = "") -> Any:
+    """A field of an `Options` class: `--NAME VALUE`.
+
+    Its type says how the value is read: int, float, Path, str or a Literal of texts, each `| None` if it may be absent;
+    bool is a switch, and tuple[str, ...] may be given several times. A `meaning` that names a "(default: ...)" has no
+    other one added.
     """
-    words: list[str] = []
-    flags: dict[str, str] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            if word.startswith("-") and len(word) > 1:
-                raise UserError(f"unknown flag {word}\n       flags start with two dashes; see --help")
-            words.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        key = name.replace("-", "_")
-        check(key)
-        if key in switches:
-            if equals:
-                raise UserError(f"--{name} takes no value, but was given {value!r}")
-            value = "true"
-        elif not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{name} needs a value; see --help")
-            value = rest.pop(0)
-        if flags.setdefault(key, value) != value:
-            raise UserError(f"--{name} was given twice: {flags[key]} and {value}")
-    return words, flags
+    return field(default=default, metadata={"flag": Flag(metavar, meaning, must, heading)})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command line says. The fields of a subclass, each made by `flag`, are the flags of a command."""
+
+    words: list[str]  # what is no flag; after -- nothing is one
+    settings: dict[str, str]  # {"model.n_layer": "8"}, if the command takes settings
+
+
+Read = TypeVar("Read", bound=Options)
+
+
+@dataclass(frozen=True)
+class CommandLine(Generic[Read]):
+    """The table of one command: it reads argv, refuses by name what cannot be meant, and writes --help.
+
+    Dashes and underscores are the same in the names of flags.
+    """
+
+    name: str  # "classify eval"
+    options: type[Read]
+    about: str
+    words: Mapping[str, str] = field(default_factory=dict)  # "[RUN]" -> what it is; "" if `about` says it
+    after: str = ""  # the end of --help
+    kind: Kind | None = None  # whose settings are flags too: --model.n-layer
+    section: str = ""  # only the settings of this section, and by their short names too: --tokenizer
+
+    def read(self, argv: list[str]) -> Read:
+        """UserError for a flag that is unknown, lacks its value or has an impossible one."""
+        flags, hints, settings = self._flags(), get_type_hints(self.options), self._settings()
+        end = argv.index("--") if "--" in argv else len(argv)
+        words: list[str] = []
+        given: dict[str, list[str]] = {}
+        rest = argv[:end]
+        while rest:
+            word = rest.pop(0)
+            if not word.startswith("--"):
+                if word.startswith("-") and len(word) > 1:
+                    raise UserError(f"unknown flag {word}\n       flags start with two dashes; see --help")
+                words.append(word)
+                continue
+            name, equals, text = word[2:].partition("=")
+            key = name.replace("-", "_")
+            key = f"{self.section}.{key}" if f"{self.section}.{key}" in settings else key
+            if key not in flags and key not in settings:
+                raise self._unknown(key)
+            if hints.get(key) is bool:
+                if equals:
+                    raise UserError(f"--{name} takes no value, but was given {text!r}")
+            elif not equals:
+                if not rest or rest[0].startswith("--"):
+                    raise UserError(f"--{name} needs a value; see --help")
+                text = rest.pop(0)
+            before = given.setdefault(key, [])
+            if before and before != [text] and get_origin(hints.get(key)) is not tuple:
+                raise UserError(f"--{name} was given twice: {before[0]} and {text}")
+            before.append(text)
+        values = {key: _value(key, hints[key], flags[key].must, texts) for key, texts in given.items() if key in flags}
+        chosen = {key: texts[0] for key, texts in given.items() if key in settings}
+        return self.options([*words, *argv[end + 1 :]], chosen, **values)
+
+    def help(self) -> str:
+        """The page of --help, as wide as the terminal, and at most 108 columns."""
+        width = min(shutil.get_terminal_size((110, 24)).columns, 110) - 2
+        grammar = [*self.words, "[--FLAG VALUE ...]", *(["[--SECTION.NAME VALUE ...]"] if self._is_wide() else [])]
+        rows: list[str | tuple[str, str]] = [(name.strip("[]. "), what) for name, what in self.words.items() if what]
+        hints = get_type_hints(self.options)
+        for key, one in self._flags().items():
+            rows += [one.heading] if one.heading else []
+            default = self.options.__dataclass_fields__[key].default
+            told = default is None or default is False or default == () or "(default" in one.meaning
+            metavar = one.metavar or "|".join(_choices(hints[key]))
+            rows.append((f"{flag_of(key)} {metavar}".strip(), one.meaning if told else _with(one.meaning, default)))
+        rows += self._settings_rows()
+        column = min(34, 4 + max(len(row[0]) for row in rows if isinstance(row, tuple)))
+        table = [_row(*row, column, width) if isinstance(row, tuple) else f"\n{_filled(row, width)}" for row in rows]
+        usage = _filled(" ".join(["usage:", program(self.name, briefly=True), *grammar]), width, " " * 11)
+        after = (
+            f"Settings are those of train.py: see {program('train')} --help" if self._points_to_train() else self.after
+        )
+        parts = (usage, _filled(self.about, width), "\n".join(table).strip("\n"), _filled(after, width))
+        return "\n\n".join(filter(None, parts))
+
+    def _flags(self) -> dict[str, Flag]:
+        return {one.name: one.metadata["flag"] for one in fields(self.options) if one.metadata}
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings that are flags: "model.n_layer" -> int."""
+        return {k: t for k, t in types_of(self.kind).items() if k.startswith(self.section)} if self.kind else {}
+
+    def _is_wide(self) -> bool:
+        """Whether the settings of all sections are flags."""
+        return self.kind is not None and not self.section
+
+    def _points_to_train(self) -> bool:
+        """Whether --help names another page for the settings: two commands need not say the same 50 lines."""
+        return self.kind is not None and self._is_wide() and self.name != self.kind.COMMAND
+
+    def _settings_rows(self) -> list[str | tuple[str, str]]:
+        kinds = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", dict[str, float]: "A=3,B=1"}
+        rows: list[str | tuple[str, str]] = []
+        if self.kind is None or self._points_to_train():
+            return rows
+        defaults, types = self.kind(), self._settings()
+        for section, settings in sections_of(self.kind).items():
+            if not self.section:
+                rows.append(f"{section}:")
+            told = meanings(settings)
+            for name in [one.name for one in fields(settings)]:
+                if (key := f"{section}.{name}") in types:
+                    metavar = kinds.get(types[key]) or f"{{{','.join(_choices(types[key]))}}}"
+                    default = getattr(getattr(defaults, section), name)
+                    rows.append((f"{flag_of(name if self.section else key)} {metavar}", _with(told[name], default)))
+        return rows
+
+    def _unknown(self, key: str) -> UserError:
+        if self.kind and self._is_wide() and "." in key:
+            return unknown_setting(key, "command line", self.kind)
+        settings = self._settings()
+        full = [k for k in settings if k.endswith(f".{key}")]
+        known = [*self._flags(), *(k.removeprefix(f"{self.section}.") for k in settings if self.section)]
+        near = f"\n       did you mean --{full[0]}?" if full else suggestion(flag_of(key), map(flag_of, known))
+        if not near:
+            near = (
+                f"\n       {'settings are --SECTION.NAME; ' if self._is_wide() else ''}see {program(self.name)} --help"
+            )
+        return UserError(f"unknown flag {flag_of(key)}{' (command line)' if self._is_wide() else ''}{near}")
+
+
+def flag_of(key: str) -> str:
+    return f"--{key}".replace("_", "-")
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The texts of a Literal, which may be one of Literal | None; () of another type."""
+    for one in (hint, *get_args(hint)):
+        if get_origin(one) is Literal:
+            return get_args(one)
+    return ()
+
+
+def _value(key: str, hint: Any, must: Must | None, texts: list[str]) -> Any:
+    """What was typed, as the type of the flag; UserError if it is not one of its values."""
+    if hint is bool:
+        return True
+    if get_origin(hint) is tuple:
+        return tuple(texts)
+    choices = _choices(hint)
+    kind = str if choices else next(iter(get_args(hint)), hint)  # int | None -> int
+    try:
+        value = kind(texts[0])
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{flag_of(key)}={texts[0]} must be {wanted}") from None
+    if choices and value not in choices:
+        raise UserError(f"{flag_of(key)}={value} is not one of {', '.join(choices)}")
+    if must and not must[1](value):
+        raise UserError(f"{flag_of(key)}={value} must {must[0]}")
+    return value
+
+
+def _with(meaning: str, default: Any) -> str:
+    return f"{meaning} (default: {default if isinstance(default, str) else json.dumps(default)})"
+
+
+UNBROKEN: Any = {"break_on_hyphens": False, "break_long_words": False}
+
+
+def _filled(text: str, width: int, indent: str = "") -> str:
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=indent, **UNBROKEN) for line in text.splitlines())
+
+
+def _row(left: str, right: str, column: int, width: int) -> str:
+    """One flag and its meaning, which begins at the column; below a flag that is longer."""
+    room = max(width - column, 20)
+    lines = [wrapped for line in right.splitlines() for wrapped in textwrap.wrap(line, room, **UNBROKEN)]
+    begin = f"  {left}"
+    first = [begin.ljust(column) + lines.pop(0)] if len(begin) + 2 <= column else [begin]
+    return "\n".join([*first, *(" " * column + line for line in lines)])

@@ -6,6 +6,9 @@ recipe of `python train.py`: the lowest validation loss that we found for three 
 
 import dataclasses
 import functools
+import inspect
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
@@ -146,6 +149,24 @@ def types_of(kind: Kind = Config) -> dict[str, Any]:
         for section, settings in sections_of(kind).items()
         for name, hint in get_type_hints(settings).items()
     }
+
+
+def meanings(section: type) -> dict[str, str]:
+    """The comment behind each setting of a class or of its parents: "n_layer" -> "L, transformer blocks"."""
+    classes = reversed(section.__mro__[:-1])  # what a class says anew replaces what its parent says
+    return {name: text for one in classes for name, text in _comments(one.__module__).get(one.__name__, {}).items()}
+
+
+@functools.cache
+def _comments(module: str) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    owner = ""
+    for line in inspect.getsource(sys.modules[module]).splitlines():
+        if begins := re.match(r"class (\w+)", line):
+            owner = begins[1]
+        elif setting := re.match(r"    (\w+): .*  # (.*)", line):
+            found.setdefault(owner, {})[setting[1]] = setting[2]
+    return found
 
 
 def items(cfg: Config) -> Iterator[tuple[str, Any]]:

@@ -1,17 +1,14 @@
 """A command that trains: defaults, then a config file, then the command line."""
 
-import functools
-import inspect
-import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, get_args, get_type_hints
+from typing import Any, Generic, Literal
 
-from nanogpt_jax.config.command_line import flag_of, program, split_arguments, unknown_setting, word
+from nanogpt_jax.config import command_line
+from nanogpt_jax.config.command_line import CommandLine, flag, program, word
 from nanogpt_jax.config.errors import UserError, suggestion
-from nanogpt_jax.config.parse import config_folder, find_config, merge, read_json, read_toml, to_toml
-from nanogpt_jax.config.settings import Config, Kind, Origin, Settings, items, sections_of, types_of
+from nanogpt_jax.config.parse import config_folder, find_config, merge, read_json, read_toml
+from nanogpt_jax.config.settings import Config, Kind, Origin, Settings, items, types_of
 from nanogpt_jax.config.validate import check_tokenizer, validate
 
 
@@ -27,62 +24,42 @@ class Command(Generic[Settings]):
     print_config: bool = False
 
 
-TRAIN_USAGE = """usage: {program} [CONFIG.toml] [--run-dir DIR] [--init-from RUN]
-           [--resume auto|never|must] [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
-
-Trains a GPT-2 and keeps everything about it in a run directory. The same command again goes on where
-it stopped.
-
-  CONFIG.toml     a config file, or the name of a shipped one:
-{shipped}
-  --run-dir DIR   where the run is kept (default: runs/NAME, after the config file)
-  --init-from RUN start from the best weights of another run, or of an imported model: the same as
-                  --train.init-from
-  --resume HOW    auto: go on if there is a run; never: only a new directory; must: only an old one
-                  (default: auto)
-  --overwrite     delete the run in the directory and start over
-  --print-config  show each value and where it came from, as TOML; do not train
-"""
-CLASSIFY_USAGE = """usage: {program} [CONFIG.toml] [--run-dir DIR] [--init-from RUN]
-           [--resume auto|never|must] [--overwrite] [--print-config] [--SECTION.NAME VALUE ...]
-
-Trains GPT-2 with a head over the last token's hidden state to name the label of a text. The arguments
-mean what they mean to train.py; runs go to runs/classifier, or to runs/NAME after a CONFIG.toml of yours.
-"""
+@dataclass(frozen=True)
+class Options(command_line.Options):
+    run_dir: str | None = flag("DIR", "where the run is kept (default: runs/NAME, after the config file)")
+    init_from: str | None = flag(
+        "RUN", "start from the best weights of another run, or of an imported model: the same as --train.init-from"
+    )
+    resume: Literal["auto", "never", "must"] = flag(
+        "", "auto: go on if there is a run; never: only a new directory; must: only an old one", "auto"
+    )
+    overwrite: bool = flag("", "delete the run in the directory and start over", False)
+    print_config: bool = flag("", "show each value and where it came from, as TOML; do not train", False)
 
 
-SWITCHES = ("overwrite", "print_config")
-OPTIONS = ("run_dir", "init_from", "resume", *SWITCHES)
+def command_line_of(kind: Kind) -> CommandLine[Options]:
+    """What trains runs of this kind."""
+    shipped = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml")))
+    words = {"[CONFIG.toml]": f"a config file, or the name of a shipped one:\n{shipped}"}
+    return CommandLine(kind.COMMAND, Options, kind.ABOUT, words, kind=kind)
 
 
-def _check_flag(kind: Kind, key: str) -> None:
-    """UserError where `key` is no flag of train.py; it names the setting that may be meant."""
-    if "." in key:
-        if key not in types_of(kind):
-            raise unknown_setting(key, "command line", kind)
-    elif key not in OPTIONS:
-        full = [k for k in types_of(kind) if k.endswith("." + key)]
-        near = f"\n       did you mean --{full[0]}?" if full else suggestion(flag_of(key), map(flag_of, OPTIONS))
-        near = near or f"\n       settings are --SECTION.NAME; see {program(kind.COMMAND)} --help"
-        raise UserError(f"unknown flag {flag_of(key)} (command line){near}")
+def help_text(kind: Kind = Config) -> str:
+    """The page of --help of what trains this kind."""
+    return command_line_of(kind).help()
 
 
 def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
     """Read a training command line: defaults, then the TOML file, then the command line."""
-    words, flags = split_arguments(argv, SWITCHES, functools.partial(_check_flag, kind))
+    options = command_line_of(kind).read(argv)
+    words, settings = options.words, options.settings
     for typed in words:
         if typed.partition("=")[0].replace("-", "_") in types_of(kind):
             raise UserError(f"no config file {typed}\n       did you mean --{typed}?")
     if len(words) > 1:
         raise UserError(f"one config file at a time, but got {' and '.join(words)}")
-    settings = {key: value for key, value in flags.items() if "." in key}
-    options = {key: value for key, value in flags.items() if "." not in key}
-    if "init_from" in options:
-        short = options.pop("init_from")
-        if settings.setdefault("train.init_from", short) != short:
-            raise UserError(
-                f"--init-from={short} and --train.init-from={settings['train.init_from']} exclude each other"
-            )
+    if (short := options.init_from) is not None and settings.setdefault("train.init_from", short) != short:
+        raise UserError(f"--init-from={short} and --train.init-from={settings['train.init_from']} exclude each other")
 
     cfg, origin = kind(), dict.fromkeys(types_of(kind), "default")
     name = kind.RUN
@@ -96,31 +73,22 @@ def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
     origin.update(dict.fromkeys(settings, "command line"))
     check_tokenizer(cfg.data.tokenizer, origin["data.tokenizer"])  # here: a run moved elsewhere needs no such folder
 
-    resume = options.get("resume", "auto")
-    if resume not in ("auto", "never", "must"):
-        raise UserError(f"--resume={resume} is not one of auto, never, must")
-    if resume == "must" and "overwrite" in options:
+    if options.resume == "must" and options.overwrite:
         raise UserError("--resume=must and --overwrite exclude each other")
-    run_dir = Path(options.get("run_dir", f"runs/{name}"))
-    if options.get("run_dir") == "":
+    if options.run_dir == "":
         raise UserError("--run-dir needs a value")
-    for flag, path in (("--run-dir", run_dir), ("train.init_from", Path(cfg.train.init_from))):
+    run_dir = Path(options.run_dir or f"runs/{name}")
+    for of, path in (("--run-dir", run_dir), ("train.init_from", Path(cfg.train.init_from))):
         try:
             path.lstat()
         except FileNotFoundError:
             continue
         except OSError as e:  # a name that is too long, a folder that is not ours to read
-            raise UserError(f"{flag}={path} cannot be used: {e.strerror}") from None
+            raise UserError(f"{of}={path} cannot be used: {e.strerror}") from None
     if cfg.train.init_from != "scratch":
-        cfg, origin = _take_over(cfg, origin, run_dir, "overwrite" in options)
-    return Command(
-        cfg=validate(cfg, origin),
-        origin=origin,
-        run_dir=run_dir,
-        resume=resume,  # pyright: ignore[reportArgumentType]
-        overwrite="overwrite" in options,
-        print_config="print_config" in options,
-    )
+        cfg, origin = _take_over(cfg, origin, run_dir, options.overwrite)
+    cfg = validate(cfg, origin)
+    return Command(cfg, origin, run_dir, options.resume, options.overwrite, options.print_config)
 
 
 def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) -> tuple[Settings, Origin]:
@@ -160,49 +128,3 @@ def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) ->
     if origin["data.tokenizer"] == "default":
         taken["data.tokenizer"] = str(source)
     return merge(cfg, taken, str(source)), {**origin, **dict.fromkeys(taken, str(source))}
-
-
-def help_text(kind: Kind = Config) -> str:
-    """The `--help` page of what trains this kind: the comments behind the settings, drawn by argparse."""
-    import argparse
-    import textwrap
-
-    names, indent = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml"))), " " * 18
-    shipped = textwrap.fill(names, 98, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-    usage = CLASSIFY_USAGE if kind.COMMAND.startswith("classify") else TRAIN_USAGE
-    page = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=usage.format(program=program(kind.COMMAND, briefly=True), shipped=shipped),
-        add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
-    )
-    defaults = dict(items(kind()))
-    kinds = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", dict[str, float]: "A=3,B=1"}
-    for section, settings in sections_of(kind).items():
-        group = page.add_argument_group(section)
-        for name, hint in get_type_hints(settings).items():
-            key = f"{section}.{name}"
-            comment = next(
-                (text for c in settings.__mro__ if (text := comments(c.__module__).get((c.__name__, name)))), ""
-            )
-            default = defaults[key] if isinstance(defaults[key], str) else to_toml(defaults[key])
-            group.add_argument(
-                flag_of(key),
-                metavar=kinds.get(hint) or f"{{{','.join(get_args(hint))}}}",
-                help=f"{comment} (default: {default})".replace("%", "%%"),  # a lone % would be argparse's own
-            )
-    return page.format_help().rstrip()
-
-
-@functools.cache
-def comments(module: str) -> dict[tuple[str, str], str]:
-    """What stands behind each setting of a file: ("ModelConfig", "n_layer") -> "L, transformer blocks"."""
-    found: dict[tuple[str, str], str] = {}
-    owner = ""
-    source = inspect.getsource(sys.modules[module]) if module != "builtins" else ""
-    for line in source.splitlines():
-        if begins := re.match(r"class (\w+)", line):
-            owner = begins[1]
-        elif setting := re.match(r"    (\w+): .*  # (.*)", line):
-            found[owner, setting[1]] = setting[2]
-    return found

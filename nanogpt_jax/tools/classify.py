@@ -4,7 +4,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from nanogpt_jax import cli, config
 from nanogpt_jax.classify.settings import ClassifierConfig, with_labels
 from nanogpt_jax.config import ModelConfig, UserError, command_line
+from nanogpt_jax.config.command_line import CommandLine, Read, flag
 from nanogpt_jax.data import labelled, labelled_rows, tokenizer
 from nanogpt_jax.data.labelled import LabelledData, Texts
 from nanogpt_jax.evaluation import classification
@@ -28,32 +29,51 @@ USAGE = """usage: nanogpt-jax classify train|eval|predict [ARGUMENTS], or nanogp
   eval     accuracy, macro-F1 and the confusion matrix of one
   predict  labels and probabilities of texts"""
 
-EVAL_USAGE = """usage: nanogpt-jax classify eval RUN [--FLAG VALUE ...]
 
-Measures a classifier on its test split (its validation split, if it kept no test texts) or on other labelled texts.
+@dataclass(frozen=True)
+class EvalOptions(command_line.Options):
+    source: str | None = flag(
+        "SOURCE", "other texts: a .jsonl, .json, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG] (default: its own)"
+    )
+    split: str | None = flag("NAME", "of hf:NAME, the split that is taken (default: test)")
+    text_column: str | None = flag("NAME", "where the text stands in SOURCE (default: as in training)")
+    label_column: str | None = flag("NAME", "where the label stands in SOURCE (default: as in training)")
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best")
+    picture: str | None = flag(
+        "FILE", "draw the confusion matrix (needs pip install 'nanogpt-jax[plot]'): .svg, .png, .pdf"
+    )
+    baseline: bool = flag(
+        "",
+        "beside it, TF-IDF and logistic regression, trained on the run's training texts (needs pip install "
+        "'nanogpt-jax[baseline]')",
+        False,
+    )
+    json: bool = flag("", "one JSON object instead of tables", False)
 
-  --source SOURCE        other texts: a .jsonl, .json, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG]
-  --split NAME           of hf:NAME, the split that is taken (default: test)
-  --text-column NAME     where the text stands in SOURCE (default: as in training)
-  --label-column NAME    where the label stands in SOURCE (default: as in training)
-  --checkpoint WHICH     best, latest or a step (default: best)
-  --picture FILE         draw the confusion matrix (needs pip install 'nanogpt-jax[plot]'): .svg, .png, .pdf
-  --baseline             beside it, TF-IDF and logistic regression, trained on the run's training texts
-                         (needs pip install 'nanogpt-jax[baseline]')
-  --json                 one JSON object instead of tables"""
 
-PREDICT_USAGE = """usage: nanogpt-jax classify predict RUN [TEXT ...] [--FLAG VALUE ...]
+@dataclass(frozen=True)
+class PredictOptions(command_line.Options):
+    file: str | None = flag("FILE", "a text a line; or a column of a .jsonl, .json, .csv, .tsv or .parquet file")
+    text_column: str | None = flag("NAME", "which column (default: as in training)")
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best")
+    json: bool = flag("", "JSON lines with the probability of every label; of a file, with the text's line, too", False)
 
-Prints the likeliest label and its probability, a line for each text. Without TEXT or --file it reads standard input, a
-text a line. Words after -- are texts, whatever they begin with. A blank line or a row without text is skipped: an empty
-line stands in its place, so that the first line stays that of the first text.
 
-  --file FILE            a text a line; or a column of a .jsonl, .json, .csv, .tsv or .parquet file
-  --text-column NAME     which column (default: as in training)
-  --checkpoint WHICH     best, latest or a step (default: best)
-  --json                 JSON lines with the probability of every label; of a file, with the text's line, too"""
-
-SWITCHES = ("json", "baseline")
+EVAL = CommandLine(
+    "classify eval",
+    EvalOptions,
+    "Measures a classifier on its test split (its validation split, if it kept no test texts) or on other labelled "
+    "texts.",
+    {"RUN": "the directory of a classifier"},
+)
+PREDICT = CommandLine(
+    "classify predict",
+    PredictOptions,
+    "Prints the likeliest label and its probability, a line for each text. Without TEXT or --file it reads standard "
+    "input, a text a line. A blank line or a row without text is skipped: an empty line stands in its place, so that "
+    "the first line stays that of the first text.",
+    {"RUN": "the directory of a classifier", "[TEXT ...]": "texts; behind --, whatever they begin with"},
+)
 
 
 def main(argv: list[str]) -> int:
@@ -297,62 +317,61 @@ class _Classifier:
         return found
 
 
-FLAGS = {
-    "eval": ("source", "split", "text_column", "label_column", "checkpoint", "picture", *SWITCHES),
-    "predict": ("file", "text_column", "checkpoint", "json"),
-}
+def read_eval(argv: list[str]) -> EvalOptions:
+    """UserError if the command line cannot be meant."""
+    asked = _of_a_run(EVAL, argv)
+    if len(asked.words) > 1:
+        raise UserError(f"one run at a time, but got {asked.words[0]} and {asked.words[1]}")
+    for key in ("split", "text_column", "label_column"):
+        if asked.source is None and getattr(asked, key) is not None:
+            raise UserError(f"{command_line.flag_of(key)} says how to read --source, which is not given")
+    return asked
 
 
-def arguments(name: str, argv: list[str]) -> tuple[str, list[str], dict[str, str]]:
-    """The run, the texts and the flags of `classify eval` or `classify predict`."""
-
-    def check(key: str) -> None:
-        if key not in FLAGS[name]:
-            raise command_line.unknown_flag(key, FLAGS[name], f"classify {name}")
-
-    end = argv.index("--") if "--" in argv else len(argv)
-    words, flags = command_line.split_arguments(argv[:end], SWITCHES, check)
-    run, *texts = [*words, *argv[end + 1 :]] or [""]
-    if not run:
-        raise UserError(f"classify {name} needs the directory of a run\n       see nanogpt-jax classify {name} --help")
-    if name == "eval" and texts:
-        raise UserError(f"one run at a time, but got {run} and {texts[0]}")
-    if name == "eval" and "source" not in flags:
-        for flag in [f for f in ("split", "text_column", "label_column") if f in flags]:
-            raise UserError(f"--{flag.replace('_', '-')} says how to read --source, which is not given")
-    if texts and "file" in flags:
-        raise UserError(f"texts and --file={flags['file']} exclude each other; leave one out")
+def read_predict(argv: list[str]) -> PredictOptions:
+    """UserError if the command line cannot be meant. Its words are the run and the texts."""
+    asked = _of_a_run(PREDICT, argv)
+    texts = asked.words[1:]
+    if texts and asked.file is not None:
+        raise UserError(f"texts and --file={asked.file} exclude each other; leave one out")
     if any(not text.strip() for text in texts):
         raise UserError("one of the texts is empty, and nothing can be told from that")
     if broken := [text for text in texts if labelled_rows.SURROGATE.search(text)]:
         raise UserError(f"the text {broken[0]!r:.60} is not UTF-8")
-    return run, texts, flags
+    return asked
+
+
+def _of_a_run(command: CommandLine[Read], argv: list[str]) -> Read:
+    asked = command.read(argv)
+    if not asked.words or not asked.words[0]:
+        raise UserError(f"{command.name} needs the directory of a run\n       see nanogpt-jax {command.name} --help")
+    return asked
 
 
 def evaluate(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(EVAL_USAGE)
+        print(EVAL.help())
         return 0
-    run, _, flags = arguments("eval", argv)
-    plt = _pyplot(flags["picture"]) if "picture" in flags else None
-    baseline = _baseline() if "baseline" in flags else None
-    model = _Classifier(options.existing(run), flags.get("checkpoint", "best"))
+    asked = read_eval(argv)
+    plt = _pyplot(asked.picture) if asked.picture is not None else None
+    baseline = _baseline() if asked.baseline else None
+    model = _Classifier(options.existing(asked.words[0]), asked.checkpoint)
     data = None
-    if "source" not in flags or baseline:
+    if asked.source is None or baseline:
         data = labelled.open_data(model.cfg, model.tokenizer, model.manifest)
         if data.fingerprint != model.manifest["fingerprint"]:
             raise UserError(
                 f"the data of {model.run} has changed: {model.cfg.data.source} gives other texts now than in training\n"
                 "       bring the old texts back, or give others with --source"
             )
-    if "source" in flags:
+    if asked.source is not None:
         d = model.cfg.data
         other = replace(
             d,
-            source=flags["source"],
-            split=flags.get("split", "test"),
-            text_column=flags.get("text_column", d.text_column),
-            label_column=flags.get("label_column", d.label_column),
+            source=asked.source,
+            split="test" if asked.split is None else asked.split,
+            text_column=d.text_column if asked.text_column is None else asked.text_column,
+            label_column=d.label_column if asked.label_column is None else asked.label_column,
         )
         encoder, notes, what = model.encoder(), [], other.source
         examples = labelled.read(other, notes, "--source")
@@ -375,7 +394,7 @@ def evaluate(argv: list[str]) -> int:
     matrices = {
         n: classification.confusion_matrix(texts.labels, x.argmax(1), len(model.labels)) for n, x in found.items()
     }
-    if "json" in flags:
+    if asked.json:
         each = [{"name": n, **results[n], "confusion": matrices[n].tolist()} for n in found]
         about = {"source": what, "texts": len(texts), "labels": model.labels, "commonest": commonest}
         print(json.dumps({**about, "results": each}, ensure_ascii=False, allow_nan=False))
@@ -383,20 +402,21 @@ def evaluate(argv: list[str]) -> int:
         print(f"{len(texts)} texts: {what}; the commonest label alone would be right in {commonest:.4f}")
         for name in found:
             print(f"\n{name}: {SAY.format(**results[name])}\n{_table(matrices[name], model.labels)}")
-    if plt:
-        _draw(plt, matrices[next(iter(found))], model.labels, Path(flags["picture"]))
+    if plt and asked.picture:
+        _draw(plt, matrices[next(iter(found))], model.labels, Path(asked.picture))
     return 0
 
 
 def predict(argv: list[str]) -> int:
-    if cli.asks_for_help(argv[: argv.index("--")] if "--" in argv else argv):
-        print(PREDICT_USAGE)
+    if cli.asks_for_help(argv):
+        print(PREDICT.help())
         return 0
-    run, texts, flags = arguments("predict", argv)
-    model = _Classifier(options.existing(run), flags.get("checkpoint", "best"))
-    if "file" in flags:
-        column = flags.get("text_column", model.cfg.data.text_column)
-        what, rows = flags["file"], labelled.read_texts(Path(flags["file"]), column)
+    asked = read_predict(argv)
+    run, *texts = asked.words
+    model = _Classifier(options.existing(run), asked.checkpoint)
+    if asked.file is not None:
+        column = model.cfg.data.text_column if asked.text_column is None else asked.text_column
+        what, rows = asked.file, labelled.read_texts(Path(asked.file), column)
     elif texts:
         what, rows = "", list(enumerate(texts, start=1))
     else:
@@ -415,12 +435,12 @@ def predict(argv: list[str]) -> int:
     found = iter(np.exp(model.log_probabilities(Texts(list(texts), np.zeros(len(texts), np.int32), tokens, starts))))
     for line, text in rows:
         if not text:
-            if "json" not in flags:
+            if not asked.json:
                 print()
             continue
         p = next(found)
         best = int(p.argmax())
-        if "json" in flags:
+        if asked.json:
             each = {str(label): round(float(x), 6) for label, x in zip(model.labels, p, strict=True)}
             row = {"label": model.labels[best], "probability": round(float(p[best]), 6), "probabilities": each}
             row = {"line": line, **row} if what else row

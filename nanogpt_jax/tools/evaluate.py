@@ -7,14 +7,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, UserError, command_line
+from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.corpora import Corpus
 from nanogpt_jax.data.prepare import encode, open_data
@@ -25,55 +26,67 @@ from nanogpt_jax.host import files, terminal
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
-USAGE = """usage: nanogpt-jax eval [RUN [OTHER]] [--FLAG VALUE ...]
-
-Measures a run (default: the newest in runs/). With OTHER, both on the same text, and which one is better.
-
-The loss of a whole text, as nats a token, perplexity and bits per byte, each with its standard error:
-  --field NAME        where rows of .jsonl, .csv, .parquet and the hub keep the text of --data (default: text)
-  --data SOURCE       any text that train.py takes, read with the run's tokenizer (default: what the run was trained on)
-  --split val|train   which part of the run's own data (default: val)
-  --stride N          windows begin N tokens apart, so that each token is predicted from at least block_size - N tokens
-                      before it (default: block_size, windows side by side; smaller is better and slower)
-  --batch-size N      windows that each device is handed at a time; no figure depends on it
-
-Items with an answer, one JSON object a line, or hf:NAME[:CONFIG[:SPLIT]] from the Hugging Face hub:
-  --choices FILE      multiple choice: {"ctx", "endings", "label"} as in HellaSwag, or {"query", "choices", "gold"}
-  --last-word FILE    the last word of each {"text"}, as in LAMBADA
-  --lm-eval TASKS     tasks of lm-evaluation-harness, with commas (needs pip install 'nanogpt-jax[lm-eval]')
-  --include-path DIR  where lm-eval looks for tasks of your own; they may name Python code, which it runs
-
-  --checkpoint WHICH  best, latest or a step (default: best)
-  --json FILE         all figures, with every digit
-
-A standard error says how far the figure would move on another text of the kind: stretches of text (or items) are drawn,
-tokens are not, since neighbours resemble each other. It does not cover another seed of the same recipe."""
-
-FLAGS = "data field split stride batch_size choices last_word lm_eval include_path checkpoint json".split()
 CLEAR = 2.0  # standard errors from which on a difference is called one
 
 
 @dataclass(frozen=True)
-class Wish:
-    """The command line, checked."""
+class Options(command_line.Options):
+    data: str | None = flag(
+        "SOURCE",
+        "any text that train.py takes, read with the run's tokenizer (default: what the run was trained on)",
+        heading="The loss of a whole text: nats a token, perplexity and bits per byte, each with its standard error:",
+    )
+    field: str | None = flag(
+        "NAME", "where rows of .jsonl, .csv, .parquet and the hub keep the text of --data (default: text)"
+    )
+    split: Literal["val", "train"] | None = flag("", "which part of the run's own data (default: val)")
+    stride: int = flag(
+        "N",
+        "windows begin N tokens apart, so that each token is predicted from at least block_size - N tokens before it; "
+        "smaller is better and slower (default: block_size, windows side by side)",
+        0,
+        must=COUNT,
+    )
+    batch_size: int = flag(
+        "N",
+        "windows that each device is handed at a time; no figure depends on it (default: by their length)",
+        0,
+        must=COUNT,
+    )
+    choices: str | None = flag(
+        "FILE",
+        'multiple choice: {"ctx", "endings", "label"} as in HellaSwag, or {"query", "choices", "gold"}',
+        heading="Items with an answer, one JSON object a line, or hf:NAME[:CONFIG[:SPLIT]] from the Hugging Face hub:",
+    )
+    last_word: str | None = flag("FILE", 'the last word of each {"text"}, as in LAMBADA')
+    lm_eval: str | None = flag(
+        "TASKS", "tasks of lm-evaluation-harness, with commas (needs pip install 'nanogpt-jax[lm-eval]')"
+    )
+    include_path: str | None = flag(
+        "DIR", "where lm-eval looks for tasks of your own; they may name Python code, which it runs"
+    )
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best", heading="Of both:")
+    json: str | None = flag("FILE", "all figures, with every digit")
 
-    runs: list[str]
-    data: str
-    field: str
-    split: str
-    stride: int
-    batch_size: int
-    choices: str
-    last_word: str
-    lm_eval: list[str]
-    include_path: str
-    checkpoint: str
-    json: str
+    @property
+    def tasks(self) -> list[str]:
+        return self.lm_eval.split(",") if self.lm_eval else []
 
     @property
     def wants_loss(self) -> bool:
         """The loss is measured unless something else is asked for."""
         return bool(self.data or self.split) or not (self.choices or self.last_word or self.lm_eval)
+
+
+COMMAND = CommandLine(
+    "eval",
+    Options,
+    "Measures a run. With OTHER, both on the same text, and which one is better.",
+    {"[RUN]": "a run directory (default: the newest in runs/)", "[OTHER]": "another one, to compare"},
+    after="A standard error says how far the figure would move on another text of the kind: stretches of text (or "
+    "items) are drawn, tokens are not, since neighbours resemble each other. It does not cover another seed of the "
+    "same recipe.",
+)
 
 
 @dataclass(frozen=True)
@@ -94,36 +107,36 @@ class Text:
 
 def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(USAGE)
+        print(COMMAND.help())
         return 0
-    wish = read(argv)
-    runs = [open_run(path) for path in map(options.existing, wish.runs)] or [open_run(run_dir.newest(Path("runs")))]
-    _check_places(wish)
+    asked = read(argv)
+    runs = [open_run(path) for path in map(options.existing, asked.words)] or [open_run(run_dir.newest(Path("runs")))]
+    _check_places(asked)
     for run in runs:
-        if wish.stride > run.cfg.model.block_size:
-            raise UserError(f"--stride={wish.stride} exceeds block_size={run.cfg.model.block_size} of {run.path}")
-    texts = _texts(wish, runs) if wish.wants_loss else []
-    tasks = _lm_eval_tasks(wish) if wish.lm_eval else None  # missing now is better than missing after minutes
+        if asked.stride > run.cfg.model.block_size:
+            raise UserError(f"--stride={asked.stride} exceeds block_size={run.cfg.model.block_size} of {run.path}")
+    texts = _texts(asked, runs) if asked.wants_loss else []
+    tasks = _lm_eval_tasks(asked) if asked.lm_eval else None  # missing now is better than missing after minutes
 
     from nanogpt_jax.evaluation import items  # jax takes seconds, so only now
 
-    choices = items.read_choices(wish.choices) if wish.choices else []
-    words = items.read_last_words(wish.last_word) if wish.last_word else []
+    choices = items.read_choices(asked.choices) if asked.choices else []
+    words = items.read_last_words(asked.last_word) if asked.last_word else []
     columns: list[dict[str, Any]] = []
     scores: list[dict[str, np.ndarray]] = []  # of each run: a figure for each token or item, by what it measures
     for i, run in enumerate(runs):
-        model, step = load(run, wish.checkpoint)
+        model, step = load(run, asked.checkpoint)
         column: dict[str, Any] = {"run": str(run.path), "step": step}
         found: dict[str, np.ndarray] = {}
         if texts:
-            found["nats"] = _nats(model, texts[i], wish, f"loss of {run.path}")
-            column["loss"] = _loss(found["nats"], texts[i], run.cfg.model.block_size, wish.stride)
+            found["nats"] = _nats(model, texts[i], asked, f"loss of {run.path}")
+            column["loss"] = _loss(found["nats"], texts[i], run.cfg.model.block_size, asked.stride)
         if choices:
             found |= _prefixed("choices", items.score_choices(model, choices, _track(f"choices of {run.path}")))
-            column["choices"] = _choices(found, wish.choices)
+            column["choices"] = _choices(found, asked.choices)
         if words:
             found |= _prefixed("words", items.score_last_words(model, words, _track(f"last words of {run.path}")))
-            column["last_word"] = _last_word(found, wish.last_word)
+            column["last_word"] = _last_word(found, asked.last_word)
         if tasks:
             column["lm_eval"] = _lm_eval(model, tasks, run.path)
         _print(column)
@@ -134,60 +147,40 @@ def main(argv: list[str]) -> int:
         result["differences"] = _differences(runs, texts, scores)
         for difference in result["differences"]:
             print(difference["words"])
-    if wish.json:
-        cli.write_file("--json", wish.json, json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    if asked.json:
+        cli.write_file("--json", asked.json, json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
     return 0
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
-def read(argv: list[str]) -> Wish:
+def read(argv: list[str]) -> Options:
     """Flags and names; UserError for what cannot be meant. No jax here."""
-
-    def check(key: str) -> None:
-        if key not in FLAGS:
-            raise command_line.unknown_flag(key, FLAGS, "eval")
-
-    words, flags = command_line.split_arguments(argv, (), check)
-    if len(words) > 2:
-        raise UserError(f"one run, or two to compare, but got {', '.join(words)}")
-    value = dict.fromkeys(FLAGS, "") | {"checkpoint": "best"} | flags
-    for key in flags:
-        if not flags[key]:
-            raise UserError(f"--{key.replace('_', '-')} is empty")
-    if value["split"] not in ("", "val", "train"):
-        raise UserError(f"--split={value['split']} is not one of val, train")
-    if value["split"] and value["data"]:
+    asked = COMMAND.read(argv)
+    if len(asked.words) > 2:
+        raise UserError(f"one run, or two to compare, but got {', '.join(asked.words)}")
+    for one in fields(asked):
+        if getattr(asked, one.name) == "":
+            raise UserError(f"{command_line.flag_of(one.name)} is empty")
+    if asked.split and asked.data:
         raise UserError("--split is a part of the run's own data; of --data the whole text is measured: leave one out")
-    if value["field"] and not value["data"]:
+    if asked.field and not asked.data:
         raise UserError("--field says how to read --data, which is not given")
-    if value["include_path"] and not value["lm_eval"]:
+    if asked.include_path and not asked.lm_eval:
         raise UserError("--include-path is where --lm-eval looks for tasks; name a task too")
-    if value["lm_eval"] and len(words) == 2:
+    if asked.lm_eval and len(asked.words) == 2:
         raise UserError("--lm-eval measures one run at a time; leave the other one out")
-    numbers = {key: _number(value, key) for key in ("stride", "batch_size")}
-    tasks = value["lm_eval"].split(",") if value["lm_eval"] else []
-    found = Wish(**{**value, **numbers, "lm_eval": tasks, "runs": words})
-    if any(numbers.values()) and not found.wants_loss:
+    if (asked.stride or asked.batch_size) and not asked.wants_loss:
         raise UserError("--stride and --batch-size are about the loss of a text; add --data or --split")
-    return found
+    return asked
 
 
-def _check_places(wish: Wish) -> None:
-    if wish.include_path and not Path(wish.include_path).is_dir():
-        raise UserError(f"--include-path={wish.include_path} is no directory")
-    if wish.json:
-        cli.check_file("--json", wish.json)
-
-
-def _number(value: dict[str, str], key: str) -> int:
-    text, name = value[key], key.replace("_", "-")
-    if not text:
-        return 0
-    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
-        raise UserError(f"--{name}={text} must be a whole number, at least 1")
-    return int(text)
+def _check_places(asked: Options) -> None:
+    if asked.include_path and not Path(asked.include_path).is_dir():
+        raise UserError(f"--include-path={asked.include_path} is no directory")
+    if asked.json:
+        cli.check_file("--json", asked.json)
 
 
 # ---- runs and texts -------------------------------------------------------------------------------------------------
@@ -218,12 +211,12 @@ def load(run: Run, checkpoint: str = "best"):
     return Model(for_scoring(run.cfg.model, jax.default_backend()), params, run.tokenizer, mesh), step
 
 
-def _texts(wish: Wish, runs: list[Run]) -> list[Text]:
+def _texts(asked: Options, runs: list[Run]) -> list[Text]:
     """The text as each run reads it, seen to be one and the same."""
-    if wish.data:
-        corpus = _read(wish.data, wish.field or "text")
-        return [_given_text(wish.data, corpus, run) for run in runs]
-    texts = [_own_text(run, wish.split or "val") for run in runs]
+    if asked.data:
+        corpus = _read(asked.data, asked.field or "text")
+        return [_given_text(asked.data, corpus, run) for run in runs]
+    texts = [_own_text(run, asked.split or "val") for run in runs]
     if len(runs) == 2 and _bytes(runs[0], texts[0]) != _bytes(runs[1], texts[1]):
         raise UserError(
             f"the texts of {runs[0].path} ({texts[0].name}) and {runs[1].path} ({texts[1].name}) differ; "
@@ -297,13 +290,13 @@ def _bytes(run: Run, text: Text) -> bytes:
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def _nats(model: Any, text: Text, wish: Wish, what: str) -> np.ndarray:
+def _nats(model: Any, text: Text, asked: Options, what: str) -> np.ndarray:
     from nanogpt_jax.evaluation.loss import token_nats
 
     T = model.cfg.block_size
     return token_nats(
         model.score, model.params, text.tokens, model.mesh,
-        block_size=T, stride=wish.stride, batch_size=wish.batch_size, track=_track(what),
+        block_size=T, stride=asked.stride, batch_size=asked.batch_size, track=_track(what),
     )  # fmt: skip
 
 
@@ -327,7 +320,7 @@ def _loss(nats: np.ndarray, text: Text, block_size: int, stride: int) -> dict[st
     }
 
 
-def _choices(found: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+def _choices(found: dict[str, np.ndarray], source: str | None) -> dict[str, Any]:
     return {
         "source": source,
         "items": len(found["choices acc"]),
@@ -336,7 +329,7 @@ def _choices(found: dict[str, np.ndarray], source: str) -> dict[str, Any]:
     }
 
 
-def _last_word(found: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+def _last_word(found: dict[str, np.ndarray], source: str | None) -> dict[str, Any]:
     nats = statistics.mean(found["words nats"])
     perplexity = math.exp(min(nats.value, 700))
     return {
@@ -443,24 +436,24 @@ def _import_adapter() -> Any:
     return lm_eval_adapter
 
 
-def _lm_eval_tasks(wish: Wish) -> Any:
+def _lm_eval_tasks(asked: Options) -> Any:
     """The tasks as lm-eval takes them; UserError where one is not known or its data cannot be had."""
     _import_adapter()
     from lm_eval.tasks import TaskManager
 
     wrong = UserError("")
-    for defaults in (False, True) if wish.include_path else (True,):  # its own 14,000 take seconds to look through
-        manager = TaskManager(include_path=wish.include_path or None, include_defaults=defaults)
-        unknown = [task for task in wish.lm_eval if task not in manager.all_tasks]
+    for defaults in (False, True) if asked.include_path else (True,):  # its own 14,000 take seconds to look through
+        manager = TaskManager(include_path=asked.include_path or None, include_defaults=defaults)
+        unknown = [task for task in asked.tasks if task not in manager.all_tasks]
         if unknown:
             near = config.suggestion(unknown[0], manager.all_tasks) or "\n       --include-path DIR adds your own"
             wrong = UserError(f"lm-eval knows no task {unknown[0]}{near}")
             continue
         try:
-            return manager.load(wish.lm_eval)
+            return manager.load(asked.tasks)
         except Exception as e:  # from many libraries: YAML, datasets, the network
             wrong = UserError(
-                f"--lm-eval={','.join(wish.lm_eval)} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
+                f"--lm-eval={asked.lm_eval} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
                 "       a task whose data is on the hub needs the network"
             )
     raise wrong

@@ -7,31 +7,53 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import Config, ModelConfig, UserError, command_line
+from nanogpt_jax.config import Config, ModelConfig, UserError, command_line, program
+from nanogpt_jax.config.command_line import CommandLine, Read, flag
 from nanogpt_jax.host import files, messages, terminal
 from nanogpt_jax.model import sizes
 
-IMPORT_USAGE = """usage: nanogpt-jax import-hf MODEL RUN [--tokenizer DIR] [--no-compare]
+NO_COMPARE = "no comparison with transformers where that is installed; it takes the memory of a second model"
 
-Makes the run directory RUN from a GPT-2 in Hugging Face's files, for sample.py, train.py --init-from and eval.
 
-  MODEL            a directory with config.json and model.safetensors, one .safetensors file,
-                   or a name on the Hugging Face Hub such as gpt2-medium
-  --tokenizer DIR  where tokenizer.json, or vocab.json and merges.txt, are (default: beside the weights; a model of
-                   50257 tokens without any has GPT-2's)
-  --no-compare     no comparison with transformers where that is installed; it takes the memory of a second model"""
+@dataclass(frozen=True)
+class ImportOptions(command_line.Options):
+    tokenizer: str | None = flag(
+        "DIR",
+        "where tokenizer.json, or vocab.json and merges.txt, are (default: beside the weights; a model of 50257 tokens "
+        "without any has GPT-2's)",
+    )
+    no_compare: bool = flag("", NO_COMPARE, False)
 
-EXPORT_USAGE = """usage: nanogpt-jax export-hf RUN DIR|FILE.gguf [--checkpoint WHICH] [--overwrite] [--no-compare]
 
-Writes a run as transformers reads it (config.json, model.safetensors, tokenizer.json), or as one file for llama.cpp.
+@dataclass(frozen=True)
+class ExportOptions(command_line.Options):
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best")
+    overwrite: bool = flag("", "write over the files in DIR, or over FILE.gguf", False)
+    no_compare: bool = flag("", NO_COMPARE, False)
 
-  --checkpoint     best, latest or a step (default: best)
-  --overwrite      write over the files in DIR, or over FILE.gguf
-  --no-compare     no comparison with transformers where that is installed; it takes the memory of a second model"""
+
+IMPORT = CommandLine(
+    "import-hf",
+    ImportOptions,
+    "Makes a run directory from a GPT-2 in Hugging Face's files, for sample.py, train.py --init-from and eval.",
+    {
+        "MODEL": "a directory with config.json and model.safetensors, one .safetensors file, or a name on the Hugging "
+        "Face Hub such as gpt2-medium",
+        "RUN": "the run directory that is made",
+    },
+)
+EXPORT = CommandLine(
+    "export-hf",
+    ExportOptions,
+    "Writes a run as transformers reads it (config.json, model.safetensors, tokenizer.json), or as one file for "
+    "llama.cpp.",
+    {"RUN": "a run directory", "DIR": "where it is written: a directory, or one FILE.gguf"},
+)
 
 DOWNLOADED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json"]
 DOWNLOADED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
@@ -42,17 +64,14 @@ EXPORTED = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", 
 EXPORTED += ("vocab.json", "merges.txt", "special_tokens_map.json")
 BEGUN, OVER = "export", "overwrite"  # the temporary folder in DIR: where none of these was, and where some were
 TOKENS_COMPARED = 256
-ARGUMENTS = {  # the two words, the flags with a value, those without
-    "import-hf": ("MODEL RUN", ("tokenizer",), ("no_compare",)),
-    "export-hf": ("RUN DIR", ("checkpoint",), ("overwrite", "no_compare")),
-}
 
 
 def main_import(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(IMPORT_USAGE)
+        print(IMPORT.help())
         return 0
-    (name, target), flags = arguments("import-hf", argv)
+    asked = read_import(argv)
+    name, target = asked.words
     run = Path(target)
     _refuse_existing(run)
     path = Path(name) if os.path.exists(name) else _download(name)
@@ -63,9 +82,9 @@ def main_import(argv: list[str]) -> int:
     model = transformers_files.open_model(path)
     if model.note:
         print(f"note: {model.note}")
-    folder = Path(flags.get("tokenizer", model.folder))
+    folder = Path(asked.tokenizer or model.folder)
     tokenizer = vocabulary.read_tokenizer(folder, lambda left_out: print(f"note: {left_out}"))
-    if tokenizer is None and "tokenizer" in flags:
+    if tokenizer is None and asked.tokenizer:
         raise UserError(f"--tokenizer={folder} has neither tokenizer.json nor vocab.json and merges.txt")
     if tokenizer is None and model.cfg.vocab_size == tokenizers.GPT2_VOCAB_SIZE:
         print(f"note: {folder} has no tokenizer; {model.cfg.vocab_size} tokens are GPT-2's, so GPT-2's is taken")
@@ -114,7 +133,7 @@ def main_import(argv: list[str]) -> int:
         f"{run}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
         f"block_size={m.block_size} vocabulary {m.vocab_size}), tokenizer of {tokenizer.n_vocab}, from {name}"
     )
-    ours = _own_logits(m, params, flags)
+    ours = _own_logits(m, params, asked.no_compare)
     del params  # room for theirs
     print(_compared(ours, model.config, model.files))
     shown = config.word(run)
@@ -127,13 +146,14 @@ def main_import(argv: list[str]) -> int:
 
 def main_export(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(EXPORT_USAGE)
+        print(EXPORT.help())
         return 0
-    (name, target), flags = arguments("export-hf", argv)
+    asked = read_export(argv)
+    name, target = asked.words
     run, out = Path(name), Path(target)
     settings = config.read_json(run / "config.json")
     cfg = settings.model
-    _refuse_target(out, "overwrite" in flags)
+    _refuse_target(out, asked.overwrite)
 
     from nanogpt_jax.data import tokenizer as tokenizers
 
@@ -145,7 +165,7 @@ def main_export(argv: list[str]) -> int:
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import load_params
 
-    params, step = load_params(run, gpt2.param_shapes(cfg), flags.get("checkpoint", "best"))
+    params, step = load_params(run, gpt2.param_shapes(cfg), asked.checkpoint)
     tensors = weights.to_hugging_face(cfg, params)
     if bad := weights.not_finite(tensors):
         raise UserError(
@@ -174,25 +194,28 @@ def main_export(argv: list[str]) -> int:
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     print(f"{out}: step {step} of {run}, as transformers reads it")
-    ours = _own_logits(cfg, params, flags)
+    ours = _own_logits(cfg, params, asked.no_compare)
     del tensors, params  # room for theirs
     print(_compared(ours, about, [out / "model.safetensors"]))
     return 0
 
 
-def arguments(command: str, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The two words of a command line and its flags; UserError where it is not understood."""
-    wanted, options, switches = ARGUMENTS[command]
+def read_import(argv: list[str]) -> ImportOptions:
+    """The two words MODEL and RUN, and the flags; UserError if they are not understood."""
+    return _two_words(IMPORT, argv)
 
-    def check(key: str) -> None:
-        if key not in (*options, *switches):
-            raise command_line.unknown_flag(key, (*options, *switches), command)
 
-    words, flags = command_line.split_arguments(argv, switches, check)
-    if len(words) != 2:
-        got = " ".join(words) or "nothing"
-        raise UserError(f"{command} takes {wanted}, but got {got}\n       see nanogpt-jax {command} --help")
-    return words, flags
+def read_export(argv: list[str]) -> ExportOptions:
+    """The two words RUN and DIR, and the flags; UserError if they are not understood."""
+    return _two_words(EXPORT, argv)
+
+
+def _two_words(command: CommandLine[Read], argv: list[str]) -> Read:
+    asked = command.read(argv)
+    if len(asked.words) != 2:
+        wanted, got = " ".join(command.words), " ".join(asked.words) or "nothing"
+        raise UserError(f"{command.name} takes {wanted}, but got {got}\n       see {program(command.name)} --help")
+    return asked
 
 
 def _refuse_existing(run: Path) -> None:
@@ -329,9 +352,9 @@ def _tokens(n_vocab: int, block_size: int) -> Any:
     return np.random.default_rng(0).integers(n_vocab, size=(1, min(block_size, TOKENS_COMPARED)))
 
 
-def _own_logits(cfg: ModelConfig, params: Any, flags: dict[str, str]) -> Any:
+def _own_logits(cfg: ModelConfig, params: Any, no_compare: bool) -> Any:
     """Ours [1, T, V] for random tokens; or, as text, why nothing is to be compared."""
-    if "no_compare" in flags:
+    if no_compare:
         return "not compared (--no-compare)"
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
