@@ -1,6 +1,7 @@
 """The command line as a person meets it: real processes, and for each wrong input its message and exit code 2."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -14,16 +15,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from nanogpt_jax import config
+from nanogpt_jax import cli, config
 from nanogpt_jax.classify.settings import ClassifierConfig
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import Config, UserError, command_line
 from nanogpt_jax.config.settings import types_of
+from nanogpt_jax.config.train_command import command_line_of
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
+from nanogpt_jax.inference import options
+from nanogpt_jax.tools import bench, classify, evaluate, hub, scaling
+from nanogpt_jax.tools.prepare import COMMAND as PREPARE
 from nanogpt_jax.training import run_dir
 from nanogpt_jax.training.metrics import MetricsLog, read_metrics
 from nanogpt_jax.training.run_dir import IMPORTED, claim, newest, prepare
@@ -186,6 +191,63 @@ def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
     assert re.sub("#.*", "", again) == re.sub("#.*", "", shown.stdout)
     code = "import sys; from nanogpt_jax import cli, config; config.load(['gpt2']); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
+
+
+COMMAND_LINES = [
+    *(command_line_of(Config), command_line_of(ClassifierConfig), options.COMMAND, PREPARE, evaluate.COMMAND),
+    *(hub.IMPORT, hub.EXPORT, classify.EVAL, classify.PREDICT, bench.COMMAND, scaling.COMMAND),
+]
+
+
+@pytest.mark.parametrize("command", COMMAND_LINES, ids=lambda command: command.name)
+def test_a_command_says_what_each_flag_means_and_refuses_a_typo_by_name(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    page = command.help()
+    assert page.startswith(f"usage: nanogpt-jax {command.name} ")
+    assert max(map(len, page.splitlines())) < 110
+    for one in [one for one in dataclasses.fields(command.options) if one.metadata]:
+        flag = command_line.flag_of(one.name)
+        row = re.search(rf"^  {flag}( \S+)?(  +|\n {{9,}})\w[^\n]*((\n {{9,}}\S.*)*)", page, re.M)
+        assert row, flag
+        if one.default not in (None, (), False):
+            assert "(default:" in row[0]
+        with pytest.raises(UserError, match=rf"unknown flag {flag}z.*\n       did you mean {flag}\?"):
+            command.read([f"{flag}z", "1"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(command_line.Options):
+    size: int = command_line.flag("N", "how many", 1, must=command_line.COUNT)
+    kind: Literal["a", "b"] | None = command_line.flag("", "which")
+    stop: tuple[str, ...] = command_line.flag("TEXT", "ends", ())
+    bare: bool = command_line.flag("", "without", False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        ("", Asked([], {})),
+        ("x --size=3 --kind b y --bare", Asked(["x", "y"], {}, 3, "b", bare=True)),
+        ("--stop a --stop=b --stop a", Asked([], {}, stop=("a", "b", "a"))),
+        ("--size 2 --size 2 -- --size --help -x", Asked(["--size", "--help", "-x"], {}, 2)),
+        ("--size 2 --size 3", "--size was given twice: 2 and 3"),
+        ("--size 0", "--size=0 must be a whole number, at least 1"),
+        ("--size many", "--size=many must be a whole number"),
+        ("--kind c", "--kind=c is not one of a, b"),
+        ("--bare=yes", "--bare takes no value, but was given 'yes'"),
+        ("--kind --bare", "--kind needs a value; see --help"),
+        ("--model.n-layer 3", "unknown flag --model.n-layer\n       see nanogpt-jax ask --help"),
+    ],
+)
+def test_the_reader_of_every_command(argv, found):
+    command = command_line.CommandLine("ask", Asked, "")
+    if isinstance(found, Asked):
+        assert command.read(argv.split()) == found
+        assert cli.asks_for_help(argv.split()) is False
+    else:
+        with pytest.raises(UserError) as e:
+            command.read(argv.split())
+        assert str(e.value) == found
 
 
 def test_a_program_in_any_folder_is_a_word_of_a_shell_and_its_help_has_its_name_alone(monkeypatch):

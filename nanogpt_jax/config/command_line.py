@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from nanogpt_jax.config.errors import UserError, suggestion
-from nanogpt_jax.config.settings import Config, Kind, meanings, sections_of, types_of
+from nanogpt_jax.config.settings import Config, Kind, items, meanings, sections_of, types_of
 
 DOORS = ("train.py", "sample.py")
 
@@ -159,55 +159,59 @@ class CommandLine(Generic[Read]):
         """The page of --help, as wide as the terminal, and at most 108 columns."""
         width = min(shutil.get_terminal_size((110, 24)).columns, 110) - 2
         grammar = [*self.words, "[--FLAG VALUE ...]", *(["[--SECTION.NAME VALUE ...]"] if self._is_wide() else [])]
-        rows: list[str | tuple[str, str]] = [(name.strip("[]. "), what) for name, what in self.words.items() if what]
-        hints = get_type_hints(self.options)
+        usage = " ".join(["usage:", program(self.name, briefly=True), *grammar])
+        rows = [*self._word_rows(), *self._flag_rows()]
+        after = self.after
+        if self.kind and self._is_wide() and self.name != self.kind.COMMAND:  # 50 lines that one page says are enough
+            after = f"Settings are those of train.py: see {program(Config.COMMAND)} --help"
+        else:
+            rows += self._settings_rows()
+        column = min(34, 4 + max((len(row[0]) for row in rows if isinstance(row, tuple)), default=0))
+        table = [_row(*row, column, width) if isinstance(row, tuple) else f"\n{_filled(row, width)}" for row in rows]
+        parts = (_filled(usage, width), _filled(self.about, width), "\n".join(table).strip("\n"), _filled(after, width))
+        return "\n\n".join(filter(None, parts))
+
+    # rows of --help: (a flag, its meaning), or a line that stands above some of them
+
+    def _word_rows(self) -> list[str | tuple[str, str]]:
+        return [(name.strip("[]. "), what) for name, what in self.words.items() if what]
+
+    def _flag_rows(self) -> list[str | tuple[str, str]]:
+        rows: list[str | tuple[str, str]] = []
+        hints, defaults = get_type_hints(self.options), {one.name: one.default for one in fields(self.options)}
         for key, one in self._flags().items():
             rows += [one.heading] if one.heading else []
-            default = self.options.__dataclass_fields__[key].default
+            metavar, default = one.metavar or "|".join(_choices(hints[key])), defaults[key]
             told = default is None or default is False or default == () or "(default" in one.meaning
-            metavar = one.metavar or "|".join(_choices(hints[key]))
             rows.append((f"{flag_of(key)} {metavar}".strip(), one.meaning if told else _with(one.meaning, default)))
-        rows += self._settings_rows()
-        column = min(34, 4 + max(len(row[0]) for row in rows if isinstance(row, tuple)))
-        table = [_row(*row, column, width) if isinstance(row, tuple) else f"\n{_filled(row, width)}" for row in rows]
-        usage = _filled(" ".join(["usage:", program(self.name, briefly=True), *grammar]), width, " " * 11)
-        after = (
-            f"Settings are those of train.py: see {program('train')} --help" if self._points_to_train() else self.after
-        )
-        parts = (usage, _filled(self.about, width), "\n".join(table).strip("\n"), _filled(after, width))
-        return "\n\n".join(filter(None, parts))
+        return rows
+
+    def _settings_rows(self) -> list[str | tuple[str, str]]:
+        kinds = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", dict[str, float]: "A=3,B=1"}
+        rows: list[str | tuple[str, str]] = []
+        if self.kind is None:
+            return rows
+        sections, defaults, before = sections_of(self.kind), dict(items(self.kind())), self.section
+        for key, hint in self._settings().items():
+            section, name = key.split(".")
+            rows += [f"{section}:"] if section != before else []
+            before = section
+            metavar = kinds.get(hint) or f"{{{','.join(_choices(hint))}}}"
+            meaning = _with(meanings(sections[section])[name], defaults[key])
+            rows.append((f"{flag_of(name if self.section else key)} {metavar}", meaning))
+        return rows
 
     def _flags(self) -> dict[str, Flag]:
         return {one.name: one.metadata["flag"] for one in fields(self.options) if one.metadata}
 
     def _settings(self) -> dict[str, Any]:
         """The settings that are flags: "model.n_layer" -> int."""
-        return {k: t for k, t in types_of(self.kind).items() if k.startswith(self.section)} if self.kind else {}
+        types = types_of(self.kind) if self.kind else {}
+        return {key: hint for key, hint in types.items() if self.section in ("", key.split(".")[0])}
 
     def _is_wide(self) -> bool:
         """Whether the settings of all sections are flags."""
         return self.kind is not None and not self.section
-
-    def _points_to_train(self) -> bool:
-        """Whether --help names another page for the settings: two commands need not say the same 50 lines."""
-        return self.kind is not None and self._is_wide() and self.name != self.kind.COMMAND
-
-    def _settings_rows(self) -> list[str | tuple[str, str]]:
-        kinds = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", dict[str, float]: "A=3,B=1"}
-        rows: list[str | tuple[str, str]] = []
-        if self.kind is None or self._points_to_train():
-            return rows
-        defaults, types = self.kind(), self._settings()
-        for section, settings in sections_of(self.kind).items():
-            if not self.section:
-                rows.append(f"{section}:")
-            told = meanings(settings)
-            for name in [one.name for one in fields(settings)]:
-                if (key := f"{section}.{name}") in types:
-                    metavar = kinds.get(types[key]) or f"{{{','.join(_choices(types[key]))}}}"
-                    default = getattr(getattr(defaults, section), name)
-                    rows.append((f"{flag_of(name if self.section else key)} {metavar}", _with(told[name], default)))
-        return rows
 
     def _unknown(self, key: str) -> UserError:
         if self.kind and self._is_wide() and "." in key:
@@ -216,11 +220,9 @@ class CommandLine(Generic[Read]):
         full = [k for k in settings if k.endswith(f".{key}")]
         known = [*self._flags(), *(k.removeprefix(f"{self.section}.") for k in settings if self.section)]
         near = f"\n       did you mean --{full[0]}?" if full else suggestion(flag_of(key), map(flag_of, known))
-        if not near:
-            near = (
-                f"\n       {'settings are --SECTION.NAME; ' if self._is_wide() else ''}see {program(self.name)} --help"
-            )
-        return UserError(f"unknown flag {flag_of(key)}{' (command line)' if self._is_wide() else ''}{near}")
+        where, form = (" (command line)", "settings are --SECTION.NAME; ") if self._is_wide() else ("", "")
+        near = near or f"\n       {form}see {program(self.name)} --help"
+        return UserError(f"unknown flag {flag_of(key)}{where}{near}")
 
 
 def flag_of(key: str) -> str:
@@ -262,8 +264,8 @@ def _with(meaning: str, default: Any) -> str:
 UNBROKEN: Any = {"break_on_hyphens": False, "break_long_words": False}
 
 
-def _filled(text: str, width: int, indent: str = "") -> str:
-    return "\n".join(textwrap.fill(line, width, subsequent_indent=indent, **UNBROKEN) for line in text.splitlines())
+def _filled(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width, **UNBROKEN) for line in text.splitlines())
 
 
 def _row(left: str, right: str, column: int, width: int) -> str:
