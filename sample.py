@@ -12,14 +12,14 @@ from nanogpt_jax.inference import options
 
 def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(options.make_parser().format_help(), end="")
+        print(options.COMMAND.help())
         return 0
-    wish = options.read(argv)
-    prompt = options.read_prompt(wish)
+    asked = options.read(argv)
+    prompt = options.read_prompt(asked)
 
     from nanogpt_jax.training import run_dir
 
-    run = options.existing(wish.run) if wish.run else run_dir.newest(Path("runs"))
+    run = options.existing(asked.run) if asked.run else run_dir.newest(Path("runs"))
     cfg = config.read_json(run / "config.json")
     tokenizer = run_dir.load_tokenizer(run, cfg)
     if prompt is None:  # a char model begins an empty prompt with end-of-text or a newline, if its vocabulary has one
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     if n > context:
         print(f"note: of the prompt's {n} tokens the model sees the last {context}, its context", file=sys.stderr)
 
-    if wish.num_samples > 1 and wish.temperature == 0:
+    if asked.num_samples > 1 and asked.temperature == 0:
         print("note: at temperature 0 all samples are alike", file=sys.stderr)
 
     from nanogpt_jax.distributed.mesh import start  # jax takes seconds, so only now
@@ -38,22 +38,22 @@ def main(argv: list[str]) -> int:
     from nanogpt_jax.training.checkpoint import load_params
 
     start()
-    params, step = load_params(run, gpt2.param_shapes(cfg.model), wish.checkpoint)
-    if not wish.run:
+    params, step = load_params(run, gpt2.param_shapes(cfg.model), asked.checkpoint)
+    if not asked.run:
         print(f"from {run}, step {step}:", file=sys.stderr)
-    rules = Rules(wish.temperature, wish.top_k, wish.top_p, wish.min_p, wish.repetition_penalty)
-    alone = wish.num_samples == 1
+    rules = Rules(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty)
+    alone = asked.num_samples == 1
     if alone:
         print(prompt, end="", flush=True)
     texts = generate_text(
         cfg.model,
         params,
         tokenizer,
-        [prompt] * wish.num_samples,
+        [prompt] * asked.num_samples,
         rules=rules,
-        max_new_tokens=wish.max_new_tokens,
-        seed=wish.seed,
-        stop=tuple(wish.stop),
+        max_new_tokens=asked.max_new_tokens,
+        seed=asked.seed,
+        stop=asked.stop,
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
     )
     if alone:

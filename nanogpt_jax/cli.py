@@ -19,7 +19,8 @@ Main = Callable[[list[str]], int]
 
 
 def asks_for_help(argv: list[str]) -> bool:
-    return "--help" in argv or "-h" in argv
+    flags = argv[: argv.index("--")] if "--" in argv else argv
+    return "--help" in flags or "-h" in flags
 
 
 def check_file(flag: str, place: str) -> None:

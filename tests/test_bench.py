@@ -77,12 +77,12 @@ def test_the_kind_of_work_may_stand_behind_the_configuration(tmp_path, monkeypat
     Path("data.toml").write_text("[model]\nn_layer = 2\n")  # as like "data" as a slip of the finger
     for words in (["decode", "data.toml", "--new", "5"], ["data.toml", "--new=5", "decode"]):
         work, cfg, options = bench.read(words)
-        assert (work, cfg.model.n_layer, options["new"]) == ("decode", 2, "5")
+        assert (work, cfg.model.n_layer, options.new) == ("decode", 2, 5)
 
 
 def test_a_prompt_that_nobody_asked_for_fits_into_any_context():
     lengths = {T: bench.read(["decode", "--model.block-size", str(T)])[2] for T in (2, 8, 64)}
-    assert {T: (o["prompt"], o["new"]) for T, o in lengths.items()} == {2: ("1", "1"), 8: ("4", "4"), 64: ("16", "48")}
+    assert {T: (o.prompt, o.new) for T, o in lengths.items()} == {2: (1, 1), 8: (4, 4), 64: (16, 48)}
 
 
 def test_a_measuring_process_that_dies_is_an_error():

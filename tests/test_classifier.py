@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,9 +28,11 @@ from nanogpt_jax.classify import data as labelled
 from nanogpt_jax.classify import head, scores, task
 from nanogpt_jax.classify import rows as labelled_rows
 from nanogpt_jax.classify.rows import Example
+from nanogpt_jax.classify.settings import ClassifierConfig, LabelledConfig, with_labels
 from nanogpt_jax.cli import door
 from nanogpt_jax.commands import classify
-from nanogpt_jax.config import ClassifierConfig, LabelledConfig, ModelConfig, UserError
+from nanogpt_jax.config import ModelConfig, UserError
+from nanogpt_jax.config.settings import types_of
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.model import execution
 from nanogpt_jax.training.checkpoint import Checkpointer, load_params
@@ -866,7 +869,7 @@ def test_prose_and_code_are_told_apart():
     )
     data = labelled.open_data(cfg)
     assert data.labels == ["code", "prose"]
-    cfg = config.with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
+    cfg = with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
     cfg = replace(cfg, model=execution.resolve(cfg.model, "cpu"), train=replace(cfg.train, steps=144))
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 144)
     objective, how = task.objective(cfg, 64, np.ones(2, np.float32)), execution.choose(cfg, "cpu")
@@ -887,10 +890,11 @@ def test_help_names_every_setting(capsys):
     assert "--picture FILE" in capsys.readouterr().out
     assert classify.main(["train", "--help"]) == 0
     page = capsys.readouterr().out
+    assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", page), "a setting without a comment"
     told = " ".join(page.split())
     assert "where the label stands: a string or a whole number (default: label)" in told  # its own
     assert "looks at the validation texts; 0: once an epoch (default: 0)" in told  # another than a language model's
     assert "the dropout (default: 1337)" in told  # the same
     page = page.replace("-", "_")
-    assert all(key in page for key in config.types_of(ClassifierConfig))
-    assert not any(key.startswith("classify") for key in config.TYPES)
+    assert all(key in page for key in types_of(ClassifierConfig))
+    assert not any(key.startswith("classify") for key in types_of())

@@ -1,6 +1,8 @@
 """The command line as a person meets it: real processes, and for each wrong input its message and exit code 2."""
 
 import contextlib
+import dataclasses
+import importlib
 import json
 import math
 import os
@@ -14,12 +16,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import Config, UserError, command_line
+from nanogpt_jax.config.settings import types_of
+from nanogpt_jax.config.train_command import command_line_of
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
 from nanogpt_jax.training import run_dir
@@ -166,12 +170,11 @@ def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
     page = run(tmp_path, {**clean_env, "COLUMNS": "80"}, "train.py", "--help").stdout
     assert re.search(r"--model.n-layer INT +L, transformer blocks \(default: 4\)", page)
     assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+from the peak .* in the last 20\s+%", page)
-    for text in (page, config.help_text(config.ClassifierConfig)):
-        assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", text), "a setting without a comment"
+    assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", page), "a setting without a comment"
     assert max(map(len, page.splitlines())) < 110
     page = page.replace("-", "_")
     shown = run(tmp_path, clean_env, "train.py", "gpt2", "--model.n-layer=3", "--model.n_head", "4", "--print-config")
-    for key in config.TYPES:
+    for key in types_of():
         assert key in page
         assert re.search(rf"^{key.split('.')[1]} = .* # ", shown.stdout, re.M)
     assert re.search(r"n_layer = 3 +# command line", shown.stdout)
@@ -184,6 +187,67 @@ def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
     assert re.sub("#.*", "", again) == re.sub("#.*", "", shown.stdout)
     code = "import sys; from nanogpt_jax import cli, config; config.load(['gpt2']); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
+
+
+def command_lines() -> list[command_line.CommandLine]:
+    """Those of every module that is there: a slice may have been removed."""
+    rooms = ("inference", "commands", "bench")
+    paths = [path for room in rooms for path in sorted((ROOT / "nanogpt_jax" / room).glob("*.py"))]
+    paths = [path for path in paths if "CommandLine(" in path.read_text(encoding="utf-8")]
+    modules = [importlib.import_module(f"nanogpt_jax.{path.parent.name}.{path.stem}") for path in paths]
+    found = [x for module in modules for x in vars(module).values() if isinstance(x, command_line.CommandLine)]
+    return [command_line_of(Config), *{command.name: command for command in found}.values()]
+
+
+@pytest.mark.parametrize("command", command_lines(), ids=lambda command: command.name)
+def test_a_command_says_what_each_flag_means_and_refuses_a_typo_by_name(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    page = command.help()
+    assert page.startswith(f"usage: nanogpt-jax {command.name} ")
+    assert max(map(len, page.splitlines())) < 110
+    for one in [one for one in dataclasses.fields(command.options) if one.metadata]:
+        flag = command_line.flag_of(one.name)
+        row = re.search(rf"^  {flag}( \S+)?(  +|\n {{9,}})\w[^\n]*((\n {{9,}}\S.*)*)", page, re.M)
+        assert row, flag
+        if one.default not in (None, (), False):
+            assert "(default:" in row[0]
+        with pytest.raises(UserError, match=rf"unknown flag {flag}z.*\n       did you mean {flag}\?"):
+            command.read([f"{flag}z", "1"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(command_line.Options):
+    size: int = command_line.flag("N", "how many", 1, must=command_line.COUNT)
+    kind: Literal["a", "b"] | None = command_line.flag("", "which")
+    stop: tuple[str, ...] = command_line.flag("TEXT", "ends", ())
+    bare: bool = command_line.flag("", "without", False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        ("", Asked([], {})),
+        ("x --size=3 --kind b y --bare", Asked(["x", "y"], {}, 3, "b", bare=True)),
+        ("--stop a --stop=b --stop a", Asked([], {}, stop=("a", "b", "a"))),
+        ("--size 2 --size 2 -- --size --help -x", Asked(["--size", "--help", "-x"], {}, 2)),
+        ("--size 2 --size 3", "--size was given twice: 2 and 3"),
+        ("--size 0", "--size=0 must be a whole number, at least 1"),
+        ("--size many", "--size=many must be a whole number"),
+        ("--kind c", "--kind=c is not one of a, b"),
+        ("--bare=yes", "--bare takes no value, but was given 'yes'"),
+        ("--kind --bare", "--kind needs a value; see --help"),
+        ("--model.n-layer 3", "unknown flag --model.n-layer\n       see nanogpt-jax ask --help"),
+    ],
+)
+def test_the_reader_of_every_command(argv, found):
+    command = command_line.CommandLine("ask", Asked, "")
+    if isinstance(found, Asked):
+        assert command.read(argv.split()) == found
+        assert cli.asks_for_help(argv.split()) is False
+    else:
+        with pytest.raises(UserError) as e:
+            command.read(argv.split())
+        assert str(e.value) == found
 
 
 def test_a_program_in_any_folder_is_a_word_of_a_shell_and_its_help_has_its_name_alone(monkeypatch):

@@ -25,8 +25,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt_jax import config
-from nanogpt_jax.config import DataConfig, UserError
+from nanogpt_jax.config import DataConfig, UserError, parse
 from nanogpt_jax.data import batches, corpora, prepare, records, tables, text_file, tokenizer
 from nanogpt_jax.inference import options
 
@@ -391,7 +390,7 @@ def test_a_mark_is_dropped_from_prompts_and_settings(tmp_path: Path):
     parsed = options.read(["--prompt-file", str(tmp_path / "prompt.txt")])
     assert options.read_prompt(parsed) == "The river"
     (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nsteps = 5\r\n")
-    assert config.read_toml(tmp_path / "bom.toml") == {"train.steps": 5}
+    assert parse.read_toml(tmp_path / "bom.toml") == {"train.steps": 5}
     (tmp_path / "prompt.txt").write_bytes("The river".encode("utf-16"))
     with pytest.raises(UserError, match=r"prompt\.txt is UTF-16, not UTF-8 text\n.*iconv -f UTF-16 "):
         options.read_prompt(parsed)

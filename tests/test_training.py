@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 from nanogpt_jax import cli, config
 from nanogpt_jax.cli import door
 from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UserError
+from nanogpt_jax.config.validate import validate
 from nanogpt_jax.data import batches
 from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.mesh import make_mesh
@@ -65,7 +66,7 @@ def change(cfg: Config, **settings: object) -> Config:
 
 def take_steps(cfg: Config, n: int, per_dispatch: int = 1, stream: np.ndarray | None = None):
     """The state and the losses after n steps on fixed tokens, random ones by default."""
-    cfg = config.validate(cfg, {})
+    cfg = validate(cfg, {})
     state, step = make_state(cfg), make_step(cfg, per_dispatch)
     stream = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 2000) if stream is None else stream
     t, losses = cfg.train, []

@@ -16,43 +16,59 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanogpt_jax import cli, config, runtime
-from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config import Config, UserError, command_line, parse
+from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.model import sizes
 
-USAGE = """usage: nanogpt-jax bench [train|decode|data] [CONFIG] [--rounds N] [--seconds S] [--versus torch]
-                         [--json FILE] [--SECTION.NAME VALUE ...]
+WORKS = """train: tokens/s of the training step on random tokens (the default)
+decode: tokens/s of generation, from random weights
+data: tokens/s of making batches on the host"""
 
-  train     tokens/s of the training step on random tokens (the default); whole batches, of which gpt2's is half a
-            million tokens: --train.batch-size, --train.micro-batch
-  decode    tokens/s of generation, from random weights: --batch N (default: 1), --prompt N (16,
-            or half of model.block_size), --new N (256, or as many as there is room for)
-  data      tokens/s of making batches on the host
 
-  --rounds N      times that every engine is measured, in turn (default: 5)
-  --seconds S     least length of a measurement, whole seconds; it ends with the step it is in (default: 2)
-  --versus torch  the same work in PyTorch beside it: eager and compiled for train (both with AdamW, whatever the
-                  configuration), transformers' generate for decode
-  --json FILE     the results for a program to read
+@dataclass(frozen=True)
+class Options(command_line.Options):
+    rounds: int = flag("N", "times that every engine is measured, in turn", 5, must=COUNT)
+    seconds: int = flag(
+        "S", "least length of a measurement, whole seconds; it ends with the step it is in", 2, must=COUNT
+    )
+    versus: Literal["torch"] | None = flag(
+        "",
+        "the same work in PyTorch beside it: eager and compiled for train (both with AdamW, whatever the "
+        "configuration), transformers' generate for decode",
+    )
+    json: str | None = flag("FILE", "the results for a program to read")
+    batch: int | None = flag("N", "of decode: texts at once (default: 1)", must=COUNT)
+    prompt: int | None = flag("N", "of decode: tokens given (default: 16, or half of model.block_size)", must=COUNT)
+    new: int | None = flag(
+        "N", "of decode: tokens generated (default: 256, or as many as there is room for)", must=COUNT
+    )
 
-Settings are those of train.py; see nanogpt-jax train --help."""
 
-OWN = {"rounds": "5", "seconds": "2", "versus": "", "json": "", "batch": "1", "prompt": "", "new": ""}
+COMMAND = CommandLine(
+    "bench",
+    Options,
+    "Measures how fast this machine trains and samples. A step of training takes a whole batch, and gpt2's is half a "
+    "million tokens: see --train.batch-size and --train.micro-batch.",
+    {"[train|decode|data]": WORKS, "[CONFIG.toml]": "a config file, or the name of a shipped one, as for train.py"},
+    kind=Config,
+)
 PEER = "nanogpt_jax.bench.torch_peer"  # imported where it is asked for
 PEERS = {"train": ("torch", "torch.compile"), "decode": ("transformers",), "data": ()}
 
 
 def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(USAGE)
+        print(COMMAND.help())
         return 0
     work, cfg, options = read(argv)
-    engines = ["jax", *(PEERS[work] if options["versus"] else ())]
-    order = {"work": work, "cfg": json.loads(config.to_json(cfg)), **options}
+    engines = ["jax", *(PEERS[work] if options.versus else ())]
+    order = {"work": work, "cfg": json.loads(config.to_json(cfg)), **dataclasses.asdict(options)}
     workers: dict[str, _Worker] = {}
     try:
         started = {}
@@ -61,8 +77,8 @@ def main(argv: list[str]) -> int:
             workers[name] = _Worker({**order, "engine": name})
             started[name] = workers[name].ask("start")
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
-        for i in range(int(options["rounds"])):
-            print(f"round {i + 1} of {options['rounds']}", file=sys.stderr)
+        for i in range(options.rounds):
+            print(f"round {i + 1} of {options.rounds}", file=sys.stderr)
             for name, worker in workers.items():
                 rounds[name].append(worker.ask("measure"))
         ended = {name: worker.ask("end") for name, worker in workers.items()}
@@ -71,60 +87,45 @@ def main(argv: list[str]) -> int:
             worker.close()
     results = [_result(name, started, rounds, ended[name]) for name in engines]
     print(_table(cfg, work, options, results))
-    if options["json"]:
-        numbers = {name: int(options[name]) for name in ("rounds", "seconds", "batch", "prompt", "new")}
+    if options.json:
+        numbers = {name: order[name] for name in ("rounds", "seconds", "batch", "prompt", "new")}
         table = {"work": work, "cfg": order["cfg"], **numbers, "results": results}
-        cli.write_file("--json", options["json"], json.dumps(table, indent=2, allow_nan=False) + "\n")
+        cli.write_file("--json", options.json, json.dumps(table, indent=2, allow_nan=False) + "\n")
     return 0
 
 
-def read(argv: list[str]) -> tuple[str, Config, dict[str, str]]:
-    """The kind of work, the settings, and our own options, checked."""
-
-    def check(key: str) -> None:
-        if "." in key and key not in config.TYPES:
-            raise config.unknown_setting(key, "command line")
-        if key not in OWN and key not in config.TYPES:
-            raise config.unknown_flag(key, (*OWN, *config.TYPES), "bench")
-
-    words, flags = config.split_arguments(argv, (), check)
-    works = [word for word in words if word in PEERS]
+def read(argv: list[str]) -> tuple[str, Config, Options]:
+    """The kind of work, the settings, and our own options, checked and with their sizes filled in."""
+    options = COMMAND.read(argv)
+    works = [word for word in options.words if word in PEERS]
     work = works[0] if works else "train"
-    words = [word for word in words if word not in PEERS]
+    words = [word for word in options.words if word not in PEERS]
     if len(works) > 1:
         raise UserError(f"one kind of work at a time, but got {' and '.join(works)}")
     if words and not Path(words[0]).exists() and (near := config.suggestion(words[0], PEERS)):
         raise UserError(f"{words[0]} is neither a kind of work nor a config file{near}")
-    options = {**OWN, **{key: value for key, value in flags.items() if key in OWN}}
-    for name in ("rounds", "seconds", "batch", "prompt", "new"):
-        number = options[name] or "1"
-        if not number.isdecimal() or int(number) < 1:
-            raise UserError(f"--{name}={number} must be a whole number, at least 1")
     for name in ("batch", "prompt", "new"):
-        if name in flags and work != "decode":
+        if getattr(options, name) is not None and work != "decode":
             other = "; of training, it is --train.batch-size" if name == "batch" else ""
             raise UserError(f"--{name} is about generation, which is nanogpt-jax bench decode{other}")
-    if options["versus"] not in ("", "torch"):
-        raise UserError(f"--versus={options['versus']} is not one of torch")
     needed = {"train": ("torch",), "decode": ("torch", "transformers"), "data": ()}[work]
-    if options["versus"] and (gone := [name for name in needed if not find_spec(name)]):
+    if options.versus and (gone := [name for name in needed if not find_spec(name)]):
         raise UserError(f"--versus=torch needs {' and '.join(gone)}: pip install 'nanogpt-jax[compare]'")
-    if "json" in flags:
-        cli.check_file("--json", flags["json"])
-    cfg = config.load([*words, *(f"--{key}={value}" for key, value in flags.items() if key not in OWN)]).cfg
+    if options.json is not None:
+        cli.check_file("--json", options.json)
+    cfg = config.load([*words, *(f"--{key}={value}" for key, value in options.settings.items())]).cfg
     room = cfg.model.block_size
-    options["prompt"] = options["prompt"] or str(max(1, min(16, room // 2)))
-    prompt = int(options["prompt"])
+    prompt = options.prompt or max(1, min(16, room // 2))
     if work == "decode" and prompt >= room:
         raise UserError(f"--prompt={prompt} leaves no room in model.block_size={room}")
-    options["new"] = options["new"] or str(max(1, min(256, room - prompt)))
+    new = options.new or max(1, min(256, room - prompt))
     vocab_size = cfg.model.vocab_size or _vocab_size(cfg.data.tokenizer)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
-    if work == "decode" and prompt + int(options["new"]) > room:
-        raise UserError(f"--prompt={prompt} and --new={options['new']} exceed model.block_size={room}")
-    if options["versus"] and cfg.optim.name != "adamw":
+    if work == "decode" and prompt + new > room:
+        raise UserError(f"--prompt={prompt} and --new={new} exceed model.block_size={room}")
+    if options.versus and cfg.optim.name != "adamw":
         cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, name="adamw", learning_rate=1e-3))
-    return work, cfg, options
+    return work, cfg, dataclasses.replace(options, batch=options.batch or 1, prompt=prompt, new=new)
 
 
 def _vocab_size(tokenizer: str) -> int:
@@ -192,12 +193,12 @@ def _result(name: str, started: dict[str, dict], rounds: dict[str, list[dict[str
     }
 
 
-def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[str, Any]]) -> str:
+def _table(cfg: Config, work: str, options: Options, results: list[dict[str, Any]]) -> str:
     m = cfg.model
     shape = f"n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} block_size={m.block_size} {m.dtype}"
     load = f"batch_size={cfg.train.batch_size} dropout={m.dropout}"
     if work == "decode":
-        load = " ".join(f"{name}={options[name]}" for name in ("batch", "prompt", "new"))
+        load = " ".join(f"{name}={getattr(options, name)}" for name in ("batch", "prompt", "new"))
     lines = [f"{work}: {shape} {load} on {results[0]['device']}", ""]
     computes = work != "data"
     effort = f"{'GFLOP/s':>10}{'of peak':>9}" if computes else ""
@@ -225,7 +226,7 @@ def _table(cfg: Config, work: str, options: dict[str, str], results: list[dict[s
 def _work(order: dict[str, Any]) -> None:
     """Answer the parent's questions, one JSON line each, until it asks for the end."""
     out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
-    values = config.flatten(order["cfg"], "bench")
+    values = parse.flatten(order["cfg"], "bench")
     cfg = config.merge(Config(), values, "bench")
     engines: dict[tuple[str, str], Callable[..., Any]] = {
         ("train", "jax"): _jax_train,

@@ -8,20 +8,31 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import Config, UserError, command_line
+from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 
-USAGE = """usage: nanogpt-jax scaling [--picture FILE] [--json FILE] [--rounds N] [--SECTION.NAME VALUE ...]
 
-Measures the training step while one setting at a time grows by a factor of 16, and fits cost ~ setting^exponent.
+@dataclass(frozen=True)
+class Options(command_line.Options):
+    picture: str | None = flag(
+        "FILE", "draw it (needs pip install 'nanogpt-jax[plot]'); the ending is the format: .svg, .png, .pdf"
+    )
+    json: str | None = flag("FILE", "the points for a program to read")
+    rounds: int = flag("N", "measurements of each point, of which the median counts", 3, must=COUNT)
 
-  --picture FILE  draw it (needs pip install 'nanogpt-jax[plot]'); the ending chooses the format: .svg, .png, .pdf
-  --json FILE     the points for a program to read
-  --rounds N      measurements of each point, of which the median counts (default: 3)"""
+
+COMMAND = CommandLine(
+    "scaling",
+    Options,
+    "Measures the training step while one setting at a time grows by a factor of 16, and fits cost ~ setting^exponent.",
+    kind=Config,
+)
 
 AXES = {
     "model.n_layer": (1, 2, 4, 8, 16),
@@ -34,49 +45,42 @@ BASE = {"model.n_layer": 4, "model.n_embd": 256, "model.block_size": 256, "train
 
 def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(USAGE)
+        print(COMMAND.help())
         return 0
-    own, settings = read(argv)
-    if own["picture"]:
+    asked = read(argv)
+    if asked.picture:
         _pyplot()  # missing now is better than missing after minutes
-    points = {axis: [_measure(axis, value, settings, own["rounds"]) for value in AXES[axis]] for axis in AXES}
+    points = {axis: [_measure(axis, value, asked.settings, asked.rounds) for value in AXES[axis]] for axis in AXES}
     print(f"{'':<20}{'measured':>10}{'counted':>10}   exponents of the cost of a token")
     fits = {}
     for axis, row in points.items():
         fits[axis] = [_exponent(row, "seconds_per_token"), _exponent(row, "flops_per_token")]
         print(f"{axis:<20}{fits[axis][0]:>10.2f}{fits[axis][1]:>10.2f}")
-    if own["json"]:
-        cli.write_file("--json", own["json"], json.dumps({"points": points, "exponents": fits}, indent=2) + "\n")
-    if own["picture"]:
-        cli.write_file("--picture", own["picture"], _drawn(points, fits, Path(own["picture"]).suffix))
+    if asked.json:
+        cli.write_file("--json", asked.json, json.dumps({"points": points, "exponents": fits}, indent=2) + "\n")
+    if asked.picture:
+        cli.write_file("--picture", asked.picture, _drawn(points, fits, Path(asked.picture).suffix))
     return 0
 
 
-def read(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+def read(argv: list[str]) -> Options:
     """Our own options and the settings of train.py, checked."""
-    own, settings = {"picture": "", "json": "", "rounds": "3"}, {}
-
-    def check(key: str) -> None:
-        if key not in own and key not in config.TYPES:
-            raise config.unknown_flag(key, (*own, *config.TYPES), "scaling")
-
-    words, flags = config.split_arguments(argv, (), check)
-    if words:
-        raise UserError(f"{words[0]} is no flag\n       see nanogpt-jax scaling --help")
-    for key, value in flags.items():
-        (own if key in own else settings)[key] = value
-    for key in {"picture", "json"} & flags.keys():
-        cli.check_file(f"--{key}", own[key])
-    config.load([word for key, value in settings.items() for word in (f"--{key}", value)])
-    return own, settings
+    asked = COMMAND.read(argv)
+    if asked.words:
+        raise UserError(f"{asked.words[0]} is no flag\n       see nanogpt-jax scaling --help")
+    for name, place in (("--picture", asked.picture), ("--json", asked.json)):
+        if place is not None:
+            cli.check_file(name, place)
+    config.load([f"--{key}={value}" for key, value in asked.settings.items()])
+    return asked
 
 
-def _measure(axis: str, value: int, settings: dict[str, str], rounds: str) -> dict[str, Any]:
+def _measure(axis: str, value: int, settings: dict[str, str], rounds: int) -> dict[str, Any]:
     """One point: the step with `axis` at `value`, the others at BASE."""
     wanted = {**{k: str(v) for k, v in BASE.items()}, "model.n_head": "4", "optim.name": "adamw", **settings}
     wanted[axis] = str(value)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "nanogpt_jax", "bench", "train", "--rounds", rounds, "--json", f"{folder}/r"]
+        command = [sys.executable, "-m", "nanogpt_jax", "bench", "train", f"--rounds={rounds}", f"--json={folder}/r"]
         command += [word for key, setting in wanted.items() for word in (f"--{key}", setting)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

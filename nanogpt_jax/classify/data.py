@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from nanogpt_jax.classify.rows import Example, Label, Rows, contradictions, label_notes, labels_of, plain
-from nanogpt_jax.config import ClassifierConfig, LabelledConfig, UserError, suggestion
+from nanogpt_jax.classify.settings import ClassifierConfig, LabelledConfig
+from nanogpt_jax.config import UserError, suggestion
 from nanogpt_jax.data import batches, records, tables, text_file, tokenizer
 from nanogpt_jax.data.shell import Source
 from nanogpt_jax.data.tables import Row

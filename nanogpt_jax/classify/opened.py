@@ -11,7 +11,8 @@ from nanogpt_jax import config
 from nanogpt_jax.classify import data
 from nanogpt_jax.classify.data import Texts
 from nanogpt_jax.classify.rows import Label
-from nanogpt_jax.config import ClassifierConfig, UserError
+from nanogpt_jax.classify.settings import ClassifierConfig
+from nanogpt_jax.config import UserError
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
 from nanogpt_jax.training import run_dir

@@ -15,7 +15,8 @@ from rich.progress import track
 
 from nanogpt_jax.classify import head, scores
 from nanogpt_jax.classify.data import LabelledData, Texts
-from nanogpt_jax.config import ClassifierConfig, ModelConfig
+from nanogpt_jax.classify.settings import ClassifierConfig
+from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, path_name, shard
 from nanogpt_jax.host import terminal

@@ -14,7 +14,9 @@ from nanogpt_jax.classify import rows as labelled_rows
 from nanogpt_jax.classify import scores, shown
 from nanogpt_jax.classify.data import LabelledData, Texts
 from nanogpt_jax.classify.opened import Classifier, read_manifest
-from nanogpt_jax.config import ClassifierConfig, Command, UserError
+from nanogpt_jax.classify.settings import ClassifierConfig, with_labels
+from nanogpt_jax.config import Command, UserError, command_line
+from nanogpt_jax.config.command_line import CommandLine, Read, flag
 from nanogpt_jax.host.messages import printable
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
@@ -25,47 +27,51 @@ USAGE = """usage: nanogpt-jax classify train|eval|predict [ARGUMENTS], or nanogp
   eval     accuracy, macro-F1 and the confusion matrix of one
   predict  labels and probabilities of texts"""
 
-EVAL_USAGE = """usage: nanogpt-jax classify eval RUN [--FLAG VALUE ...]
 
-Measures a classifier on its test split (its validation split, if it kept no test texts) or on other labelled texts.
-
-  --source SOURCE        other texts: a .jsonl, .json, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG]
-  --split NAME           of hf:NAME, the split that is taken (default: test)
-  --text-column NAME     where the text stands in SOURCE (default: as in training)
-  --label-column NAME    where the label stands in SOURCE (default: as in training)
-  --checkpoint WHICH     best, latest or a step (default: best)
-  --picture FILE         draw the confusion matrix (needs pip install 'nanogpt-jax[plot]'): .svg, .png, .pdf
-  --baseline             beside it, TF-IDF and logistic regression, trained on the run's training texts
-                         (needs pip install 'nanogpt-jax[baseline]')
-  --json                 one JSON object instead of tables"""
-
-PREDICT_USAGE = """usage: nanogpt-jax classify predict RUN [TEXT ...] [--FLAG VALUE ...]
-
-Prints the likeliest label and its probability, a line for each text. Without TEXT or --file it reads standard input, a
-text a line. Words after -- are texts, whatever they begin with. A blank line or a row without text is skipped: an empty
-line stands in its place, so that the first line stays that of the first text.
-
-  --file FILE            a text a line; or a column of a .jsonl, .json, .csv, .tsv or .parquet file
-  --text-column NAME     which column (default: as in training)
-  --checkpoint WHICH     best, latest or a step (default: best)
-  --json                 JSON lines with the probability of every label; of a file, with the text's line, too"""
-
-SWITCHES = ("json", "baseline")
-
-
-FLAGS = {
-    "eval": ("source", "split", "text_column", "label_column", "checkpoint", "picture", *SWITCHES),
-    "predict": ("file", "text_column", "checkpoint", "json"),
-}
+@dataclass(frozen=True)
+class EvalOptions(command_line.Options):
+    source: str | None = flag(
+        "SOURCE", "other texts: a .jsonl, .json, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG] (default: its own)"
+    )
+    split: str | None = flag("NAME", "of hf:NAME, the split that is taken (default: test)")
+    text_column: str | None = flag("NAME", "where the text stands in SOURCE (default: as in training)")
+    label_column: str | None = flag("NAME", "where the label stands in SOURCE (default: as in training)")
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best")
+    picture: str | None = flag(
+        "FILE", "draw the confusion matrix (needs pip install 'nanogpt-jax[plot]'): .svg, .png, .pdf"
+    )
+    baseline: bool = flag(
+        "",
+        "beside it, TF-IDF and logistic regression, trained on the run's training texts (needs pip install "
+        "'nanogpt-jax[baseline]')",
+        False,
+    )
+    json: bool = flag("", "one JSON object instead of tables", False)
 
 
 @dataclass(frozen=True)
-class Question:
-    """The command line of `eval` or `predict`, checked."""
+class PredictOptions(command_line.Options):
+    file: str | None = flag("FILE", "a text a line; or a column of a .jsonl, .json, .csv, .tsv or .parquet file")
+    text_column: str | None = flag("NAME", "which column (default: as in training)")
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best")
+    json: bool = flag("", "JSON lines with the probability of every label; of a file, with the text's line, too", False)
 
-    run: str
-    texts: list[str]
-    flags: dict[str, str]
+
+EVAL = CommandLine(
+    "classify eval",
+    EvalOptions,
+    "Measures a classifier on its test split (its validation split, if it kept no test texts) or on other labelled "
+    "texts.",
+    {"RUN": "the directory of a classifier"},
+)
+PREDICT = CommandLine(
+    "classify predict",
+    PredictOptions,
+    "Prints the likeliest label and its probability, a line for each text. Without TEXT or --file it reads standard "
+    "input, a text a line. A blank line or a row without text is skipped: an empty line stands in its place, so that "
+    "the first line stays that of the first text.",
+    {"RUN": "the directory of a classifier", "[TEXT ...]": "texts; behind --, whatever they begin with"},
+)
 
 
 def main(argv: list[str]) -> int:
@@ -78,42 +84,51 @@ def main(argv: list[str]) -> int:
         raise UserError(f"classify {name} is none of train, eval, predict{config.suggestion(name, commands)}")
     end = rest.index("--") if name == "predict" and "--" in rest else len(rest)  # behind it are texts
     if cli.asks_for_help(rest[:end]):
-        print({"train": config.help_text(ClassifierConfig), "eval": EVAL_USAGE, "predict": PREDICT_USAGE}[name])
+        print({"train": lambda: config.help_text(ClassifierConfig), "eval": EVAL.help, "predict": PREDICT.help}[name]())
         return 0
     asked = read(argv)
     if isinstance(asked, Command):
         return train(asked, argv)
-    return evaluate(asked) if name == "eval" else predict(asked)
+    return evaluate(asked) if isinstance(asked, EvalOptions) else predict(asked)
 
 
-def read(argv: list[str]) -> Command | Question:
+def read(argv: list[str]) -> Command | EvalOptions | PredictOptions:
     """What `train` is to do, or what `eval` or `predict` is asked; UserError for what cannot be meant. No jax here."""
     name, *rest = argv
-    return config.load(rest, ClassifierConfig) if name == "train" else _question(name, rest)
+    if name == "train":
+        return config.load(rest, ClassifierConfig)
+    return read_eval(rest) if name == "eval" else read_predict(rest)
 
 
-def _question(name: str, argv: list[str]) -> Question:
-    def check(key: str) -> None:
-        if key not in FLAGS[name]:
-            raise config.unknown_flag(key, FLAGS[name], f"classify {name}")
+def read_eval(argv: list[str]) -> EvalOptions:
+    """UserError if the command line cannot be meant."""
+    asked = _of_a_run(EVAL, argv)
+    if len(asked.words) > 1:
+        raise UserError(f"one run at a time, but got {asked.words[0]} and {asked.words[1]}")
+    for key in ("split", "text_column", "label_column"):
+        if asked.source is None and getattr(asked, key) is not None:
+            raise UserError(f"{command_line.flag_of(key)} says how to read --source, which is not given")
+    return asked
 
-    end = argv.index("--") if "--" in argv else len(argv)
-    words, flags = config.split_arguments(argv[:end], SWITCHES, check)
-    run, *texts = [*words, *argv[end + 1 :]] or [""]
-    if not run:
-        raise UserError(f"classify {name} needs the directory of a run\n       see nanogpt-jax classify {name} --help")
-    if name == "eval" and texts:
-        raise UserError(f"one run at a time, but got {run} and {texts[0]}")
-    if name == "eval" and "source" not in flags:
-        for flag in [f for f in ("split", "text_column", "label_column") if f in flags]:
-            raise UserError(f"--{flag.replace('_', '-')} says how to read --source, which is not given")
-    if texts and "file" in flags:
-        raise UserError(f"texts and --file={flags['file']} exclude each other; leave one out")
+
+def read_predict(argv: list[str]) -> PredictOptions:
+    """UserError if the command line cannot be meant. Its words are the run and the texts."""
+    asked = _of_a_run(PREDICT, argv)
+    texts = asked.words[1:]
+    if texts and asked.file is not None:
+        raise UserError(f"texts and --file={asked.file} exclude each other; leave one out")
     if any(not text.strip() for text in texts):
         raise UserError("one of the texts is empty, and nothing can be told from that")
     if broken := [text for text in texts if labelled_rows.SURROGATE.search(text)]:
         raise UserError(f"the text {broken[0]!r:.60} is not UTF-8")
-    return Question(run, texts, flags)
+    return asked
+
+
+def _of_a_run(command: CommandLine[Read], argv: list[str]) -> Read:
+    asked = command.read(argv)
+    if not asked.words or not asked.words[0]:
+        raise UserError(f"{command.name} needs the directory of a run\n       see nanogpt-jax {command.name} --help")
+    return asked
 
 
 # ---- train: the twin of train.py ------------------------------------------------------------------------------------
@@ -131,7 +146,7 @@ def train(command: Command, argv: list[str]) -> int:
         data = labelled.open_data(command.cfg, run=read_manifest(run) if goes_on else None)
         run_dir.check_tokenizer(command, data)
         cfg = config.with_vocabulary(command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin)
-        cfg = config.with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
+        cfg = with_labels(cfg, len(data.labels), len(data.splits["train"]), command.origin)
         run_dir.prepare(run, command, cfg, data)
         program = config.program("classify")
         then = f"next: {program} eval {config.word(run)}\n      {program} predict {config.word(run)} TEXT"
@@ -187,27 +202,26 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
 # ---- eval and predict -----------------------------------------------------------------------------------------------
 
 
-def evaluate(asked: Question) -> int:
-    flags = asked.flags
-    plt = _pyplot(flags["picture"]) if "picture" in flags else None
-    baseline = _baseline() if "baseline" in flags else None
-    model = Classifier(options.existing(asked.run), flags.get("checkpoint", "best"))
+def evaluate(asked: EvalOptions) -> int:
+    plt = _pyplot(asked.picture) if asked.picture is not None else None
+    baseline = _baseline() if asked.baseline else None
+    model = Classifier(options.existing(asked.words[0]), asked.checkpoint)
     data = None
-    if "source" not in flags or baseline:
+    if asked.source is None or baseline:
         data = labelled.open_data(model.cfg, model.tokenizer, model.manifest)
         if data.fingerprint != model.manifest["fingerprint"]:
             raise UserError(
                 f"the data of {model.run} has changed: {model.cfg.data.source} gives other texts now than in training\n"
                 "       bring the old texts back, or give others with --source"
             )
-    if "source" in flags:
+    if asked.source is not None:
         d = model.cfg.data
         other = replace(
             d,
-            source=flags["source"],
-            split=flags.get("split", "test"),
-            text_column=flags.get("text_column", d.text_column),
-            label_column=flags.get("label_column", d.label_column),
+            source=asked.source,
+            split="test" if asked.split is None else asked.split,
+            text_column=d.text_column if asked.text_column is None else asked.text_column,
+            label_column=d.label_column if asked.label_column is None else asked.label_column,
         )
         encoder, notes, what = model.encoder(), [], other.source
         examples = labelled.read(other, notes, "--source")
@@ -228,7 +242,7 @@ def evaluate(asked: Question) -> int:
     commonest = np.bincount(texts.labels).max() / len(texts)
     results = {name: scores.scores(x, texts.labels) for name, x in found.items()}
     matrices = {n: scores.confusion_matrix(texts.labels, x.argmax(1), len(model.labels)) for n, x in found.items()}
-    if "json" in flags:
+    if asked.json:
         each = [{"name": n, **results[n], "confusion": matrices[n].tolist()} for n in found]
         about = {"source": what, "texts": len(texts), "labels": model.labels, "commonest": commonest}
         print(json.dumps({**about, "results": each}, ensure_ascii=False, allow_nan=False))
@@ -236,19 +250,18 @@ def evaluate(asked: Question) -> int:
         print(f"{len(texts)} texts: {what}; the commonest label alone would be right in {commonest:.4f}")
         for name in found:
             print(f"\n{name}: {scores.SUMMARY.format(**results[name])}\n{shown.table(matrices[name], model.labels)}")
-    if plt:
-        place = flags["picture"]
+    if plt and (place := asked.picture):
         drawn = shown.picture(plt, matrices[next(iter(found))], model.labels, _format(Path(place)))
         cli.write_file("--picture", place, drawn)
     return 0
 
 
-def predict(asked: Question) -> int:
-    texts, flags = asked.texts, asked.flags
-    model = Classifier(options.existing(asked.run), flags.get("checkpoint", "best"))
-    if "file" in flags:
-        column = flags.get("text_column", model.cfg.data.text_column)
-        what, rows = flags["file"], labelled.read_texts(Path(flags["file"]), column)
+def predict(asked: PredictOptions) -> int:
+    run, *texts = asked.words
+    model = Classifier(options.existing(run), asked.checkpoint)
+    if asked.file is not None:
+        column = model.cfg.data.text_column if asked.text_column is None else asked.text_column
+        what, rows = asked.file, labelled.read_texts(Path(asked.file), column)
     elif texts:
         what, rows = "", list(enumerate(texts, start=1))
     else:
@@ -267,12 +280,12 @@ def predict(asked: Question) -> int:
     found = iter(np.exp(model.log_probabilities(Texts(list(texts), np.zeros(len(texts), np.int32), tokens, starts))))
     for line, text in rows:
         if not text:
-            if "json" not in flags:
+            if not asked.json:
                 print()
             continue
         p = next(found)
         best = int(p.argmax())
-        if "json" in flags:
+        if asked.json:
             each = {str(label): round(float(x), 6) for label, x in zip(model.labels, p, strict=True)}
             row = {"label": model.labels[best], "probability": round(float(p[best]), 6), "probabilities": each}
             row = {"line": line, **row} if what else row

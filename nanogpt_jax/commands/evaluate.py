@@ -7,14 +7,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config import Config, UserError, command_line
+from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.corpora import Corpus
 from nanogpt_jax.data.prepare import encode, open_data
@@ -25,55 +26,67 @@ from nanogpt_jax.host import files, terminal
 from nanogpt_jax.inference import options
 from nanogpt_jax.training import run_dir
 
-USAGE = """usage: nanogpt-jax eval [RUN [OTHER]] [--FLAG VALUE ...]
-
-Measures a run (default: the newest in runs/). With OTHER, both on the same text, and which one is better.
-
-The loss of a whole text, as nats a token, perplexity and bits per byte, each with its standard error:
-  --field NAME        where rows of .jsonl, .csv, .parquet and the hub keep the text of --data (default: text)
-  --data SOURCE       any text that train.py takes, read with the run's tokenizer (default: what the run was trained on)
-  --split val|train   which part of the run's own data (default: val)
-  --stride N          windows begin N tokens apart, so that each token is predicted from at least block_size - N tokens
-                      before it (default: block_size, windows side by side; smaller is better and slower)
-  --batch-size N      windows that each device is handed at a time; no figure depends on it
-
-Items with an answer, one JSON object a line, or hf:NAME[:CONFIG[:SPLIT]] from the Hugging Face hub:
-  --choices FILE      multiple choice: {"ctx", "endings", "label"} as in HellaSwag, or {"query", "choices", "gold"}
-  --last-word FILE    the last word of each {"text"}, as in LAMBADA
-  --lm-eval TASKS     tasks of lm-evaluation-harness, with commas (needs pip install 'nanogpt-jax[lm-eval]')
-  --include-path DIR  where lm-eval looks for tasks of your own; they may name Python code, which it runs
-
-  --checkpoint WHICH  best, latest or a step (default: best)
-  --json FILE         all figures, with every digit
-
-A standard error says how far the figure would move on another text of the kind: stretches of text (or items) are drawn,
-tokens are not, since neighbours resemble each other. It does not cover another seed of the same recipe."""
-
-FLAGS = "data field split stride batch_size choices last_word lm_eval include_path checkpoint json".split()
 CLEAR = 2.0  # standard errors from which on a difference is called one
 
 
 @dataclass(frozen=True)
-class Options:
-    """The command line, checked."""
+class Options(command_line.Options):
+    data: str | None = flag(
+        "SOURCE",
+        "any text that train.py takes, read with the run's tokenizer (default: what the run was trained on)",
+        heading="The loss of a whole text: nats a token, perplexity and bits per byte, each with its standard error:",
+    )
+    field: str | None = flag(
+        "NAME", "where rows of .jsonl, .csv, .parquet and the hub keep the text of --data (default: text)"
+    )
+    split: Literal["val", "train"] | None = flag("", "which part of the run's own data (default: val)")
+    stride: int = flag(
+        "N",
+        "windows begin N tokens apart, so that each token is predicted from at least block_size - N tokens before it; "
+        "smaller is better and slower (default: block_size, windows side by side)",
+        0,
+        must=COUNT,
+    )
+    batch_size: int = flag(
+        "N",
+        "windows that each device is handed at a time; no figure depends on it (default: by their length)",
+        0,
+        must=COUNT,
+    )
+    choices: str | None = flag(
+        "FILE",
+        'multiple choice: {"ctx", "endings", "label"} as in HellaSwag, or {"query", "choices", "gold"}',
+        heading="Items with an answer, one JSON object a line, or hf:NAME[:CONFIG[:SPLIT]] from the Hugging Face hub:",
+    )
+    last_word: str | None = flag("FILE", 'the last word of each {"text"}, as in LAMBADA')
+    lm_eval: str | None = flag(
+        "TASKS", "tasks of lm-evaluation-harness, with commas (needs pip install 'nanogpt-jax[lm-eval]')"
+    )
+    include_path: str | None = flag(
+        "DIR", "where lm-eval looks for tasks of your own; they may name Python code, which it runs"
+    )
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best", heading="Of both:")
+    json: str | None = flag("FILE", "all figures, with every digit")
 
-    runs: list[str]
-    data: str
-    field: str
-    split: str
-    stride: int
-    batch_size: int
-    choices: str
-    last_word: str
-    lm_eval: list[str]
-    include_path: str
-    checkpoint: str
-    json: str
+    @property
+    def tasks(self) -> list[str]:
+        return self.lm_eval.split(",") if self.lm_eval else []
 
     @property
     def wants_loss(self) -> bool:
         """The loss is measured unless something else is asked for."""
         return bool(self.data or self.split) or not (self.choices or self.last_word or self.lm_eval)
+
+
+COMMAND = CommandLine(
+    "eval",
+    Options,
+    "Measures a run. With OTHER, both on the same text, and which one is better.",
+    {"[RUN]": "a run directory (default: the newest in runs/)", "[OTHER]": "another one, to compare"},
+    after="A standard error says how far the figure would move on another text of the kind: stretches of text (or "
+    "items) are drawn, tokens are not, since neighbours resemble each other. It does not cover another seed of the "
+    "same recipe.",
+)
 
 
 @dataclass(frozen=True)
@@ -94,13 +107,13 @@ class Text:
 
 def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(USAGE)
+        print(COMMAND.help())
         return 0
     return run(read(argv))
 
 
 def run(asked: Options) -> int:
-    runs = [open_run(path) for path in map(options.existing, asked.runs)] or [open_run(run_dir.newest(Path("runs")))]
+    runs = [open_run(path) for path in map(options.existing, asked.words)] or [open_run(run_dir.newest(Path("runs")))]
     _check_places(asked)
     for run in runs:
         if asked.stride > run.cfg.model.block_size:
@@ -147,34 +160,23 @@ def run(asked: Options) -> int:
 
 def read(argv: list[str]) -> Options:
     """Flags and names; UserError for what cannot be meant. No jax here."""
-
-    def check(key: str) -> None:
-        if key not in FLAGS:
-            raise config.unknown_flag(key, FLAGS, "eval")
-
-    words, flags = config.split_arguments(argv, (), check)
-    if len(words) > 2:
-        raise UserError(f"one run, or two to compare, but got {', '.join(words)}")
-    value = dict.fromkeys(FLAGS, "") | {"checkpoint": "best"} | flags
-    for key in flags:
-        if not flags[key]:
-            raise UserError(f"--{key.replace('_', '-')} is empty")
-    if value["split"] not in ("", "val", "train"):
-        raise UserError(f"--split={value['split']} is not one of val, train")
-    if value["split"] and value["data"]:
+    asked = COMMAND.read(argv)
+    if len(asked.words) > 2:
+        raise UserError(f"one run, or two to compare, but got {', '.join(asked.words)}")
+    for one in fields(asked):
+        if getattr(asked, one.name) == "":
+            raise UserError(f"{command_line.flag_of(one.name)} is empty")
+    if asked.split and asked.data:
         raise UserError("--split is a part of the run's own data; of --data the whole text is measured: leave one out")
-    if value["field"] and not value["data"]:
+    if asked.field and not asked.data:
         raise UserError("--field says how to read --data, which is not given")
-    if value["include_path"] and not value["lm_eval"]:
+    if asked.include_path and not asked.lm_eval:
         raise UserError("--include-path is where --lm-eval looks for tasks; name a task too")
-    if value["lm_eval"] and len(words) == 2:
+    if asked.lm_eval and len(asked.words) == 2:
         raise UserError("--lm-eval measures one run at a time; leave the other one out")
-    numbers = {key: _number(value, key) for key in ("stride", "batch_size")}
-    tasks = value["lm_eval"].split(",") if value["lm_eval"] else []
-    found = Options(**{**value, **numbers, "lm_eval": tasks, "runs": words})
-    if any(numbers.values()) and not found.wants_loss:
+    if (asked.stride or asked.batch_size) and not asked.wants_loss:
         raise UserError("--stride and --batch-size are about the loss of a text; add --data or --split")
-    return found
+    return asked
 
 
 def _check_places(asked: Options) -> None:
@@ -182,15 +184,6 @@ def _check_places(asked: Options) -> None:
         raise UserError(f"--include-path={asked.include_path} is no directory")
     if asked.json:
         cli.check_file("--json", asked.json)
-
-
-def _number(value: dict[str, str], key: str) -> int:
-    text, name = value[key], key.replace("_", "-")
-    if not text:
-        return 0
-    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
-        raise UserError(f"--{name}={text} must be a whole number, at least 1")
-    return int(text)
 
 
 # ---- runs and texts -------------------------------------------------------------------------------------------------
@@ -330,7 +323,7 @@ def _loss(nats: np.ndarray, text: Text, block_size: int, stride: int) -> dict[st
     }
 
 
-def _choices(found: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+def _choices(found: dict[str, np.ndarray], source: str | None) -> dict[str, Any]:
     return {
         "source": source,
         "items": len(found["choices acc"]),
@@ -339,7 +332,7 @@ def _choices(found: dict[str, np.ndarray], source: str) -> dict[str, Any]:
     }
 
 
-def _last_word(found: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+def _last_word(found: dict[str, np.ndarray], source: str | None) -> dict[str, Any]:
     nats = statistics.mean(found["words nats"])
     perplexity = math.exp(min(nats.value, 700))
     return {
@@ -454,16 +447,16 @@ def _lm_eval_tasks(asked: Options) -> Any:
     wrong = UserError("")
     for defaults in (False, True) if asked.include_path else (True,):  # its own 14,000 take seconds to look through
         manager = TaskManager(include_path=asked.include_path or None, include_defaults=defaults)
-        unknown = [task for task in asked.lm_eval if task not in manager.all_tasks]
+        unknown = [task for task in asked.tasks if task not in manager.all_tasks]
         if unknown:
             near = config.suggestion(unknown[0], manager.all_tasks) or "\n       --include-path DIR adds your own"
             wrong = UserError(f"lm-eval knows no task {unknown[0]}{near}")
             continue
         try:
-            return manager.load(asked.lm_eval)
+            return manager.load(asked.tasks)
         except Exception as e:  # from many libraries: YAML, datasets, the network
             wrong = UserError(
-                f"--lm-eval={','.join(asked.lm_eval)} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
+                f"--lm-eval={asked.lm_eval} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
                 "       a task whose data is on the hub needs the network"
             )
     raise wrong

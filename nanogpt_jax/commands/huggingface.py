@@ -10,27 +10,48 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config import Config, UserError, command_line, program
+from nanogpt_jax.config.command_line import CommandLine, Read, flag
 from nanogpt_jax.host import files, messages, terminal
 from nanogpt_jax.model import sizes
 
-IMPORT_USAGE = """usage: nanogpt-jax import-hf MODEL RUN [--tokenizer DIR] [--no-compare]
+NO_COMPARE = "no comparison with transformers where that is installed; it takes the memory of a second model"
 
-Makes the run directory RUN from a GPT-2 in Hugging Face's files, for sample.py, train.py --init-from and eval.
 
-  MODEL            a directory with config.json and model.safetensors, one .safetensors file,
-                   or a name on the Hugging Face Hub such as gpt2-medium
-  --tokenizer DIR  where tokenizer.json, or vocab.json and merges.txt, are (default: beside the weights; a model of
-                   50257 tokens without any has GPT-2's)
-  --no-compare     no comparison with transformers where that is installed; it takes the memory of a second model"""
+@dataclass(frozen=True)
+class ImportOptions(command_line.Options):
+    tokenizer: str | None = flag(
+        "DIR",
+        "where tokenizer.json, or vocab.json and merges.txt, are (default: beside the weights; a model of 50257 tokens "
+        "without any has GPT-2's)",
+    )
+    no_compare: bool = flag("", NO_COMPARE, False)
 
-EXPORT_USAGE = """usage: nanogpt-jax export-hf RUN DIR|FILE.gguf [--checkpoint WHICH] [--overwrite] [--no-compare]
 
-Writes a run as transformers reads it (config.json, model.safetensors, tokenizer.json), or as one file for llama.cpp.
+@dataclass(frozen=True)
+class ExportOptions(command_line.Options):
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best")
+    overwrite: bool = flag("", "write over the files in DIR, or over FILE.gguf", False)
+    no_compare: bool = flag("", NO_COMPARE, False)
 
-  --checkpoint     best, latest or a step (default: best)
-  --overwrite      write over the files in DIR, or over FILE.gguf
-  --no-compare     no comparison with transformers where that is installed; it takes the memory of a second model"""
+
+IMPORT = CommandLine(
+    "import-hf",
+    ImportOptions,
+    "Makes a run directory from a GPT-2 in Hugging Face's files, for sample.py, train.py --init-from and eval.",
+    {
+        "MODEL": "a directory with config.json and model.safetensors, one .safetensors file, or a name on the Hugging "
+        "Face Hub such as gpt2-medium",
+        "RUN": "the run directory that is made",
+    },
+)
+EXPORT = CommandLine(
+    "export-hf",
+    ExportOptions,
+    "Writes a run as transformers reads it (config.json, model.safetensors, tokenizer.json), or as one file for "
+    "llama.cpp.",
+    {"RUN": "a run directory", "DIR": "where it is written: a directory, or one FILE.gguf"},
+)
 
 DOWNLOADED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json"]
 DOWNLOADED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
@@ -40,54 +61,38 @@ WEIGHTS = "model.safetensors"
 EXPORTED = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 EXPORTED += ("vocab.json", "merges.txt", "special_tokens_map.json")
 BEGUN, OVER = "export", "overwrite"  # the temporary folder in DIR: where none of these was, and where some were
-ARGUMENTS = {  # the two words, the flags with a value, those without
-    "import-hf": ("MODEL RUN", ("tokenizer",), ("no_compare",)),
-    "export-hf": ("RUN DIR", ("checkpoint",), ("overwrite", "no_compare")),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """A command line, checked."""
-
-    source: str  # MODEL or RUN
-    target: str  # RUN or DIR
-    flags: dict[str, str]
 
 
 def main_import(argv: list[str]) -> int:
-    return _main("import-hf", IMPORT_USAGE, run_import, argv)
+    return _main(IMPORT, run_import, argv)
 
 
 def main_export(argv: list[str]) -> int:
-    return _main("export-hf", EXPORT_USAGE, run_export, argv)
+    return _main(EXPORT, run_export, argv)
 
 
-def _main(command: str, usage: str, run: Callable[[Options], int], argv: list[str]) -> int:
+def _main(command: CommandLine[Read], run: Callable[[Read], int], argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(usage)
+        print(command.help())
         return 0
-    return run(read(command, argv))
+    return run(_two_words(command, argv))
 
 
-def read(command: str, argv: list[str]) -> Options:
-    """The two words of a command line and its flags; UserError if it is not understood. No jax here."""
-    wanted, valued, switches = ARGUMENTS[command]
-
-    def check(key: str) -> None:
-        if key not in (*valued, *switches):
-            raise config.unknown_flag(key, (*valued, *switches), command)
-
-    words, flags = config.split_arguments(argv, switches, check)
-    if len(words) != 2:
-        got = " ".join(words) or "nothing"
-        raise UserError(f"{command} takes {wanted}, but got {got}\n       see nanogpt-jax {command} --help")
-    source, target = words
-    return Options(source, target, flags)
+def read(name: str, argv: list[str]) -> ImportOptions | ExportOptions:
+    """The two words of a command line and its flags; UserError if they are not understood. No jax here."""
+    return _two_words(IMPORT, argv) if name == "import-hf" else _two_words(EXPORT, argv)
 
 
-def run_import(options: Options) -> int:
-    name, target, flags = options.source, options.target, options.flags
+def _two_words(command: CommandLine[Read], argv: list[str]) -> Read:
+    asked = command.read(argv)
+    if len(asked.words) != 2:
+        wanted, got = " ".join(command.words), " ".join(asked.words) or "nothing"
+        raise UserError(f"{command.name} takes {wanted}, but got {got}\n       see {program(command.name)} --help")
+    return asked
+
+
+def run_import(asked: ImportOptions) -> int:
+    name, target = asked.words
     run = Path(target)
     _refuse_existing(run)
     path = Path(name) if os.path.exists(name) else _download(name)
@@ -98,9 +103,9 @@ def run_import(options: Options) -> int:
     model = transformers_files.open_model(path)
     if model.note:
         print(f"note: {model.note}")
-    folder = Path(flags.get("tokenizer", model.folder))
+    folder = Path(asked.tokenizer or model.folder)
     tokenizer = vocabulary.read_tokenizer(folder, lambda left_out: print(f"note: {left_out}"))
-    if tokenizer is None and "tokenizer" in flags:
+    if tokenizer is None and asked.tokenizer:
         raise UserError(f"--tokenizer={folder} has neither tokenizer.json nor vocab.json and merges.txt")
     if tokenizer is None and model.cfg.vocab_size == tokenizers.GPT2_VOCAB_SIZE:
         print(f"note: {folder} has no tokenizer; {model.cfg.vocab_size} tokens are GPT-2's, so GPT-2's is taken")
@@ -149,7 +154,7 @@ def run_import(options: Options) -> int:
         f"{run}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
         f"block_size={m.block_size} vocabulary {m.vocab_size}), tokenizer of {tokenizer.n_vocab}, from {name}"
     )
-    ours = check.own_logits(m, params, "no_compare" in flags)
+    ours = check.own_logits(m, params, asked.no_compare)
     del params  # room for theirs
     print(check.compared(ours, model.config, model.files))
     shown = config.word(run)
@@ -160,11 +165,11 @@ def run_import(options: Options) -> int:
     return 0
 
 
-def run_export(options: Options) -> int:
-    run, out, flags = Path(options.source), Path(options.target), options.flags
+def run_export(asked: ExportOptions) -> int:
+    run, out = map(Path, asked.words)
     settings = config.read_json(run / "config.json")
     cfg = settings.model
-    _refuse_target(out, "overwrite" in flags)
+    _refuse_target(out, asked.overwrite)
 
     from nanogpt_jax.data import tokenizer as tokenizers
 
@@ -176,7 +181,7 @@ def run_export(options: Options) -> int:
     from nanogpt_jax.model import gpt2
     from nanogpt_jax.training.checkpoint import load_params
 
-    params, step = load_params(run, gpt2.param_shapes(cfg), flags.get("checkpoint", "best"))
+    params, step = load_params(run, gpt2.param_shapes(cfg), asked.checkpoint)
     tensors = weights.to_hugging_face(cfg, params)
     if bad := weights.not_finite(tensors):
         raise UserError(
@@ -205,7 +210,7 @@ def run_export(options: Options) -> int:
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from None
     print(f"{out}: step {step} of {run}, as transformers reads it")
-    ours = check.own_logits(cfg, params, "no_compare" in flags)
+    ours = check.own_logits(cfg, params, asked.no_compare)
     del tensors, params  # room for theirs
     print(check.compared(ours, about, [out / "model.safetensors"]))
     return 0

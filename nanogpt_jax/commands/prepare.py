@@ -3,37 +3,39 @@ and into the same folder; this is for texts that take long, and for machines tha
 
 import shlex
 import time
+from dataclasses import dataclass
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import DataConfig, UserError
+from nanogpt_jax.config import Config, DataConfig, UserError, command_line
+from nanogpt_jax.config.command_line import CommandLine, flag
 
-USAGE = """usage: nanogpt-jax prepare [SOURCE] [--tokenizer char|gpt2|bpe:N|DIR] [--field NAME] [--val-fraction F]
-                           [--mixture A=3,B=1] [--threads N] [--dir DIR] [--config CONFIG]
+SOURCE = """python-docs, shakespeare, or
+FILE: a UTF-8 text, or .jsonl, .json, .csv, .tsv or .parquet with a text field; each may be packed as .gz
+FOLDER: every .txt, .text, .md, .jsonl, .ndjson and .parquet in it
+'GLOB': files by a pattern, like 'books/**/*.txt'
+hf:NAME[:CONFIG][:FIELD]: a data set of the Hugging Face hub, streamed
+-: a text from standard input"""
 
-Turns text into tokens, for train.py to find. The same command again goes on where an interrupted one stopped.
 
-  SOURCE          python-docs, shakespeare, or
-                  FILE                        a UTF-8 text, or .jsonl, .json, .csv, .tsv or .parquet with a text field;
-                                              each may be packed as .gz
-                  FOLDER                      every .txt, .text, .md, .jsonl, .ndjson and .parquet in it
-                  'GLOB'                      files by a pattern: 'books/**/*.txt'
-                  hf:NAME[:CONFIG][:FIELD]    a data set of the Hugging Face hub, streamed
-                  -                           a text from standard input
-  --tokenizer T   char: one token a character (default); gpt2: GPT-2's byte pairs; bpe:8192: byte pairs learned from
-                  the text, with so many tokens; DIR: the one of a run or of prepared tokens
-  --field NAME    where rows of .jsonl, .csv, .parquet and the hub keep their text (default: text)
-  --val-fraction F  share kept for validation (default: 0.1): whole documents, or the end of a single text
-  --mixture A=3,B=1 several sources at once, with one tokenizer and weights
-  --threads N     default: one a core; the tokens do not depend on it
-  --dir DIR       where prepared tokens are kept (default: data)
-  --config CONFIG settings of a config file, as for train.py
+@dataclass(frozen=True)
+class Options(command_line.Options):
+    config: str | None = flag("CONFIG", "settings of a config file, as for train.py")
 
-Each flag is the setting data.NAME of train.py."""
+
+COMMAND = CommandLine(
+    "prepare",
+    Options,
+    "Turns text into tokens, for train.py to find. The same command again goes on where an interrupted one stopped.",
+    {"[SOURCE]": SOURCE},
+    after="Each flag but --config is the setting data.NAME of train.py.",
+    kind=Config,
+    section="data",
+)
 
 
 def main(argv: list[str]) -> int:
     if cli.asks_for_help(argv):
-        print(USAGE)
+        print(COMMAND.help())
         return 0
     return run(read(argv))
 
@@ -54,23 +56,16 @@ def run(command: config.Command) -> int:
 
 def read(argv: list[str]) -> config.Command:
     """The command line, as train.py would read `--data.NAME` for each of our flags."""
-    own = {key.removeprefix("data.") for key in config.TYPES if key.startswith("data.")}
-
-    def check(key: str) -> None:
-        if key.removeprefix("data.") not in own and key != "config":
-            raise config.unknown_flag(key, (*own, "config"), "prepare")
-
-    # a lone dash is a source, not a flag
-    words, flags = config.split_arguments(argv, (), check)
+    options = COMMAND.read(argv)
+    words, settings = options.words, options.settings
     if len(words) > 1:
         raise UserError(
             f"one source at a time, but got {' and '.join(words)}\n"
             "       for several, give a folder, a pattern in quotes, or --mixture A=3,B=1"
         )
-    settings = {f"data.{key.removeprefix('data.')}": value for key, value in flags.items() if key != "config"}
     if words and settings.setdefault("data.source", words[0]) != words[0]:
         raise UserError(f"the source was given twice: {words[0]} and {settings['data.source']}")
-    file = [flags["config"]] if "config" in flags else []
+    file = [options.config] if options.config is not None else []
     return config.load([*file, *(f"--{key}={value}" for key, value in settings.items())])
 
 

@@ -1,81 +1,77 @@
 """The command line of `sample.py`: flags, their limits, and the prompt. No jax here: a typo is reported at once."""
 
-import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from nanogpt_jax import config
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import UserError, command_line
+from nanogpt_jax.config.command_line import AT_LEAST_1, CommandLine, flag
 from nanogpt_jax.data import text_file
 
 LONGEST_PROMPT = 1 << 24  # characters
-LIMITS = {  # what a value must be, in words and as a test
-    "num_samples": ("be at least 1", lambda n: n >= 1),
-    "max_new_tokens": ("be at least 1", lambda n: n >= 1),
-    "temperature": ("be 0 (always the likeliest token) or lie in [0.001, 100]", lambda t: t == 0 or 0.001 <= t <= 100),
-    "top_k": ("not be negative; 0 allows all tokens", lambda k: k >= 0),
-    "top_p": ("lie in (0, 1]; 1 allows all tokens", lambda p: 0 < p <= 1),
-    "min_p": ("lie in [0, 1); 0 allows all tokens", lambda p: 0 <= p < 1),
-    "repetition_penalty": ("lie in [0.01, 100]; 1 is none", lambda r: 0.01 <= r <= 100),
-    "seed": ("lie in [0, 2**32)", lambda s: 0 <= s < 2**32),
-}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}\n       see {config.program('sample')} --help")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        prog=config.program("sample", briefly=True),
-        description="Writes text with a trained model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+@dataclass(frozen=True)
+class Options(command_line.Options):
+    prompt: str | None = flag("TEXT", "what the text begins with (default: a newline)")
+    prompt_file: Path | None = flag("FILE", "a UTF-8 file with the prompt, taken to the letter")
+    num_samples: int = flag("N", "continuations, drawn side by side", 1, must=AT_LEAST_1)
+    max_new_tokens: int = flag("N", "longest continuation; the context slides", 500, must=AT_LEAST_1)
+    temperature: float = flag(
+        "T",
+        "lower is safer, higher wilder; 0: the likeliest",
+        0.8,
+        must=("be 0 (always the likeliest token) or lie in [0.001, 100]", lambda t: t == 0 or 0.001 <= t <= 100),
     )
-    flag = parser.add_argument
-    flag("run", nargs="?", metavar="RUN", help="a run directory (default: the newest in runs/)")
-    flag("--prompt", metavar="TEXT", help="what the text begins with (default: a newline)")
-    flag("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file with the prompt, taken to the letter")
-    flag("--num-samples", type=int, default=1, metavar="N", help="continuations, drawn side by side")
-    flag("--max-new-tokens", type=int, default=500, metavar="N", help="longest continuation; the context slides")
-    flag("--temperature", type=float, default=0.8, metavar="T", help="lower is safer, higher wilder; 0: the likeliest")
-    flag("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
-    flag("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest, until they have probability P")
-    flag(
-        "--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest, or more"
+    top_k: int = flag(
+        "K", "only the K likeliest tokens; 0: all", 0, must=("not be negative; 0 allows all tokens", lambda k: k >= 0)
     )
-    flag("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: rarer what was there before")
-    flag("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
-    flag("--seed", type=int, default=1337, metavar="N", help="the same seed gives the same text")
-    flag("--checkpoint", default="best", metavar="WHICH", help="best, latest or a step")
-    return parser
+    top_p: float = flag(
+        "P",
+        "only the likeliest, until they have probability P",
+        1.0,
+        must=("lie in (0, 1]; 1 allows all tokens", lambda p: 0 < p <= 1),
+    )
+    min_p: float = flag(
+        "P",
+        "only tokens P times as likely as the likeliest, or more",
+        0.0,
+        must=("lie in [0, 1); 0 allows all tokens", lambda p: 0 <= p < 1),
+    )
+    repetition_penalty: float = flag(
+        "R",
+        "above 1: makes repeated tokens less likely",
+        1.0,
+        must=("lie in [0.01, 100]; 1 is none", lambda r: 0.01 <= r <= 100),
+    )
+    stop: tuple[str, ...] = flag("TEXT", "end before this text; may be given several times", ())
+    seed: int = flag(
+        "N", "the same seed gives the same text", 1337, must=("lie in [0, 2**32)", lambda s: 0 <= s < 2**32)
+    )
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best")
+
+    @property
+    def run(self) -> str | None:
+        return self.words[0] if self.words else None
 
 
-def read(argv: list[str]) -> argparse.Namespace:
-    parser = make_parser()
-    # dashes and underscores are the same, in the names of flags
-    names = [word.partition("=")[0] for word in argv]
-    argv = [n.replace("_", "-") + w[len(n) :] if w.startswith("--") else w for n, w in zip(names, argv, strict=True)]
-    absent = argparse.Namespace(run=None, prompt=None, prompt_file=None, stop=[])
-    options, unknown = parser.parse_known_args(argv, absent)
-    for word in sorted(unknown, key=lambda w: not w.startswith("-")):
-        if not word.startswith("-"):
-            both = f"{options.run} and {config.quoted(word)}"
-            raise UserError(f"one run at a time, but got {both}\n       a text to go on from is --prompt TEXT")
-        known = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
-        raise config.unknown_flag(word.partition("=")[0].lstrip("-"), known, "sample")
-    for name, (must, good) in LIMITS.items():
-        if not good(value := getattr(options, name)):
-            raise UserError(f"--{name.replace('_', '-')}={value} must {must}")
+COMMAND = CommandLine(
+    "sample", Options, "Writes text with a trained model.", {"[RUN]": "a run directory (default: the newest in runs/)"}
+)
+
+
+def read(argv: list[str]) -> Options:
+    options = COMMAND.read(argv)
+    if len(options.words) > 1:
+        both = f"{options.run} and {config.quoted(options.words[1])}"
+        raise UserError(f"one run at a time, but got {both}\n       a text to go on from is --prompt TEXT")
     if not all(options.stop):
         raise UserError("--stop= needs a text; leave it out, and nothing but the length ends a sample")
     return options
 
 
-def read_prompt(options: argparse.Namespace) -> str | None:
+def read_prompt(options: Options) -> str | None:
     """The prompt to the letter; None where none was given."""
     path = options.prompt_file
     if path is None:

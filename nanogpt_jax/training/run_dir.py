@@ -27,7 +27,9 @@ from typing import Any, Protocol
 import filelock
 
 from nanogpt_jax import config, runtime
-from nanogpt_jax.config import Command, Config, UserError
+from nanogpt_jax.config import Command, Config, UserError, command_line, parse
+from nanogpt_jax.config.settings import differences, types_of
+from nanogpt_jax.config.validate import MOST_STEPS
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files
@@ -39,7 +41,7 @@ WRITTEN_FILES = ("config.json", "data.json", "metrics.jsonl")
 WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
-BEING_MOVED, SET_ASIDE = config.REPLACED
+BEING_MOVED, SET_ASIDE = parse.REPLACED
 UNFINISHED = ".orbax-checkpoint-tmp"  # how the folder of a save under way ends
 # what earlier versions left when they were killed
 OLD_LEFTOVER = re.compile(
@@ -327,13 +329,13 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
 def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
     """UserError if the run in the directory has other settings or other data."""
     before = config.read_json(run_dir / "config.json", type(cfg))
-    compared = frozenset(config.types_of(type(cfg))) - config.EXECUTION
+    compared = frozenset(types_of(type(cfg))) - cfg.EXECUTION
     if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
         compared -= {"data.tokenizer"}
     same_data = _fingerprint(run_dir / "data.json") == data.fingerprint
     if not same_data:  # then these follow from the text
         compared -= {key for key in ("model.vocab_size", "model.end_of_text") if command.origin[key] == "default"}
-    changed = config.differences(before, cfg, compared)
+    changed = differences(before, cfg, compared)
     if same_data:  # it may have moved, or be spelt in another way
         moved = [c for c in changed if c[0] in ("data.source", "data.mixture")]
         changed = [c for c in changed if c not in moved]
@@ -367,7 +369,7 @@ def describe(command: Command) -> str:
     how = dataclasses.asdict(_execution(command.cfg))
     known = "" if command.cfg.model.vocab_size else ", if its vocabulary, which is not known yet, is small"
     shown = "\n".join(f"# {name}={str(value).lower()}" for name, value in how.items())
-    settings = config.render(command.cfg, command.origin)
+    settings = parse.render(command.cfg, command.origin)
     return f"{settings}\n\n{runtime.describe()}\n\n# how it runs on this machine{known}:\n{shown}"
 
 
@@ -398,7 +400,7 @@ def standing(run_dir: Path, argv: list[str], name: str = "train") -> str:
 
 def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
     """The command that goes on with this run: the one that was typed, with other `steps` if given."""
-    more = ["--train.steps", str(min(steps, config.MOST_STEPS))] if steps else []
+    more = ["--train.steps", str(min(steps, MOST_STEPS))] if steps else []
     without = ("--resume", "--train.steps") if steps else ("--resume",)
     return config.joined([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), *more)])
 
@@ -413,7 +415,7 @@ def afterwards(run_dir: Path, argv: list[str], steps: int) -> str:
 def typed(without: tuple[str, ...] = (), *more: str) -> str:
     """The command line of this process, edited: for people to type. "" if the process is another program."""
     program = Path(sys.argv[0])
-    if program.name in config.DOORS:
+    if program.name in command_line.DOORS:
         words = ["python", sys.argv[0]]
     elif program.name == "__main__.py":
         words = ["python", "-m", "nanogpt_jax"]
@@ -458,6 +460,6 @@ def newest(folder: Path) -> Path:
     found = [p.parent for p in folder.glob("*/config.json") if not p.parent.name.startswith(".")]  # an import under way
     runs = [run for run in found if checkpoint_steps(run)]
     for run in sorted(runs, key=rank, reverse=True):
-        if not config.is_classifier(run):
+        if not parse.is_classifier(run):
             return run
     raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")

@@ -1,0 +1,110 @@
+"""The settings of a classifier: a language model's, with its own data, one section more, and other defaults."""
+
+# ClassifierConfig.data is another class than Config.data:
+# pyright: reportIncompatibleVariableOverride=false
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UserError
+from nanogpt_jax.config.settings import Origin
+from nanogpt_jax.config.validate import MOST_STEPS
+
+
+@dataclass(frozen=True)
+class LabelledConfig:
+    source: str = "python"  # a .jsonl, .json, .csv, .tsv or .parquet file, hf:NAME[:CONFIG], or python: prose or code
+    split: str = "train"  # of hf:NAME, the split that is taken
+    text_column: str = "text"  # where the text stands
+    label_column: str = "label"  # where the label stands: a string or a whole number
+    keep: Literal["first", "last"] = "first"  # which model.block_size tokens of a longer text are read
+    tokenizer: str = "char"  # char, gpt2, bpe:8192 (learned from the texts), or a folder that holds a tokenizer
+    val_fraction: float = 0.1  # share of each label kept to choose the checkpoint by
+    test_fraction: float = 0.1  # share of each label kept for `classify eval`
+
+    @property
+    def title(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    freeze: bool = False  # train the head alone, on the language model as it is
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare label's texts count more, n / (K * n_label)
+    epochs: int = 5  # passes over the training texts
+    monitor: Literal["loss", "macro-f1"] = "loss"  # what the best checkpoint is best by, on the validation texts
+    patience: int = 0  # evaluations without a better one after which the run ends; 0: it goes on to the last step
+    n_labels: int = 0  # K; 0: as many as the data has
+
+
+@dataclass(frozen=True)
+class ClassifierTrainConfig(TrainConfig):
+    steps: int = 0  # optimizer steps; 0: classify.epochs passes
+    batch_size: int = 16  # texts a step, over all devices and micro-batches
+    micro_batch: int = 0  # texts at a time (gradients accumulate); 0: the whole batch
+    eval_every: int = 0  # steps between looks at the validation texts; 0: once an epoch
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(Config):
+    """All settings of a classifier's run: GPT-2 with a head over the last token."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(block_size=256, dropout=0.1))
+    data: LabelledConfig = field(default_factory=LabelledConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig("adamw", 1e-3))
+    train: ClassifierTrainConfig = field(default_factory=ClassifierTrainConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+
+    COMMAND: ClassVar[str] = "classify train"
+    ABOUT: ClassVar[str] = (
+        "Trains GPT-2 with a head over the last token's hidden state to name the label of a text. The flags mean what "
+        "they mean to train.py; the defaults are for a few thousand labelled texts."
+    )
+    RUN: ClassVar[str] = "classifier"
+    OTHER: ClassVar[str] = (
+        "{run} is a language model, not a classifier\n"
+        "       train one from it: nanogpt-jax classify train --train.init-from {word} --data.source FILE"
+    )
+    OWN: ClassVar[frozenset[str]] = frozenset({"model.dropout"})
+    EXECUTION: ClassVar[frozenset[str]] = Config.EXECUTION | {"classify.epochs", "classify.patience"}
+
+    def demands(self, check: Callable[..., None]) -> None:
+        d, c, t = self.data, self.classify, self.train
+        check(t.steps >= 0, "train.steps", "must not be negative")
+        check(c.epochs >= 1, "classify.epochs", "must be at least 1")
+        check(c.patience >= 0, "classify.patience", "must not be negative")
+        check(c.n_labels >= 0, "classify.n_labels", "must not be negative")
+        check(d.test_fraction >= 0, "data.test_fraction", "must not be negative", "0 keeps no test texts")
+        check(
+            d.val_fraction + d.test_fraction < 1,
+            "data.test_fraction",
+            f"and data.val_fraction={d.val_fraction} leave no training texts",
+        )
+        check(
+            not (c.freeze and t.init_from == "scratch"),
+            "classify.freeze",
+            "would train a head on weights that nobody has trained",
+            "set train.init_from to a language model's run",
+        )
+
+
+def with_labels(cfg: ClassifierConfig, n_labels: int, n_texts: int, origin: Origin) -> ClassifierConfig:
+    """`cfg` with the number of labels, and an epoch's length in steps, filled in."""
+    if cfg.classify.n_labels not in (0, n_labels):
+        raise UserError(
+            f"classify.n_labels={cfg.classify.n_labels} ({origin['classify.n_labels']}), but the data has {n_labels} "
+            "labels; leave it out"
+        )
+    epoch, t = -(-n_texts // cfg.train.batch_size), cfg.train
+    if not t.steps and cfg.classify.epochs * epoch > MOST_STEPS:
+        raise UserError(
+            f"classify.epochs={cfg.classify.epochs} are {cfg.classify.epochs * epoch} steps "
+            f"({origin['classify.epochs']}), and must be at most {MOST_STEPS}: at most {MOST_STEPS // epoch} epochs"
+        )
+    return dataclasses.replace(
+        cfg,
+        classify=dataclasses.replace(cfg.classify, n_labels=n_labels),
+        train=dataclasses.replace(t, steps=t.steps or cfg.classify.epochs * epoch, eval_every=t.eval_every or epoch),
+    )
