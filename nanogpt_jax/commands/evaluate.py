@@ -65,7 +65,7 @@ class Options(command_line.Options):
     include_path: str | None = flag(
         "DIR", "where lm-eval looks for tasks of your own; they may name Python code, which it runs"
     )
-    checkpoint: str = flag("WHICH", "best, latest or a step", "best", heading="Of both:")
+    checkpoint: str = flag("WHICH", "best, latest or a step", "best", heading="With either:")
     json: str | None = flag("FILE", "all figures, with every digit")
 
     @property

@@ -29,7 +29,7 @@ class ModelConfig:
     separate_documents: bool = False  # attention stays within a document, and positions begin anew in each
     end_of_text: int = -1  # id of the token between documents; -1: the tokenizer's
     scan_unroll: int = 0  # layers unrolled in the layer scan; 0: all, but 1 on TPU
-    decode: Literal["auto", "native", "xla"] = "auto"  # generation on a CPU; native: in C; auto: so for large models
+    decode: Literal["auto", "native", "xla"] = "auto"  # generation on a CPU; native: in C; auto: in C for large models
 
     @property
     def padded_vocab_size(self) -> int:

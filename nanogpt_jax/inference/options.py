@@ -85,7 +85,7 @@ def read_prompt(options: Options) -> str | None:
 
 
 def existing(name: str) -> Path:
-    """The run directory of that name, if it is a directory; config.py says whether it is a run."""
+    """The run directory of that name, if it is a directory; config.read_json says whether it is a run."""
     run = Path(name)
     if os.path.isdir(run):  # Path's own raise errors for a name that no file system takes
         return run
