@@ -50,9 +50,7 @@ class ModelConfig:
     separate_documents: bool = False  # attention stays within a document, and positions begin anew in each
     end_of_text: int = -1  # id of the token between documents; -1: the tokenizer's
     scan_unroll: int = 0  # layers unrolled in the layer scan; 0: all, but 1 on TPU
-    decode: Literal["auto", "native", "xla"] = (
-        "auto"  # generation on a CPU; native: in C; auto: native for large models
-    )
+    decode: Literal["auto", "native", "xla"] = "auto"  # generation on a CPU; native: in C; auto: if the model is large
 
     @property
     def padded_vocab_size(self) -> int:
@@ -101,9 +99,7 @@ class TrainConfig:
     batch_size: int = 12  # sequences a step, over all devices and micro-batches
     micro_batch: int = 0  # sequences at a time (gradients accumulate); 0: the whole batch
     steps_per_dispatch: int = 0  # steps in one call to the device; 0: small model 8 on CPU, 32 on GPU; else 1
-    recompile: Literal["auto", "off"] = (
-        "auto"  # a long run on one CPU compiles a quicker step; takes 1 to 5 GB meanwhile
-    )
+    recompile: Literal["auto", "off"] = "auto"  # auto: a long run on one CPU compiles a quicker step, in 1 to 5 GB
     eval_every: int = 400  # steps between losses on the whole validation split; 0: only at the end
     save_every: int = 200  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between lines in metrics.jsonl

@@ -577,7 +577,7 @@ def fail(error: BaseException) -> Callable[[Path], None]:
 def done(tmp_path, monkeypatch):
     """A run with a checkpoint, of which only the folder is there, in a directory of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_dir, "_check_devices", lambda _: None)
+    monkeypatch.setattr(run_dir, "_execution", lambda _: None)
     attempt("--run-dir", "done", begin=True)
     (tmp_path / "done/checkpoints/10/params").mkdir(parents=True)
     return tmp_path / "done"

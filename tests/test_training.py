@@ -915,6 +915,29 @@ def test_every_file_that_is_read_is_verified_once(saved, monkeypatch):
     assert sorted(verified) == sorted([*read, *files_of("20/opt_state")])
 
 
+def test_a_folder_that_cannot_be_listed_is_told_by_its_name(train, monkeypatch):
+    assert train("--train.steps", "4", "--run-dir", "r") == 0
+    list_, closed = os.listdir, Path("r/checkpoints/4/params")
+
+    def listdir(path="."):  # as for a user who may not
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(UserError, match=f"cannot read {closed}: Permission denied"):
+        train("--train.steps", "8", "--run-dir", "r")
+    with pytest.raises(UserError, match=rf"checkpoints/4 cannot be read\n +{closed} cannot be read: Permission denied"):
+        load("r")
+
+
+def test_another_text_is_told_as_such_although_it_has_other_characters(train):
+    assert train("--train.steps", "4", "--run-dir", "r") == 0
+    Path("text.txt").write_text(TEXT + "¿Qué?", encoding="utf-8")
+    with pytest.raises(UserError, match="the data of r has changed"):
+        train("--train.steps", "8", "--run-dir", "r")
+
+
 def test_a_disk_that_cannot_be_read_is_told_with_the_file(saved, monkeypatch):
     run, _ = saved()
 

@@ -288,7 +288,7 @@ def _download(name: str) -> Path:
     except (OSError, ValueError, RuntimeError) as e:  # of which the network's errors are
         raise UserError(
             f"no file or directory {name}, and it cannot be downloaded from the Hugging Face Hub "
-            f"({messages.first_line(e, 120)})\n"
+            f"({messages.first_line(e)})\n"
             f"       where there is a network: hf download {config.quoted(name)} --local-dir DIR; then give DIR here"
         ) from None
 

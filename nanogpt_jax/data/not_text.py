@@ -36,7 +36,7 @@ KINDS = [
     Kind(b"\x04\x22\x4d\x18", "packed by LZ4", "unpack it first: lz4 -dc < {file} > {unpacked}"),
     Kind(b"\x1f\x9d", "packed by compress", "unpack it first: gunzip -c < {file} > {unpacked}"),
     Kind(b"PK\x03\x04", "a ZIP archive, or a .docx, .xlsx, .odt or .epub, which are such",
-         "unpack it: unzip {file} -d {folder}; or save the document as .txt or .csv"),
+         "unpack it: unzip {file} -d {folder}\n       or, if it is a document, save it as .txt or .csv"),
     Kind(b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x -o{folder} {file}"),
     Kind(b"Rar!\x1a\x07", "a RAR archive", "unpack it: unrar x {file} {folder}/"),
     Kind(b"SQLite format 3\0", "an SQLite database",
@@ -62,6 +62,7 @@ EVEN_AS_TEXT = [
     ),
 ]
 TAR = Kind(b"", "a tar archive", "unpack it: mkdir {folder} && tar -xf {file} -C {folder}")
+HIGH = re.compile(b"[\x80-\xff]+")  # bytes beyond ASCII
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 WORDY = frozenset(b" \n\r\t0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 EASTERN = {"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "BOPOMOFO", "FULLWIDTH", "HALFWIDTH", "IDEOGRAPHIC"}
@@ -194,8 +195,10 @@ def wrong_byte(
             f"       fetch it again, or leave out what is wrong: {without}"
         )
     some = before[-1024:] + some
-    high = [byte for byte in some if byte >= 0x80]
-    if not {0x81, 0x8D, 0x8F, 0x90, 0x9D}.isdisjoint(high) or 2 * len(high) > len(some):
+    runs = HIGH.findall(some)
+    high = b"".join(runs)
+    in_words = sum(len(run) for run in runs if len(run) > 2)  # of western letters, two in a row are the most
+    if not {0x81, 0x8D, 0x8F, 0x90, 0x9D}.isdisjoint(high) or (len(high) > 3 and 2 * in_words > len(high)):
         command = _iconv("ENCODING", source, packed)
         return UserError(f"{wrong}\n       convert it, ENCODING being one that iconv -l lists: {command}")
     western = "CP1252" if any(byte < 0xA0 for byte in high) else "LATIN1"

@@ -80,12 +80,22 @@ class Swallowed:
         If a program has written the quotes, every column must say so that can; else one of them.
         """
         for doubt in self._doubts:
-            columns = {i for i, _ in doubt.inside} - {doubt.column}
-            likes = [self._is_like(i, [value for j, value in doubt.inside if j == i], by_program) for i in columns]
-            signs = [like for like in likes if like is not None]
+            signs = self._signs(doubt, by_program)
             if signs and (all(signs) if by_program else any(signs)):
                 return doubt
         return None
+
+    def none_for_sure(self) -> bool:
+        """Whether there are cells whose lines could be rows, and the columns say of each that they are none."""
+        return bool(self._doubts) and all(
+            (signs := self._signs(doubt, by_program=False)) and not any(signs) for doubt in self._doubts
+        )
+
+    def _signs(self, doubt: Doubt, by_program: bool) -> list[bool]:
+        """Of each column that can tell, whether what the lines within would have there is like what it holds."""
+        columns = {i for i, _ in doubt.inside} - {doubt.column}
+        likes = [self._is_like(i, [value for j, value in doubt.inside if j == i], by_program) for i in columns]
+        return [like for like in likes if like is not None]
 
     def _is_like(self, i: int, values: list[str], by_program: bool) -> bool | None:
         """Whether `values` are such as column i holds; None if that holds neither labels nor numbers nor times.

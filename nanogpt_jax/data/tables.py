@@ -128,13 +128,14 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
     provided that there are no other backslashes.
 
     The quotes of a .tsv are letters if each line then has as many cells as the header. They are quotes all the same if
-    that gives a table too, and a program has written them.
+    that gives a table too, and a program has written them, or else lines would be rows that are none by their cells, or
+    a lone column has several cells of lines.
     """
     lines = _Lines(found(), separator)
-    by_program, broken = _as_quotes(lines, separator)
+    is_written, broken = _as_quotes(lines, separator)
     if separator == "\t":
         if lines.broken is None:
-            return RFC if by_program and broken is None else None
+            return RFC if is_written and broken is None else None
         if broken is None and lines.quotes:
             return RFC
         if broken is None or not lines.quotes or lines.broken.line > broken.line:
@@ -147,7 +148,7 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
 
 
 def _as_quotes(lines: "_Lines", separator: str) -> tuple[bool, _Broken | None]:
-    """Whether a program has written the quotes of a table, and why it is none if they are quotes (None: it is one)."""
+    """Whether the quotes of a table are meant as such, and why it is none if they are (None: it is one)."""
     quotes, swallowed = _Quotes(separator), Swallowed(separator)
     try:
         for begin, end, row in _quoted_rows(iter(lines), separator, RFC):
@@ -158,7 +159,7 @@ def _as_quotes(lines: "_Lines", separator: str) -> tuple[bool, _Broken | None]:
     except _Broken as e:
         lines.finish()
         return quotes.by_program, e
-    return quotes.by_program, None
+    return quotes.by_program or swallowed.none_for_sure() or (lines.width == 1 and quotes.wrap_lines), None
 
 
 def _is_table(found: LineBlocks, separator: str, dialect: dict[str, Any]) -> bool:
@@ -239,6 +240,7 @@ class _Quotes:
         self._separator = separator
         self._is_header, self._in_header = True, False  # whether the next row is the header; whether that has quotes
         self._doubled = self._stray = False  # some quotes within quotes, within a cell without quotes
+        self._broken_lines = 0  # rows of several lines
         self.everywhere = True  # each line has some, and the header has them around each name
 
     @property
@@ -246,10 +248,16 @@ class _Quotes:
         """The header has quotes, or some are doubled within quotes and none stands within a cell without quotes."""
         return self._in_header or (self._doubled and not self._stray)
 
+    @property
+    def wrap_lines(self) -> bool:
+        """Several cells have lines within quotes, and no quote stands anywhere else: signs enough for a lone column."""
+        return self._broken_lines > 1 and not self._stray
+
     def see(self, row: list[str], line: str | None) -> None:
         """Add a row, and its line (None: it has several)."""
         is_header, self._is_header = self._is_header, False
         if line is None:
+            self._broken_lines += 1
             self._doubled = self._doubled or any('"' in cell and "\n" in cell for cell in row)
             return
         if '"' not in line:

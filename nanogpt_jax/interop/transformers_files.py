@@ -285,7 +285,8 @@ def _check_tensors(cfg: ModelConfig, config: dict[str, Any], weights: Weights, a
         first = next(name for name, _ in expected_tensors(cfg) if name not in weights)
         more = f" and {n_missing - 1:,} more" if n_missing > 1 else ""
         has = f"; it has {shown(weights.names[0])}" if "wte.weight" not in weights and weights.names else ""
-        raise UserError(f"tensor {first}{more} is missing from {_names(weights)} ({about}: n_layer={cfg.n_layer}){has}")
+        some = f"tensors {first}{more} are" if more else f"tensor {first} is"
+        raise UserError(f"{some} missing from {_names(weights)} ({about}: n_layer={cfg.n_layer}){has}")
     expected = their_shapes(cfg)
     for name, shape in expected.items():
         if weights.shape(name) != shape:

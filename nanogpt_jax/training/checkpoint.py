@@ -239,7 +239,7 @@ class _Unusable(Exception):
 def _val_loss(folder: Path) -> float:
     """The validation loss that a checkpoint was saved with; infinite if none was measured. _Unusable if damaged."""
     if wrong := checksums.damage(folder, only="metrics"):
-        raise _Unusable(folder, f"is damaged\n       {wrong}")
+        raise _Unusable(folder, _title(wrong))
     path = folder / "metrics" / "metrics"
     try:
         return float(json.loads(path.read_bytes())["val_loss"]) if path.exists() else float("inf")
@@ -250,9 +250,13 @@ def _val_loss(folder: Path) -> float:
 def _verify(folder: Path, *unread: str) -> None:
     """_Unusable if a checkpoint is damaged; a note if nobody can know. `unread`: items that are not to be restored."""
     if wrong := _damage(folder, *unread):
-        raise _Unusable(folder, f"is damaged\n       {wrong}")
+        raise _Unusable(folder, _title(wrong))
     if not checksums.exist(folder):
         print(f"note: an earlier version saved {folder} without checksums: damage cannot be found", file=sys.stderr)
+
+
+def _title(wrong: str) -> str:
+    return f"{'cannot be read' if ' cannot be read: ' in wrong else 'is damaged'}\n       {wrong}"
 
 
 def _damage(folder: Path, *unread: str) -> str:

@@ -164,7 +164,10 @@ def _check_kinds(run_dir: Path) -> None:
     wanted = {run_dir / name: "folder" for name in WRITTEN_FOLDERS}
     wanted |= {run_dir / name: "file" for name in (*WRITTEN_FILES, LOCK)}
     for folder in ("tokenizer", "checkpoints"):
-        inside = files.entries(run_dir / folder) if files.kind_of(run_dir / folder) == "folder" else ()
+        try:
+            inside = list(files.entries(run_dir / folder)) if files.kind_of(run_dir / folder) == "folder" else ()
+        except OSError as e:
+            raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
         wanted |= {run_dir / folder / name: "folder" if name.isdecimal() else "file or folder" for name, _ in inside}
     wanted |= {run_dir / "tokenizer" / name: "file" for name in tokenizer.FILES}
     for path, kind in wanted.items():
@@ -328,6 +331,8 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> Non
     if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
         compared -= {"data.tokenizer"}
     same_data = _fingerprint(run_dir / "data.json") == data.fingerprint
+    if not same_data:  # then these follow from the text
+        compared -= {key for key in ("model.vocab_size", "model.end_of_text") if command.origin[key] == "default"}
     changed = config.differences(before, cfg, compared)
     if same_data:  # it may have moved, or be spelt in another way
         moved = [c for c in changed if c[0] in ("data.source", "data.mixture")]
