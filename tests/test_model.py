@@ -113,8 +113,9 @@ def from_hugging_face(cfg: ModelConfig, arrays: dict[str, np.ndarray], prefix: s
         name = f"{path}.weight" if path in ("wte", "wpe") else name
         layers = [name.replace("h.", f"h.{i}.", 1) for i in range(cfg.n_layer)] if path.startswith("h/") else [name]
         array = np.stack([arrays.pop(each) for each in layers])
-        rows = np.zeros((shape[0] - cfg.vocab_size, *shape[1:]), np.float32)
-        found[path] = np.concatenate([array[0], rows]) if path == "wte" else array.reshape(shape)
+        if path == "wte":
+            array = np.pad(array, [(0, 0), (0, cfg.padded_vocab_size - cfg.vocab_size), (0, 0)])
+        found[path] = array.reshape(shape)
     assert not arrays
     return found
 
