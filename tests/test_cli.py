@@ -892,7 +892,8 @@ def test_the_newest_run_is_one_that_has_learned(tmp_path):
     for name, step, saved in [("old", 5, 1), ("new", 5, 2), ("stopped", 0, 3), (".new.0123456789ab.tmp", 5, 4)]:
         (tmp_path / name / "checkpoints" / str(step)).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(config.to_json(config.Config()))
-        os.utime(tmp_path / name / "checkpoints", (saved, saved))
+        os.utime(tmp_path / name / "checkpoints" / str(step), (saved, saved))
+    (tmp_path / "old" / "checkpoints" / "try").touch()  # a start that is refused tries whether it could write
     assert newest(tmp_path).name == "new"
     (tmp_path / "stopped" / IMPORTED).touch()  # all of an imported model's steps were made elsewhere
     assert newest(tmp_path).name == "stopped"

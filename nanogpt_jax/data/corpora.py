@@ -159,9 +159,10 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
         more = [f"{len(left) - 12} more suffixes"] if len(left) > 12 else []
         print(f"note: data.source={source} leaves out {', '.join([*left[:12], *more])}", file=sys.stderr)
     if not taken:
+        suffix = next((suffix for suffix, _ in out.most_common() if suffix.startswith(".")), ".py")
         raise UserError(
             f"data.source={source} is a folder that holds no {', '.join(IN_FOLDERS)} file\n"
-            f"       for other text files give a pattern: {quoted(glob.escape(str(folder)) + '/**/*.py')}"
+            f"       for other text files give a pattern: {quoted(f'{glob.escape(str(folder))}/**/*{suffix}')}"
         )
     return sorted(taken)
 

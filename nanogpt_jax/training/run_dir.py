@@ -454,8 +454,9 @@ def newest(folder: Path) -> Path:
     """The language model that was trained last among the directories in `folder`; one that never was, at the worst."""
 
     def rank(run: Path) -> tuple[bool, float]:
-        learned = checkpoint_steps(run)[-1] > 0 or (run / IMPORTED).exists()
-        return learned, (run / "checkpoints").stat().st_mtime
+        last = checkpoint_steps(run)[-1]
+        saved = (run / "checkpoints" / str(last)).stat().st_mtime  # a start that fails touches the folder around it
+        return last > 0 or (run / IMPORTED).exists(), saved
 
     found = [p.parent for p in folder.glob("*/config.json") if not p.parent.name.startswith(".")]  # an import under way
     runs = [run for run in found if checkpoint_steps(run)]

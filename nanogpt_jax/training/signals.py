@@ -41,10 +41,16 @@ def stop_on_signals(standing: Callable[[], str]) -> Iterator[StopRequest]:
     previous = {s: signal.getsignal(s) for s in LISTENED}
     previous = {s: handler for s, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
 
-    def listen(number: int, _frame: object) -> None:
-        request.received = signal.Signals(number)
-        for s, handler in previous.items():
-            signal.signal(s, signal.SIG_IGN if s == HANGUP else handler)
+    def listen(number: int, frame: object) -> None:
+        if not request.received:
+            request.received = signal.Signals(number)
+        elif number != HANGUP:  # as if nobody had listened
+            handler = previous[signal.Signals(number)]
+            if callable(handler):
+                handler(number, frame)  # pyright: ignore[reportArgumentType]
+            else:
+                signal.signal(number, handler)
+                os.kill(os.getpid(), number)
 
     reading, writing = socket.socketpair()
     writing.setblocking(False)
