@@ -6,7 +6,7 @@ Text goes to stdout as it comes, notes and errors to stderr.
 import sys
 from pathlib import Path
 
-from nanogpt_jax import cli, config
+from nanogpt_jax import cli
 from nanogpt_jax.inference import options
 
 
@@ -17,11 +17,10 @@ def main(argv: list[str]) -> int:
     asked = options.read(argv)
     prompt = options.read_prompt(asked)
 
-    from nanogpt_jax.training import run_dir
+    from nanogpt_jax.run.opened import newest, open_run
 
-    run = options.existing(asked.run) if asked.run else run_dir.newest(Path("runs"))
-    cfg = config.read_json(run / "config.json")
-    tokenizer = run_dir.load_tokenizer(run, cfg)
+    run = open_run(Path(asked.run) if asked.run else newest(Path("runs")))
+    cfg, tokenizer = run.cfg, run.tokenizer
     if prompt is None:  # a char model begins an empty prompt with end-of-text or a newline, if its vocabulary has one
         prompt = "" if tokenizer.name == "char" else "\n"
     n, context = len(tokenizer.encode(prompt)), cfg.model.block_size  # encode: words that the vocabulary lacks
@@ -34,13 +33,11 @@ def main(argv: list[str]) -> int:
     from nanogpt_jax.distributed.mesh import start  # jax takes seconds, so only now
     from nanogpt_jax.inference.generate import Rules
     from nanogpt_jax.inference.sampler import generate_text
-    from nanogpt_jax.model import gpt2
-    from nanogpt_jax.training.checkpoint import load_params
 
     start()
-    params, step = load_params(run, gpt2.param_shapes(cfg.model), asked.checkpoint)
+    params, step = run.load(asked.checkpoint)
     if not asked.run:
-        print(f"from {run}, step {step}:", file=sys.stderr)
+        print(f"from {run.path}, step {step}:", file=sys.stderr)
     rules = Rules(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty)
     alone = asked.num_samples == 1
     if alone:

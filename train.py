@@ -18,8 +18,8 @@ def main(argv: list[str]) -> int:
 
     from nanogpt_jax.data import batches
     from nanogpt_jax.data.prepare import open_data
-    from nanogpt_jax.training import run_dir
-    from nanogpt_jax.training.signals import stop_on_signals
+    from nanogpt_jax.host.signals import stop_on_signals
+    from nanogpt_jax.run import run_dir
 
     if command.print_config:
         print(run_dir.describe(command))
@@ -52,11 +52,11 @@ def train(cfg, directory, data, stop):
     from nanogpt_jax.distributed.mesh import make_mesh, start
     from nanogpt_jax.inference.sampler import opening_and_continuation
     from nanogpt_jax.model import execution, gpt2
-    from nanogpt_jax.training.checkpoint import load_params
+    from nanogpt_jax.run.checkpoint import load_params
+    from nanogpt_jax.run.recording import Recording
     from nanogpt_jax.training.language_model import language_model
     from nanogpt_jax.training.loop import fit, headline, start_state
     from nanogpt_jax.training.optim import make_optimizer
-    from nanogpt_jax.training.recording import Recording
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)  # JAX's devices: it takes seconds, so only now

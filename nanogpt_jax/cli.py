@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from nanogpt_jax import runtime
 from nanogpt_jax.config import UserError, suggestion
-from nanogpt_jax.host import files, terminal
+from nanogpt_jax.host import files, runtime, terminal
 
 Main = Callable[[list[str]], int]
 

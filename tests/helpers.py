@@ -11,7 +11,7 @@ from nanogpt_jax.config import Config
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.model import execution, gpt2
-from nanogpt_jax.training.checkpoint import load_params
+from nanogpt_jax.run.checkpoint import load_params
 from nanogpt_jax.training.language_model import next_token
 from nanogpt_jax.training.optim import make_optimizer
 from nanogpt_jax.training.step import TrainState, TrainStep, init_state, make_train_step

@@ -14,21 +14,21 @@ PACKAGE = ROOT / "nanogpt_jax"
 MAY_IMPORT = {
     "host": set(),
     "config": {"host"},
-    "runtime": {"host"},
     "model": {"config"},
     "data": {"config", "host"},
-    "distributed": {"config"},
-    "training": {"config", "host", "runtime", "model", "data", "distributed", "evaluation"},
-    "inference": {"config", "host", "runtime", "model", "data"},
+    "distributed": {"config", "host"},
+    "run": {"config", "host", "model", "data", "distributed"},
+    "training": {"config", "host", "model", "data", "distributed", "evaluation", "run"},
+    "inference": {"config", "host", "model", "data"},
     "evaluation": {"config", "host", "model", "data", "inference", "distributed"},
     "interop": {"config", "host", "model", "data"},
-    "classify": {"config", "host", "model", "data", "distributed", "training"},
-    "bench": {"config", "runtime", "cli", "model", "data", "distributed", "training", "inference"},
+    "classify": {"config", "host", "model", "data", "distributed", "run", "training"},
+    "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
-        *("config", "host", "cli", "model", "data", "distributed", "training", "inference", "evaluation"),
+        *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
         *("interop", "classify"),
     },
-    "cli": {"config", "host", "runtime"},
+    "cli": {"config", "host"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -115,7 +115,7 @@ def test_only_checkpoint_imports_orbax_and_only_the_model_and_the_state_import_f
 
 
 def test_settings_are_read_without_jax():
-    for room in ("config", "cli", "host", "runtime"):
+    for room in ("config", "cli", "host"):
         for path in [p for p in modules_of(PACKAGE) if room_of(p) == room]:
             assert not {n.split(".")[0] for n in imported(path)} & {"jax", "flax", "optax", "orbax"}, path
 

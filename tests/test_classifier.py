@@ -35,10 +35,10 @@ from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.config.settings import types_of
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.model import execution
-from nanogpt_jax.training.checkpoint import Checkpointer, load_params
-from nanogpt_jax.training.metrics import read_metrics
+from nanogpt_jax.run.checkpoint import Checkpointer, load_params
+from nanogpt_jax.run.metrics import read_metrics
+from nanogpt_jax.run.run_dir import checkpoint_steps
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.run_dir import checkpoint_steps
 from nanogpt_jax.training.step import init_state, make_train_step, state_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -777,7 +777,7 @@ WRONG_COMMANDS = [
     ("without a checkpoint", "predict runs/new hola", "runs/new has no checkpoint yet"),
     ("no such checkpoint", "predict runs/c hola --checkpoint 99999", "runs/c has no checkpoint 99999; it has"),
     ("without labels", "predict runs/nolabels hola", "data.json is missing or damaged"),
-    ("another run's tokenizer", "predict runs/foreign hola", "runs/foreign is damaged: 2 labels and"),
+    ("another run's tokenizer", "predict runs/foreign hola", "runs/foreign is damaged: its tokenizer has"),
     ("unknown label", "eval runs/c --source french.csv", "--source=french.csv, line 3: the run has no label fr (2) and 'es ' (1; is it es?); it has en and es\n       give them labels of the run, or remove the rows: 3 of 4"),
     ("no label in eval", "eval runs/c --source nolabel.csv", "--source=nolabel.csv, line 2: the label is empty"),
     ("no such column in eval", "eval runs/c --source french.csv --label-column kind", "--source=french.csv, line 2: there is no column --label-column=kind"),

@@ -26,9 +26,10 @@ from nanogpt_jax.config.settings import types_of
 from nanogpt_jax.config.train_command import command_line_of
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
-from nanogpt_jax.training import run_dir
-from nanogpt_jax.training.metrics import MetricsLog, read_metrics
-from nanogpt_jax.training.run_dir import IMPORTED, claim, newest, prepare
+from nanogpt_jax.run import run_dir
+from nanogpt_jax.run.metrics import MetricsLog, read_metrics
+from nanogpt_jax.run.opened import newest
+from nanogpt_jax.run.run_dir import IMPORTED, claim, prepare
 
 ROOT = Path(__file__).parent.parent
 SMALL = (

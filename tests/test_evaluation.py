@@ -25,9 +25,10 @@ from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import shard
 from nanogpt_jax.evaluation import items, likelihood, loss, statistics
 from nanogpt_jax.model import gpt2
-from nanogpt_jax.training import run_dir
-from nanogpt_jax.training.checkpoint import Checkpointer
-from nanogpt_jax.training.metrics import read_metrics
+from nanogpt_jax.run import run_dir
+from nanogpt_jax.run.checkpoint import Checkpointer
+from nanogpt_jax.run.metrics import read_metrics
+from nanogpt_jax.run.opened import open_run
 
 WORDS = "El gato negro persigue al ratón gris y el ratón huye del gato hasta la casa vieja del río".split()
 T = 16
@@ -103,7 +104,7 @@ def model(place) -> likelihood.Model:
     """runs/a on all 8 devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        return evaluate.load(evaluate.open_run(Path("runs/a")))[0]
+        return evaluate.load(open_run(Path("runs/a")))[0]
 
 
 def run(*words: str) -> dict:
@@ -197,7 +198,7 @@ def test_given_rows_are_read_as_training_reads_them(here):
     """Rows without text are no documents, so no end-of-text is counted for them."""
     texts = ["El gato", "", None, "el ratón", "   ", ""]
     Path("gaps.jsonl").write_text("".join("\ufeff" + json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
-    pairs = evaluate.open_run(Path("runs/pairs"))
+    pairs = open_run(Path("runs/pairs"))
     read = evaluate._given_text("gaps.jsonl", evaluate._read("gaps.jsonl", "text"), pairs)
     end = pairs.tokenizer.end_of_text
     expected = [[*pairs.tokenizer.encode(text).tolist(), end] for text in texts if text]
@@ -261,7 +262,7 @@ def test_a_difference_is_paired(here):
     chance = np.random.default_rng(0)
     hard = np.repeat(chance.normal(2, 1, 100), 100)
     a, b = ({"nats": hard + chance.normal(shift, 0.1, 10_000)} for shift in (0.0, -0.01))
-    run, text = evaluate.open_run(Path("runs/a")), evaluate.Text("text", np.zeros(10_001, np.int32), 10_001)
+    run, text = open_run(Path("runs/a")), evaluate.Text("text", np.zeros(10_001, np.int32), 10_001)
     (found,) = evaluate._differences([run, replace(run, path=Path("other"))], [text, text], [a, b])
     assert found["difference"].value == pytest.approx((b["nats"] - a["nats"]).mean())
     assert found["difference"].error == pytest.approx(0.1 * 2**0.5 / 100, rel=0.3)
@@ -281,7 +282,7 @@ def test_runs_with_other_tokens_are_compared_by_the_byte(here):
 
 def test_stretches_of_two_tokenizers_hold_the_same_bytes(here):
     text = prose(400, 3) + " ñandú 漢字 😀 fin"
-    runs = [evaluate.open_run(Path(name)) for name in ("runs/a", "runs/pairs")]
+    runs = [open_run(Path(name)) for name in ("runs/a", "runs/pairs")]
     runs[0] = replace(runs[0], tokenizer=tokenizer.make("char", text))
     texts = [evaluate.Text("text", run.tokenizer.encode(text), len(text.encode())) for run in runs]
     # each token costs as many nats as it has bytes: then both must find the bytes of every stretch
@@ -316,7 +317,7 @@ def test_the_seam_of_context_and_continuation_follows_lm_eval(model, here):
 
     assert decoded(model, "El gato ", "negro") == ["El gato", " negro"]  # the space belongs to what follows
     assert decoded(model, "", "El") == [model.tokenizer.decode([0]), "El"]  # no newline in this vocabulary
-    pairs = evaluate.load(evaluate.open_run(Path("runs/pairs")))[0]
+    pairs = evaluate.load(open_run(Path("runs/pairs")))[0]
     assert decoded(pairs, "", " gato") == ["<|endoftext|>", " gato"]
 
 

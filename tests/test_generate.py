@@ -499,7 +499,7 @@ def test_which_models_the_c_function_is_for(settings, platform, expected):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, params) -> Path:
-    from nanogpt_jax.training.checkpoint import Checkpointer
+    from nanogpt_jax.run.checkpoint import Checkpointer
 
     folder = tmp_path_factory.mktemp("runs") / "letters"
     folder.mkdir()

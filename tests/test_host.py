@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_jax import runtime
-from nanogpt_jax.host import files, messages, terminal
+from nanogpt_jax.host import files, messages, runtime, terminal
 
 
 def test_a_file_is_the_old_one_or_the_new_one_and_keeps_its_mode(tmp_path):

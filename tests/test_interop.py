@@ -836,7 +836,7 @@ import safetensors.numpy
 from nanogpt_jax import cli
 from nanogpt_jax.interop import gguf_file, transformers_files, vocabulary
 from nanogpt_jax.commands import huggingface
-from nanogpt_jax.training import checkpoint
+from nanogpt_jax.run import checkpoint
 
 def kill_after(module, name, calls=1):
     original, left = getattr(module, name), [calls]
@@ -942,7 +942,7 @@ def test_weights_that_are_not_finite_are_not_exported(place, tmp_path, monkeypat
         params, step = load(place / "run")
         return {**params, "wpe": params["wpe"].at[3, 3].set(math.nan)}, step
 
-    monkeypatch.setattr("nanogpt_jax.training.checkpoint.load_params", spoilt_params)
+    monkeypatch.setattr("nanogpt_jax.run.checkpoint.load_params", spoilt_params)
     assert command("export-hf", place / "run", tmp_path / "out") == 2
     assert "step 0 of" in (said := capsys.readouterr().err)
     assert "is not finite: wpe.weight" in said

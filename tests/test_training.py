@@ -36,18 +36,19 @@ from nanogpt_jax.cli import door
 from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UserError
 from nanogpt_jax.config.validate import validate
 from nanogpt_jax.data import batches
-from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
+from nanogpt_jax.host import memory, signals
+from nanogpt_jax.host.signals import stop_on_signals
 from nanogpt_jax.model import attention, execution, gpt2
-from nanogpt_jax.training import checksums, language_model, loop, metrics, signals
-from nanogpt_jax.training.checkpoint import Checkpointer, load_first_params, load_params
+from nanogpt_jax.run import checksums, metrics
+from nanogpt_jax.run.checkpoint import Checkpointer, load_first_params, load_params
+from nanogpt_jax.run.recording import Recording
+from nanogpt_jax.run.run_dir import checkpoint_steps
+from nanogpt_jax.training import language_model, loop
 from nanogpt_jax.training.compiled import CompiledStep
 from nanogpt_jax.training.gradients import make_gradients
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
-from nanogpt_jax.training.recording import Recording
-from nanogpt_jax.training.run_dir import checkpoint_steps
-from nanogpt_jax.training.signals import stop_on_signals
 from nanogpt_jax.training.step import TrainStep, first_state, update
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
@@ -351,7 +352,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 @pytest.mark.parametrize("reader", ["there", "gone"])  # as `2>&1 | tee log`, where Ctrl-C ends tee too
 def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader, popen):
     deep = (
-        "import hashlib; from nanogpt_jax.training.signals import stop_on_signals\n"
+        "import hashlib; from nanogpt_jax.host.signals import stop_on_signals\n"
         "with stop_on_signals(lambda: 'the last checkpoint is step 8'):\n"
         "    print('inside', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # minutes, in which Python calls no handler

@@ -21,9 +21,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from nanogpt_jax import cli, config, runtime
+from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, UserError, command_line, parse
 from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
+from nanogpt_jax.host import runtime
 from nanogpt_jax.model import sizes
 
 WORKS = """train: tokens/s of the training step on random tokens (the default)

@@ -62,7 +62,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """A source, split: what `training/run_dir.py` needs to know of a run's data, and the texts."""
+    """A source, split: what `run/run_dir.py` needs to know of a run's data, and the texts."""
 
     tokenizer: Tokenizer
     labels: list[Label]

@@ -13,9 +13,8 @@ from nanogpt_jax.classify.data import Texts
 from nanogpt_jax.classify.rows import Label
 from nanogpt_jax.classify.settings import ClassifierConfig
 from nanogpt_jax.config import UserError
-from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
-from nanogpt_jax.training import run_dir
+from nanogpt_jax.run.opened import open_run
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
@@ -35,19 +34,14 @@ class Classifier:
     """A run, opened: settings, tokenizer, labels and parameters. UserError if it is none or damaged."""
 
     def __init__(self, run: Path, checkpoint: str):
-        self.run, self.cfg = run, config.read_json(run / "config.json", ClassifierConfig)
-        self.tokenizer = tokenizer.load(run / "tokenizer")
+        self._opened, self._checkpoint = open_run(run, ClassifierConfig), checkpoint
+        self.run, self.cfg, self.tokenizer = run, self._opened.cfg, self._opened.tokenizer
         self.manifest = read_manifest(run)
         self.labels: list[Label] = self.manifest["labels"]
-        c, m = self.cfg.classify, self.cfg.model
-        if len(self.labels) != c.n_labels or self.tokenizer.n_vocab > m.vocab_size:
+        if len(self.labels) != self.cfg.classify.n_labels:
             raise UserError(
-                f"{run} is damaged: {len(self.labels)} labels and {self.tokenizer.n_vocab} tokens, but a model for "
-                f"{c.n_labels} and {m.vocab_size}"
+                f"{run} is damaged: {len(self.labels)} labels, but a model for {self.cfg.classify.n_labels}"
             )
-        if not run_dir.checkpoint_steps(run):
-            raise UserError(f"{run} has no checkpoint yet")
-        self._checkpoint = checkpoint
 
     def load(self) -> None:
         """The parameters: takes seconds, so only when all else is known to be right."""
@@ -55,10 +49,9 @@ class Classifier:
 
         from nanogpt_jax.classify.task import param_shapes
         from nanogpt_jax.model import execution
-        from nanogpt_jax.training.checkpoint import load_params
 
         self.cfg = replace(self.cfg, model=execution.resolve(self.cfg.model, jax.default_backend()))
-        self.params, self.step = load_params(self.run, param_shapes(self.cfg), self._checkpoint)
+        self.params, self.step = self._opened.load(self._checkpoint, param_shapes(self.cfg))
 
     def encoder(self) -> data.Encoder:
         return data.Encoder(self.tokenizer, self.cfg.model.block_size, self.cfg.data.keep)

@@ -18,8 +18,7 @@ from nanogpt_jax.classify.settings import ClassifierConfig, with_labels
 from nanogpt_jax.config import Command, UserError, command_line
 from nanogpt_jax.config.command_line import CommandLine, Read, flag
 from nanogpt_jax.host.messages import printable
-from nanogpt_jax.inference import options
-from nanogpt_jax.training import run_dir
+from nanogpt_jax.run import run_dir
 
 USAGE = """usage: nanogpt-jax classify train|eval|predict [ARGUMENTS], or nanogpt-jax classify train --help
 
@@ -139,7 +138,7 @@ def train(command: Command, argv: list[str]) -> int:
         print(run_dir.describe(command))
         return 0
 
-    from nanogpt_jax.training.signals import stop_on_signals
+    from nanogpt_jax.host.signals import stop_on_signals
 
     with run_dir.claim(command) as run, stop_on_signals(lambda: run_dir.standing(run, argv, "classify")) as stop:
         goes_on = not command.overwrite and run_dir.checkpoint_steps(run)
@@ -171,10 +170,10 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
     from nanogpt_jax.classify import task as classification
     from nanogpt_jax.distributed.mesh import make_mesh, start
     from nanogpt_jax.model import execution
-    from nanogpt_jax.training.checkpoint import load_params
+    from nanogpt_jax.run.checkpoint import load_params
+    from nanogpt_jax.run.recording import Recording
     from nanogpt_jax.training.loop import Outcome, fit, start_state
     from nanogpt_jax.training.optim import make_optimizer
-    from nanogpt_jax.training.recording import Recording
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh, patience = start(), make_mesh(cfg.mesh), cfg.classify.patience
@@ -205,7 +204,7 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
 def evaluate(asked: EvalOptions) -> int:
     plt = _pyplot(asked.picture) if asked.picture is not None else None
     baseline = _baseline() if asked.baseline else None
-    model = Classifier(options.existing(asked.words[0]), asked.checkpoint)
+    model = Classifier(Path(asked.words[0]), asked.checkpoint)
     data = None
     if asked.source is None or baseline:
         data = labelled.open_data(model.cfg, model.tokenizer, model.manifest)
@@ -258,7 +257,7 @@ def evaluate(asked: EvalOptions) -> int:
 
 def predict(asked: PredictOptions) -> int:
     run, *texts = asked.words
-    model = Classifier(options.existing(run), asked.checkpoint)
+    model = Classifier(Path(run), asked.checkpoint)
     if asked.file is not None:
         column = model.cfg.data.text_column if asked.text_column is None else asked.text_column
         what, rows = asked.file, labelled.read_texts(Path(asked.file), column)

@@ -14,17 +14,16 @@ from typing import Any, Literal
 import numpy as np
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.config import Config, UserError, command_line
+from nanogpt_jax.config import UserError, command_line
 from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.corpora import Corpus
 from nanogpt_jax.data.prepare import encode, open_data
-from nanogpt_jax.data.tokenizer import Tokenizer, UnknownText
+from nanogpt_jax.data.tokenizer import UnknownText
 from nanogpt_jax.evaluation import statistics
 from nanogpt_jax.evaluation.statistics import Estimate
 from nanogpt_jax.host import files, terminal
-from nanogpt_jax.inference import options
-from nanogpt_jax.training import run_dir
+from nanogpt_jax.run.opened import Run, newest, open_run
 
 CLEAR = 2.0  # standard errors from which on a difference is called one
 
@@ -90,13 +89,6 @@ COMMAND = CommandLine(
 
 
 @dataclass(frozen=True)
-class Run:
-    path: Path
-    cfg: Config
-    tokenizer: Tokenizer
-
-
-@dataclass(frozen=True)
 class Text:
     """A text as one run reads it."""
 
@@ -113,7 +105,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(asked: Options) -> int:
-    runs = [open_run(path) for path in map(options.existing, asked.words)] or [open_run(run_dir.newest(Path("runs")))]
+    runs = [open_run(Path(word)) for word in asked.words] or [open_run(newest(Path("runs")))]
     _check_places(asked)
     for run in runs:
         if asked.stride > run.cfg.model.block_size:
@@ -189,14 +181,6 @@ def _check_places(asked: Options) -> None:
 # ---- runs and texts -------------------------------------------------------------------------------------------------
 
 
-def open_run(path: Path) -> Run:
-    """What of a run needs no jax."""
-    cfg = config.read_json(path / "config.json")
-    if not run_dir.checkpoint_steps(path):
-        raise UserError(f"{path} has no checkpoint yet")
-    return Run(path, cfg, run_dir.load_tokenizer(path, cfg))
-
-
 def load(run: Run, checkpoint: str = "best"):
     """The run as an `evaluation.likelihood.Model` on all devices that are visible, and the checkpoint's step."""
     import jax
@@ -205,10 +189,8 @@ def load(run: Run, checkpoint: str = "best"):
     from nanogpt_jax.distributed.sharding import shard
     from nanogpt_jax.evaluation.likelihood import Model
     from nanogpt_jax.evaluation.loss import for_scoring
-    from nanogpt_jax.model import gpt2
-    from nanogpt_jax.training.checkpoint import load_params
 
-    params, step = load_params(run.path, gpt2.param_shapes(run.cfg.model), checkpoint)
+    params, step = run.load(checkpoint)
     mesh = make_mesh(config.MeshConfig(data=-1))
     params = jax.device_put(params, shard(mesh))
     return Model(for_scoring(run.cfg.model, jax.default_backend()), params, run.tokenizer, mesh), step

@@ -121,8 +121,8 @@ def run_import(asked: ImportOptions) -> int:
             "not belong together\n       name the right one: --tokenizer DIR"
         )
 
-    from nanogpt_jax.training import run_dir
-    from nanogpt_jax.training.checkpoint import save_params
+    from nanogpt_jax.run import run_dir
+    from nanogpt_jax.run.checkpoint import save_params
 
     with _progress("reading", len(weights.their_shapes(model.cfg))) as advance:
 
@@ -166,22 +166,16 @@ def run_import(asked: ImportOptions) -> int:
 
 
 def run_export(asked: ExportOptions) -> int:
+    from nanogpt_jax.run.opened import open_run
+
     run, out = map(Path, asked.words)
-    settings = config.read_json(run / "config.json")
-    cfg = settings.model
+    opened = open_run(run)
+    cfg, tokenizer = opened.cfg.model, opened.tokenizer
     _refuse_target(out, asked.overwrite)
 
-    from nanogpt_jax.data import tokenizer as tokenizers
-
-    tokenizer = tokenizers.load(run / "tokenizer")
-    if tokenizer.n_vocab > cfg.vocab_size:
-        raise UserError(f"{run} is damaged: its tokenizer has {tokenizer.n_vocab} tokens, its model {cfg.vocab_size}")
-
     from nanogpt_jax.interop import check, gguf_file, transformers_files, vocabulary, weights
-    from nanogpt_jax.model import gpt2
-    from nanogpt_jax.training.checkpoint import load_params
 
-    params, step = load_params(run, gpt2.param_shapes(cfg), asked.checkpoint)
+    params, step = opened.load(asked.checkpoint)
     tensors = weights.to_hugging_face(cfg, params)
     if bad := weights.not_finite(tensors):
         raise UserError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanogpt_jax.config import MeshConfig, UserError
-from nanogpt_jax.distributed import memory
+from nanogpt_jax.host import memory
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

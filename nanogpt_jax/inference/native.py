@@ -24,9 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanogpt_jax import runtime
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.host import files
+from nanogpt_jax.host import files, runtime
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.model.execution import NATIVE_TEXTS
 from nanogpt_jax.model.losses import without_padding

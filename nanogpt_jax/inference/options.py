@@ -1,6 +1,5 @@
 """The command line of `sample.py`: flags, their limits, and the prompt. No jax here: a typo is reported at once."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,15 +81,3 @@ def read_prompt(options: Options) -> str | None:
     if not prompt:
         raise UserError(f"--prompt-file={path} is empty; leave it out to begin with a newline")
     return prompt
-
-
-def existing(name: str) -> Path:
-    """The run directory of that name, if it is a directory; config.read_json says whether it is a run."""
-    run = Path(name)
-    if os.path.isdir(run):  # Path's own raise errors for a name that no file system takes
-        return run
-    if os.path.exists(run):
-        raise UserError(f"{run} is a file; a run is a directory, like runs/default")
-    near = config.suggestion(str(run), [str(p) for p in Path("runs").glob("*/")])
-    near = near or config.suggestion(run.name, [p.name for p in Path("runs").glob("*/")])
-    raise UserError(f"no run {run}" + (near or f"\n       train one first: {config.program('train')}"))

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanogpt_jax import runtime
-from nanogpt_jax.distributed import memory
+from nanogpt_jax.host import memory, runtime
+from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution
-from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import Metrics, TrainState, TrainStep
 
 

@@ -18,18 +18,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nanogpt_jax import runtime
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
 from nanogpt_jax.data.prepare import Dataset
-from nanogpt_jax.distributed import memory
 from nanogpt_jax.distributed.sharding import laid_out
+from nanogpt_jax.host import memory, runtime
+from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution, gpt2, sizes
-from nanogpt_jax.training.checkpoint import load_first_params
+from nanogpt_jax.run.checkpoint import load_first_params
+from nanogpt_jax.run.metrics import Progress
+from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.training.compiled import CompiledStep
-from nanogpt_jax.training.metrics import Progress
-from nanogpt_jax.training.recording import Recording
-from nanogpt_jax.training.signals import StopRequest
 from nanogpt_jax.training.step import TrainState, TrainStep, init_state, state_shapes
 from nanogpt_jax.training.task import Task
 

@@ -27,9 +27,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from nanogpt_jax.config import UserError, joined
 from nanogpt_jax.host import messages
-from nanogpt_jax.training import checksums
-from nanogpt_jax.training import run_dir as runs
-from nanogpt_jax.training.run_dir import UNFINISHED, checkpoint_steps
+from nanogpt_jax.run import checksums
+from nanogpt_jax.run import run_dir as runs
+from nanogpt_jax.run.run_dir import UNFINISHED, checkpoint_steps
 
 SEALED = "checksums"  # the key in `meta` of a checkpoint that was saved with checksums
 

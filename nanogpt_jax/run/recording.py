@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.training.checkpoint import Checkpointer
-from nanogpt_jax.training.metrics import MetricsLog
+from nanogpt_jax.run.checkpoint import Checkpointer
+from nanogpt_jax.run.metrics import MetricsLog
 
 
 class Recording:

@@ -26,13 +26,13 @@ from typing import Any, Protocol
 
 import filelock
 
-from nanogpt_jax import config, runtime
+from nanogpt_jax import config
 from nanogpt_jax.config import Command, Config, UserError, command_line, parse
 from nanogpt_jax.config.settings import differences, types_of
 from nanogpt_jax.config.validate import MOST_STEPS
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
-from nanogpt_jax.host import files
+from nanogpt_jax.host import files, runtime
 from nanogpt_jax.model import execution
 from nanogpt_jax.model.execution import Execution
 
@@ -437,30 +437,3 @@ def _edited(argv: list[str], without: tuple[str, ...], *more: str) -> list[str]:
             words.append(word)
         skip = not skip and dropped and not equals and flag != "--overwrite"
     return [*words, *more, *argv[end:]]
-
-
-def load_tokenizer(run_dir: Path, cfg: Config) -> Tokenizer:
-    """The tokenizer of a run; UserError if it is not its model's."""
-    found = tokenizer.load(run_dir / "tokenizer")
-    if found.n_vocab > cfg.model.vocab_size:
-        raise UserError(
-            f"{run_dir} is damaged: its tokenizer has {found.n_vocab} tokens, and by {run_dir / 'config.json'} "
-            f"model.vocab_size={cfg.model.vocab_size}\n       if that file was changed, bring the old one back"
-        )
-    return found
-
-
-def newest(folder: Path) -> Path:
-    """The language model that was trained last among the directories in `folder`; one that never was, at the worst."""
-
-    def rank(run: Path) -> tuple[bool, float]:
-        last = checkpoint_steps(run)[-1]
-        saved = (run / "checkpoints" / str(last)).stat().st_mtime  # a start that fails touches the folder around it
-        return last > 0 or (run / IMPORTED).exists(), saved
-
-    found = [p.parent for p in folder.glob("*/config.json") if not p.parent.name.startswith(".")]  # an import under way
-    runs = [run for run in found if checkpoint_steps(run)]
-    for run in sorted(runs, key=rank, reverse=True):
-        if not parse.is_classifier(run):
-            return run
-    raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")

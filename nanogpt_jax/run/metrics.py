@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from nanogpt_jax.config import TrainConfig, UserError
 from nanogpt_jax.host import files, terminal
-from nanogpt_jax.training.run_dir import checkpoint_steps, delete_replaced
+from nanogpt_jax.run.run_dir import checkpoint_steps, delete_replaced
 
 LINE_SECONDS = 60  # at most, between two lines of progress if there is no bar
 

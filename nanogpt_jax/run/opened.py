@@ -1,0 +1,75 @@
+"""A finished or running run, opened: the one way in for sampling, evaluation, export and classifiers.
+
+Opening needs no JAX, so that what is missing or damaged is told at once. Only `load` reads parameters.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from nanogpt_jax import config
+from nanogpt_jax.config import Config, UserError, parse
+from nanogpt_jax.data import tokenizer
+from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.run.run_dir import IMPORTED, checkpoint_steps
+
+Kind = TypeVar("Kind", bound=Config)
+
+
+@dataclass(frozen=True)
+class Run(Generic[Kind]):
+    path: Path
+    cfg: Kind
+    tokenizer: Tokenizer
+
+    def load(self, checkpoint: str = "best", shapes: Any = None) -> tuple[Any, int]:
+        """The parameters of a checkpoint (best, latest or a step) and its step, on the first device. Takes seconds.
+
+        `shapes`: jax.ShapeDtypeStructs of the parameters, if they are not a language model's.
+        """
+        from nanogpt_jax.model import gpt2
+        from nanogpt_jax.run.checkpoint import load_params
+
+        return load_params(self.path, shapes or gpt2.param_shapes(self.cfg.model), checkpoint)
+
+
+def open_run(path: Path, kind: type[Kind] = Config) -> Run[Kind]:
+    """UserError if there is no run of this kind, or no checkpoint in it, or if its files do not fit together."""
+    cfg = config.read_json(existing(path) / "config.json", kind)
+    found = tokenizer.load(path / "tokenizer")
+    if found.n_vocab > cfg.model.vocab_size:
+        raise UserError(
+            f"{path} is damaged: its tokenizer has {found.n_vocab} tokens, and by {path / 'config.json'} "
+            f"model.vocab_size={cfg.model.vocab_size}\n       if that file was changed, bring the old one back"
+        )
+    if not checkpoint_steps(path):
+        raise UserError(f"{path} has no checkpoint yet")
+    return Run(path, cfg, found)
+
+
+def existing(run: Path) -> Path:
+    """`run`, if it is a directory; config.read_json says whether it is a run."""
+    if os.path.isdir(run):  # Path's own raise errors for a name that no file system takes
+        return run
+    if os.path.exists(run):
+        raise UserError(f"{run} is a file; a run is a directory, like runs/default")
+    near = config.suggestion(str(run), [str(p) for p in Path("runs").glob("*/")])
+    near = near or config.suggestion(run.name, [p.name for p in Path("runs").glob("*/")])
+    raise UserError(f"no run {run}" + (near or f"\n       train one first: {config.program('train')}"))
+
+
+def newest(folder: Path) -> Path:
+    """The language model that was trained last among the directories in `folder`; one that never was, at the worst."""
+
+    def rank(run: Path) -> tuple[bool, float]:
+        last = checkpoint_steps(run)[-1]
+        saved = (run / "checkpoints" / str(last)).stat().st_mtime  # a start that fails touches the folder around it
+        return last > 0 or (run / IMPORTED).exists(), saved
+
+    found = [p.parent for p in folder.glob("*/config.json") if not p.parent.name.startswith(".")]  # an import under way
+    runs = [run for run in found if checkpoint_steps(run)]
+    for run in sorted(runs, key=rank, reverse=True):
+        if not parse.is_classifier(run):
+            return run
+    raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")
