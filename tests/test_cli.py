@@ -289,6 +289,18 @@ def test_every_command_has_a_page_of_its_own(capsys):
         assert capsys.readouterr().out.startswith("usage: ")
 
 
+def test_every_command_answers_a_typo_before_jax_starts(tmp_path, clean_env):
+    code = (
+        "import sys; from nanogpt_jax import cli\n"
+        "for name in cli.offered():\n"
+        "    assert cli.guarded(cli.command(name), ['--nonsense']) == 2, name\n"
+        "    assert 'jax' not in sys.modules, name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(cli.offered())
+
+
 def test_a_command_goes_with_its_slice(capsys, monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "paint", ("draw a picture", "paint.oil", "main"))
     assert cli.guarded(cli._main, ["--help"]) == 0
