@@ -583,11 +583,11 @@ def test_a_second_opening_reads_no_text(tmp_path: Path, monkeypatch: pytest.Monk
         return corpora.Corpus("once", "1", {}, False, blocks)
 
     monkeypatch.setitem(
-        corpora.CORPORA, "once", lambda folder: corpus(lambda tell: iter([("to be or not\n" * 9, True)]))
+        corpora.CORPORA, "once", lambda folder: corpus(lambda on_progress: iter([("to be or not\n" * 9, True)]))
     )
     cfg = DataConfig(source="once", dir=str(tmp_path))
     first = prepare.open_data(cfg)
-    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpus(lambda tell: 1 / 0))
+    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpus(lambda on_progress: 1 / 0))
     assert prepare.open_data(cfg).fingerprint == first.fingerprint
 
 

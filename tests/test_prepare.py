@@ -309,7 +309,7 @@ def test_tokens_are_those_of_the_documents_one_by_one(bpe, texts, shard, piece, 
     if sum(map(bool, texts)) < 2:
         return
 
-    def blocks(tell):  # documents come in any number of blocks
+    def blocks(on_progress):  # documents come in any number of blocks
         for text in texts:
             yield from ((text[i : i + block], False) for i in range(0, len(text), block))
             yield "", True
@@ -355,7 +355,7 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch):
     read, done, ahead = 0, 0, 0
     original = tokenizer.GPT2Tokenizer.encode
 
-    def blocks(tell):
+    def blocks(on_progress):
         nonlocal read, ahead
         for _ in range(300):
             read += 1
@@ -451,7 +451,7 @@ def test_progress_tells_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, cap
     progress.begin("tokens")
     for share in (0.2, 0.4):
         progress.add(8_000_000)
-        progress.tell(share)
+        progress.update(share)
     assert capsys.readouterr().err == "preparing x: tokens, 20% 16 MB, 1.3 MB/s, 48 s left\n"
 
 

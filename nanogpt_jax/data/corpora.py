@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 from nanogpt_jax.config import UserError, quoted, suggestion
 from nanogpt_jax.data import records, tables, text_file
-from nanogpt_jax.data.text_file import Tell
+from nanogpt_jax.data.text_file import OnProgress
 from nanogpt_jax.host import files, messages
 
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
@@ -51,7 +51,7 @@ class Corpus:
     identity: str  # equal identities mean equal texts; cheap to have, so that prepared tokens open without the text
     origin: dict[str, Any]  # where it comes from, for the manifest
     documents: bool  # False: one text, which has no documents in it
-    blocks: Callable[[Tell], Iterator[Block]]  # in order, nothing normalised; UserError where they cannot be had
+    blocks: Callable[[OnProgress], Iterator[Block]]  # in order, nothing normalised; UserError where they cannot be had
 
 
 def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpus:
@@ -117,11 +117,11 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
     formats = {file: _row_documents if records.suffix(file) in records.ROWS else _text_documents for file in files}
     one_text = len(files) == 1 and formats[files[0]] is _text_documents
 
-    def blocks(tell: Tell) -> Iterator[Block]:
+    def blocks(on_progress: OnProgress) -> Iterator[Block]:
         before = 0
         for file, read_file in formats.items():
             share = stats[file].st_size / size
-            yield from read_file(file, field, lambda x, b=before, s=share: tell(b + x * s))
+            yield from read_file(file, field, lambda x, b=before, s=share: on_progress(b + x * s))
             before += share
 
     if one_text:
@@ -167,18 +167,18 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
     return sorted(taken)
 
 
-def _text_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
+def _text_documents(path: Path, field: str, on_progress: OnProgress) -> Iterator[Block]:
     """A text as one document, in blocks."""
     del field
-    for text in text_file.blocks(path, str(path), tell):
+    for text in text_file.blocks(path, str(path), on_progress):
         yield text, False
     yield "", True
 
 
-def _row_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
+def _row_documents(path: Path, field: str, on_progress: OnProgress) -> Iterator[Block]:
     """The text of each row."""
     unit = records.unit(path)
-    for number, row in records.rows(path, str(path), [field], tell):
+    for number, row in records.rows(path, str(path), [field], on_progress):
         yield _text_of(row, field, f"{path}, {unit} {number}"), True
 
 
@@ -278,12 +278,12 @@ def from_hub(source: str, field: str) -> Corpus:
     name, config, own_field = (*parts, "", "")[:3]
     field = own_field or field
 
-    def blocks(tell: Tell) -> Iterator[Block]:
+    def blocks(on_progress: OnProgress) -> Iterator[Block]:
         stream, rows = _open_stream(source, name, config)
         for number, row in enumerate(_reachable(source, stream), start=1):
             yield _text_of(row, field, f"data.source={source}, row {number}"), True
             if rows:
-                tell(number / rows)
+                on_progress(number / rows)
 
     local = [(str(f), s.st_size, s.st_mtime_ns) for f in sorted(Path(name).rglob("*")) if (s := f.stat())]
     identity = sha256_of_json(["hf", name, config, field, local])
@@ -340,13 +340,13 @@ def _reachable(source: str, stream: Any) -> Iterator[dict[str, Any]]:
 # ---- corpora known by name ------------------------------------------------------------------------------------------
 
 
-def _one_text(read_text: Callable[[], str]) -> Callable[[Tell], Iterator[Block]]:
+def _one_text(read_text: Callable[[], str]) -> Callable[[OnProgress], Iterator[Block]]:
     """A text of a few megabytes, read when first asked for."""
     text = functools.cache(read_text)
 
-    def blocks(tell: Tell) -> Iterator[Block]:
+    def blocks(on_progress: OnProgress) -> Iterator[Block]:
         yield text(), True
-        tell(1.0)
+        on_progress(1.0)
 
     return blocks
 

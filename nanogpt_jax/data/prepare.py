@@ -31,7 +31,7 @@ import numpy as np
 from nanogpt_jax.config import DataConfig, UserError
 from nanogpt_jax.data import corpora, text_file, tokenizer
 from nanogpt_jax.data.batches import Mixture
-from nanogpt_jax.data.corpora import Block, Corpus, Tell, sha256_of_json
+from nanogpt_jax.data.corpora import Block, Corpus, OnProgress, sha256_of_json
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files, terminal
 
@@ -136,7 +136,7 @@ def _make_tokenizer(kind: str, sources: list[Corpus], progress: "_Progress") -> 
         most = tokenizer.SAMPLE if kind.startswith("bpe") else sys.maxsize
         for corpus in sources:
             read = 0
-            for text, _ in corpus.blocks(progress.tell):
+            for text, _ in corpus.blocks(progress.update):
                 yield text[: most - read]
                 read += len(text)
                 if read >= most:
@@ -222,12 +222,12 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
         tok.save(whole / "tokenizer")
         facts, blank = {"name": corpus.name, **corpus.origin}, []
         if corpus.documents:
-            pieces = _documents(corpus.blocks(progress.tell), cfg.val_fraction, blank)
+            pieces = _documents(corpus.blocks(progress.update), cfg.val_fraction, blank)
             what = ""
         else:
             progress.begin("reading")
-            length, facts["sha256"] = _measure(corpus, progress.tell)
-            pieces = _text(corpus.blocks(progress.tell), int(length * (1 - cfg.val_fraction)))
+            length, facts["sha256"] = _measure(corpus, progress.update)
+            pieces = _text(corpus.blocks(progress.update), int(length * (1 - cfg.val_fraction)))
             what = f" ({length} characters)"
         dtype = np.dtype(np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32).newbyteorder("<")
         progress.begin("tokens")
@@ -298,10 +298,10 @@ class Piece(NamedTuple):
     ends: bool  # end-of-text follows
 
 
-def _measure(corpus: Corpus, tell: Tell) -> tuple[int, str]:
+def _measure(corpus: Corpus, on_progress: OnProgress) -> tuple[int, str]:
     """Number of characters, and sha256."""
     length, digest = 0, hashlib.sha256()
-    for text, _ in corpus.blocks(tell):
+    for text, _ in corpus.blocks(on_progress):
         length += len(text)
         digest.update(text.encode())
     return length, digest.hexdigest()
@@ -466,7 +466,7 @@ class _Progress:
         if self._bar:
             self._bar.reset(self._task, phase=phase, speed="")
 
-    def tell(self, share: float) -> None:
+    def update(self, share: float) -> None:
         self._share = share
         self._show()
 

@@ -15,7 +15,7 @@ from nanogpt_jax.config import UserError, quoted, word
 from nanogpt_jax.data import tables, text_file
 from nanogpt_jax.data.shell import converted, filtered, gunzip, is_gzip, stem
 from nanogpt_jax.data.tables import Row
-from nanogpt_jax.data.text_file import Tell, silent
+from nanogpt_jax.data.text_file import OnProgress, silent
 
 
 def suffix(path: Path) -> str:
@@ -28,20 +28,22 @@ def unit(path: Path) -> str:
     return "row" if suffix(path) == ".parquet" else "line"
 
 
-def rows(source: Path, what: str, columns: Sequence[str] | None = None, tell: Tell = silent) -> Iterator[Row]:
+def rows(
+    source: Path, what: str, columns: Sequence[str] | None = None, on_progress: OnProgress = silent
+) -> Iterator[Row]:
     """The rows of a file, by its suffix; JSON lines if that says nothing.
 
     `columns` are those that matter (None: all): UserError if one of them stands twice; others may be left out. `what`
     names the file in errors.
     """
-    return ROWS.get(suffix(source), _json_lines)(source, what, columns, tell)
+    return ROWS.get(suffix(source), _json_lines)(source, what, columns, on_progress)
 
 
-def _json_lines(source: Path, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
+def _json_lines(source: Path, what: str, columns: Sequence[str] | None, on_progress: OnProgress) -> Iterator[Row]:
     """An object a line. Blank lines are passed over."""
     decode = _json_decoder(columns).decode
     first = True
-    for number, line in text_file.lines(source, what, tell):
+    for number, line in text_file.lines(source, what, on_progress):
         if not line.strip():
             continue
         try:
@@ -78,13 +80,13 @@ def _check_lines(source: Path, what: str, number: int) -> None:
     )
 
 
-def _json_objects(source: Path, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
+def _json_objects(source: Path, what: str, columns: Sequence[str] | None, on_progress: OnProgress) -> Iterator[Row]:
     """The objects of a .json: an array of them, or one after the other, as JSON lines are. A few are held at a time."""
     decode = _json_decoder(columns).raw_decode
     between = re.compile(r"[\s,]*")
     held, line, needed, n, listed, closed = "", 1, 0, 0, False, False
     column = 0  # characters of the line before `held`
-    for block in itertools.chain(text_file.blocks(source, what, tell), [None]):
+    for block in itertools.chain(text_file.blocks(source, what, on_progress), [None]):
         held += block or ""
         if block is not None and len(held) < needed:
             continue
@@ -222,7 +224,7 @@ PREFIX = "1s/^)]}',*//"  # which some servers put before their JSON
 # ---- Parquet --------------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
+def _parquet(path: Path, what: str, columns: Sequence[str] | None, on_progress: OnProgress) -> Iterator[Row]:
     """A page at a time."""
     import pyarrow
     import pyarrow.parquet
@@ -240,7 +242,7 @@ def _parquet(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -
                 for values in zip(*batch.columns, strict=True):
                     number += 1
                     yield number, dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
-                tell(number / total)
+                on_progress(number / total)
     except UnicodeDecodeError as e:
         raise UserError(
             f"{what}, row {number} is not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start}\n"
@@ -265,7 +267,7 @@ def class_names(path: Path, column: str) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-ROWS: dict[str, Callable[[Path, str, Sequence[str] | None, Tell], Iterator[Row]]] = {
+ROWS: dict[str, Callable[[Path, str, Sequence[str] | None, OnProgress], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_objects,

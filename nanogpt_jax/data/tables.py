@@ -15,7 +15,7 @@ from typing import Any
 from nanogpt_jax.config import UserError
 from nanogpt_jax.data.shell import converted, filtered
 from nanogpt_jax.data.swallowed import Swallowed
-from nanogpt_jax.data.text_file import LineBlocks, Tell, line_blocks, silent
+from nanogpt_jax.data.text_file import LineBlocks, OnProgress, line_blocks, silent
 
 Row = tuple[int, dict[str, Any]]  # the line where it begins (of Parquet: its number), and its columns
 
@@ -33,19 +33,23 @@ class _Broken(Exception):
         self.line, self.why = line, why
 
 
-def reader(separator: str) -> Callable[[Path, str, Sequence[str] | None, Tell], Iterator[Row]]:
+def reader(separator: str) -> Callable[[Path, str, Sequence[str] | None, OnProgress], Iterator[Row]]:
     """What reads the rows of a table; see `records.rows`."""
 
-    def read(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
+    def read(path: Path, what: str, columns: Sequence[str] | None, on_progress: OnProgress) -> Iterator[Row]:
         content = None
         if path.exists() and not path.is_file() and not path.is_dir():  # a pipe can be read only once
             content = path.read_bytes()
 
-        def found(tell: Tell = silent) -> LineBlocks:
-            return line_blocks(path if content is None else io.BytesIO(content), what, tell)
+        def found(on_progress: OnProgress = silent) -> LineBlocks:
+            return line_blocks(path if content is None else io.BytesIO(content), what, on_progress)
 
         dialect = _dialect(found, path, what, separator)
-        rows = _plain_rows(found(tell), separator) if dialect is None else _quoted_rows(found(tell), separator, dialect)
+        rows = (
+            _plain_rows(found(on_progress), separator)
+            if dialect is None
+            else _quoted_rows(found(on_progress), separator, dialect)
+        )
         _, _, header = next(rows, (0, 0, None))
         if header is None:
             raise UserError(f"{what} is empty")

@@ -20,7 +20,7 @@ from nanogpt_jax.config import UserError
 from nanogpt_jax.data import not_text
 from nanogpt_jax.data.shell import GZIP, Source, gunzip
 
-Tell = Callable[[float], None]  # hears which share of the source has been read
+OnProgress = Callable[[float], None]  # hears which share of the source has been read
 LineBlocks = Iterator[tuple[int, list[str]]]  # some lines, and the number of the first
 
 BLOCK = 1 << 16  # bytes read at a time; as PIECE in prepare.py, or the heap breaks into fragments and grows
@@ -34,11 +34,11 @@ def silent(share: float) -> None:
     del share
 
 
-def blocks(source: Source, what: str, tell: Tell = silent) -> Iterator[str]:
+def blocks(source: Source, what: str, on_progress: OnProgress = silent) -> Iterator[str]:
     """A text in blocks of any length. UserError if it is no text; `what` names it there."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done, foreign, at_start, last = 0, False, True, b""
-    with _opened(source, what, tell) as file:
+    with _opened(source, what, on_progress) as file:
         while True:
             block = file.read(BLOCK)
             held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
@@ -80,16 +80,16 @@ def whole(source: Source, what: str, most: int) -> str:
     return "".join(parts)
 
 
-def lines(source: Source, what: str, tell: Tell = silent) -> Iterator[tuple[int, str]]:
+def lines(source: Source, what: str, on_progress: OnProgress = silent) -> Iterator[tuple[int, str]]:
     """The lines of a text, each with its number and its end."""
-    for first, block in line_blocks(source, what, tell):
+    for first, block in line_blocks(source, what, on_progress):
         yield from enumerate(block, first)
 
 
-def line_blocks(source: Source, what: str, tell: Tell) -> LineBlocks:
+def line_blocks(source: Source, what: str, on_progress: OnProgress) -> LineBlocks:
     """Lines in blocks. Their ends are kept: LF, CR LF or, as on old Macs, CR."""
     number, offset, foreign = 0, 0, False
-    with _opened(source, what, tell) as file:
+    with _opened(source, what, on_progress) as file:
         while block := file.read(BLOCK):
             rest = file.readline(LONGEST + 1)
             block += rest
@@ -134,11 +134,11 @@ def _wrong_line(
 
 
 @contextlib.contextmanager
-def _opened(source: Source, what: str, tell: Tell) -> Iterator[io.BufferedReader]:
+def _opened(source: Source, what: str, on_progress: OnProgress) -> Iterator[io.BufferedReader]:
     """The bytes of a text, unpacked."""
     try:
         with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
-            yield io.BufferedReader(_Stream(_unpacked(file, source, what, tell)), max(BLOCK, HEAD))
+            yield io.BufferedReader(_Stream(_unpacked(file, source, what, on_progress)), max(BLOCK, HEAD))
     except (OSError, ValueError) as e:
         if isinstance(e, OSError) or "null byte" in str(e):  # a NUL in the path
             raise cannot_read(what, source, e) from None
@@ -171,9 +171,9 @@ class _Stream(io.RawIOBase):
         return n
 
 
-def _unpacked(file: BinaryIO, source: Source, what: str, tell: Tell) -> Iterator[bytes]:
+def _unpacked(file: BinaryIO, source: Source, what: str, on_progress: OnProgress) -> Iterator[bytes]:
     """A file in blocks, unpacked if it is a gzip. UserError if its beginning shows that it is no text."""
-    blocks = _packed_blocks(file, tell)
+    blocks = _packed_blocks(file, on_progress)
     head = next(blocks, b"")
     packed = head.startswith(GZIP)
     if packed:
@@ -184,7 +184,7 @@ def _unpacked(file: BinaryIO, source: Source, what: str, tell: Tell) -> Iterator
     yield from blocks
 
 
-def _packed_blocks(file: BinaryIO, tell: Tell) -> Iterator[bytes]:
+def _packed_blocks(file: BinaryIO, on_progress: OnProgress) -> Iterator[bytes]:
     """A file as it is: HEAD bytes at first, then BLOCK at a time."""
     try:
         size = os.fstat(file.fileno()).st_size
@@ -194,7 +194,7 @@ def _packed_blocks(file: BinaryIO, tell: Tell) -> Iterator[bytes]:
     while block := file.read(BLOCK if done else HEAD):
         done += len(block)
         if size:
-            tell(min(1.0, done / size))
+            on_progress(min(1.0, done / size))
         yield block
 
 

@@ -30,7 +30,7 @@ def start() -> str:
             "       unset it, and JAX takes the best there is; for an NVIDIA GPU: pip install -e '.[cuda]'"
         ) from None
     if platform == "cpu":
-        memory.keep()
+        memory.hold_freed_memory()
     return platform
 
 

@@ -10,7 +10,7 @@ MEMORY, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), P
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def keep() -> None:
+def hold_freed_memory() -> None:
     """What a program gives back is kept for the next one.
 
     The temporary memory of a step is one large block, which the C library would map afresh and hand back each time, and
@@ -22,7 +22,7 @@ def keep() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def give_back() -> None:
+def trim() -> None:
     """What is kept goes back to the system, before something else that needs much memory."""
     if libc := _glibc():
         libc.malloc_trim(0)

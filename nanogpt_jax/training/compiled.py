@@ -49,7 +49,7 @@ class CompiledStep:
         self._can_improve = step.how.recompile and self._is_one_cpu
         self._lowered = self._lowered if self._can_improve else None
         self._left, self._taken, self._began = steps_left, 0, time.monotonic()
-        memory.give_back()  # what compiling took, before the step takes memory of its own
+        memory.trim()  # what compiling took, before the step takes memory of its own
 
     def __call__(self, state: TrainState, rows: jax.Array, n: jax.typing.ArrayLike) -> tuple[TrainState, Metrics]:
         if self._can_improve and self._taken:
@@ -83,7 +83,7 @@ class CompiledStep:
         )  # an XLA without that option: the first only
         self._program = second or self._program
         self._second = self._lowered = None
-        memory.give_back()
+        memory.trim()
         return second is not None
 
     def _compile_apart(self) -> Any:

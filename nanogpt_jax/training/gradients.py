@@ -1,6 +1,6 @@
 """The gradients of a batch: at once, in halves, or a micro-batch at a time. The numbers are the same to rounding."""
 
-# B batch, W int32 numbers of a row, G micro-batches, D groups of rows
+# B batch, W int32 numbers of a row, G micro-batches, R groups of rows
 
 from collections.abc import Callable
 from typing import Any
@@ -51,10 +51,10 @@ def _accumulated(of_rows: Gradients, G: int, mesh: Mesh) -> Gradients:
         rows = rows.reshape(len(rows) // G, G, -1).swapaxes(0, 1)
         rows = lax.with_sharding_constraint(rows, shard(mesh, P(None, *BATCH)))
         keys = None if key is None else jax.random.split(key, G)
-        # D groups of rows add up their own gradients, which meet once, behind the loop, and not once a micro-batch. (A
+        # R groups of rows add up their own gradients, which meet once, behind the loop, and not once a micro-batch. (A
         # dropout mask numbers the rows of all groups, so there they go together. So they do if all three axes of the
         # mesh split: XLA ends the process when one of those is to be split by hand, "Check failed" in its partitioner.)
-        D = mesh.shape["data"] if key is None and 1 in mesh.shape.values() else 1
+        R = mesh.shape["data"] if key is None and 1 in mesh.shape.values() else 1
 
         def total(params: Params, rows: jax.Array, keys: jax.Array | None):
             def add(total, scanned):
@@ -62,13 +62,13 @@ def _accumulated(of_rows: Gradients, G: int, mesh: Mesh) -> Gradients:
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jnp.float32(0), params))
             sums, _ = lax.scan(add, zeros, (rows, keys))
-            return jax.tree.map(lambda x: x[None], sums)  # [1, ...]; over D groups [D, ...]
+            return jax.tree.map(lambda x: x[None], sums)  # [1, ...]; over R groups [R, ...]
 
-        if D > 1:
+        if R > 1:
             split = (P(), P(None, "data"), P())
             total = jax.shard_map(
                 total, mesh=mesh, axis_names={"data"}, in_specs=split, out_specs=P("data"), check_vma=False
             )
-        return jax.tree.map(lambda x: x.sum(0) / (G * D), total(params, rows, keys))
+        return jax.tree.map(lambda x: x.sum(0) / (G * R), total(params, rows, keys))
 
     return gradients

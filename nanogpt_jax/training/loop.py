@@ -109,7 +109,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
             is_last, is_best, loss = at == t.steps, False, None
             if is_last or (t.eval_every and at % t.eval_every == 0):
                 reader.drain()
-                memory.give_back()
+                memory.trim()
                 with reader.paused():
                     scores = task.evaluate(state.params)
                 reader.check(at, {f"validation {name}": value for name, value in scores.items()})
@@ -231,7 +231,7 @@ class _Reader:
         for name, tree in (("parameters", state.params), ("optimizer's state", state.opt_state)):
             if not are_finite(tree):
                 raise self._diverged(step, f"there are nan or inf in the {name}")
-        memory.give_back()
+        memory.trim()
         self._run.save(step, {"params": state.params, "opt_state": state.opt_state}, loss)
 
     def _diverged(self, step: int, what: str) -> UserError:
