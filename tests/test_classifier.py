@@ -718,7 +718,7 @@ WRONG_FILES = [
     ("few of a label", "x.csv", "text,label\nhola,es\nbye,en\nhi,en\nyes,en\nno,en\n", "has too few different texts with the label es, 1,"),
     ("empty file", "x.csv", "", "x.csv is empty"),
     ("a header alone", "x.csv", "text,label\n", "x.csv holds no texts"),
-    ("broken csv", "x.csv", 'text,label\n"hola"x,es\n', "x.csv, line 2: its quotes do not fit together"),
+    ("broken csv", "x.csv", 'text,label\n"hola"x,es\n', "x.csv, line 2: its quotes do not match"),
     ("open quote", "x.csv", 'text,label\n"hola,es\n', "x.csv, line 2: a quote opens in this row and never closes"),
     ("a comma too many", "x.csv", "text,label\nhola,es\nhola, mundo,es\n", "x.csv, line 3: 3 cells, but the header has 2"),
     ("broken jsonl", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', "x.jsonl, line 2 is not JSON"),

@@ -317,7 +317,7 @@ def test_a_want_of_memory_is_an_error_and_no_other_one_is_hidden(capsys):
     assert cli.guarded(lambda _: int(jnp.zeros(2**50).sum()), []) == 2  # four million gigabytes
     error = capsys.readouterr().err
     assert error.startswith("error: Out of memory allocating 4503599627370496 bytes")
-    assert "less is needed for fewer and shorter texts" in error
+    assert "use fewer or shorter texts at once" in error
     assert cli.guarded(lambda _: len(bytearray(2**50)), []) == 2
     assert capsys.readouterr().err.startswith("error: out of memory\n")
 

@@ -1,7 +1,7 @@
-"""Where text comes from: the corpora that we know by name, files, and the Hugging Face hub.
+"""Sources of text: corpora known by name, files, and the Hugging Face hub.
 
-A source is read in blocks, never whole, so memory does not grow with it (one row of a file or of the hub is held at a
-time). text_file.py and records.py read the files. A new corpus is one function that returns a `Corpus`, and one line in
+A source is read in blocks, so memory does not grow with it (of a file of rows or of the hub, one row at a time).
+text_file.py and records.py read the files. To add a corpus, write a function that returns a `Corpus`, and add a line to
 `CORPORA`.
 """
 
@@ -34,30 +34,30 @@ from nanogpt_jax.host import files, messages
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SMALL = 64 << 20  # bytes of files that are identified by content; reading more at each start would be felt
+SMALL = 64 << 20  # bytes; smaller files are identified by content, larger ones take too long to read at each start
 
 Block = tuple[str, bool]  # text, and whether a document ends after it
 
 
 class SourceFailed(UserError):
-    """The source cannot be reached now; what was read of it is good."""
+    """The source has become unreachable; what was read so far is valid."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of text, and what is known of it before it is read."""
+    """A source of text, and what is known before it is read."""
 
     name: str
-    identity: str  # equal identities mean equal texts; cheap to have, so that prepared tokens open without the text
-    origin: dict[str, Any]  # where it comes from, for the manifest
-    documents: bool  # False: one text, which has no documents in it
-    blocks: Callable[[OnProgress], Iterator[Block]]  # in order, nothing normalised; UserError where they cannot be had
+    identity: str  # equal identities mean equal texts; computed without reading large ones
+    origin: dict[str, Any]  # for the manifest
+    documents: bool  # False: one text, not divided into documents
+    blocks: Callable[[OnProgress], Iterator[Block]]  # in order, not normalised; UserError if unreadable
 
 
 def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpus:
-    """The corpus of that name, the files at that path, standard input or a data set of the hub; see `--help`.
+    """A corpus by name, path or pattern, standard input (-), or a data set of the hub; see `--help`.
 
-    Downloads and standard input are kept in `folder`. `field` holds the text in rows.
+    Downloads and standard input are stored in `folder`. `field` is the column with the text, in rows.
     """
     if source in CORPORA:
         return CORPORA[source](Path(folder))
@@ -72,27 +72,29 @@ def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpu
 
 
 def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
-    """A file, a folder or a pattern with * or **. One plain text is one text; otherwise each plain text is a document,
-    and so is each row of the formats in records.py, in the order of the names."""
-    path = Path(os.path.expanduser(source))  # Path's own has an error for a user that does not exist
+    """A file, a folder or a pattern with * or **. A single plain text has no documents. Of several files, in the order
+    of their names, each plain text is a document. In the formats of records.py, each row is one."""
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises for an unknown user
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         found = sorted(f for name in glob.glob(str(path), recursive=True) if (f := Path(name)).is_file())
-        files = list({os.path.realpath(f): f for f in reversed(found)}.values())[::-1]  # ** follows links to folders
+        files = list({os.path.realpath(f): f for f in reversed(found)}.values())[
+            ::-1
+        ]  # ** follows links, so a file may come twice
         if n := len(found) - len(files):
-            print(f"note: data.source={source} leaves out {n:,} links to files that it takes", file=sys.stderr)
+            print(f"note: data.source={source} leaves out {n:,} links to files that it already has", file=sys.stderr)
         if not glob.has_magic(source):
             known = ", ".join(CORPORA)
             here = "" if path.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
-                f"data.source={source} is neither a file or folder{here} nor one of {known}"
+                f"data.source={source} is neither a file nor a folder{here}, nor one of {known}"
                 f"{suggestion(source, CORPORA)}"
             ) from None
         if not files:
-            exact = "; [[] stands for a [ in a name" if "[" in source else ""
+            exact = "; [[] matches a [ in a name" if "[" in source else ""
             what = f"data.source={source} matches no file"
-            raise UserError(f"{what}; ** stands for folders at any depth{exact}") from None
+            raise UserError(f"{what}; ** matches folders at any depth{exact}") from None
         name = next((part for part in reversed(path.parts) if not glob.has_magic(part)), "files")
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
         raise UserError(f"cannot read data.source={source}: {getattr(e, 'strerror', None) or e}") from None
@@ -135,7 +137,7 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
 
 
 def _in_folder(folder: Path, source: str) -> list[Path]:
-    """The texts at any depth of a folder, in the order of their names. Says what it leaves out."""
+    """The texts at any depth of a folder, in the order of their names. Prints a note on those left out."""
     taken: list[Path] = []
     out: Counter[str] = Counter()
 
@@ -176,14 +178,14 @@ def _text_documents(path: Path, field: str, on_progress: OnProgress) -> Iterator
 
 
 def _row_documents(path: Path, field: str, on_progress: OnProgress) -> Iterator[Block]:
-    """The text of each row."""
+    """The text of each row, as a document."""
     unit = records.unit(path)
     for number, row in records.rows(path, str(path), [field], on_progress):
         yield _text_of(row, field, f"{path}, {unit} {number}"), True
 
 
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:
-    """The text in `field`; no value is no text."""
+    """The text in `field`; "" if it is null."""
     if field not in row:
         raise UserError(_no_field(field, list(row), where))
     value = row[field]
@@ -215,7 +217,7 @@ IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
 
 
 def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
-    """What can be read only once, as a text file in `folder` that is named by its content."""
+    """Copy a stream that can be read only once into a file in `folder`, named after its content."""
     digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,9 +227,7 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
                     digest.update(block)
                     out.write(block)
             if not (beside / "text").stat().st_size:
-                raise UserError(
-                    f"data.source={source} gave no text\n       what comes through a pipe has to come each time"
-                )
+                raise UserError(f"data.source={source} gave no text\n       a pipe must be fed again at each start")
             kept = folder / f"stdin-{digest.hexdigest()[:12]}{_suffixes(source) or '.txt'}"
             os.replace(beside / "text", kept)
     except OSError as e:
@@ -236,7 +236,7 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
 
 
 def _suffixes(name: str) -> str:
-    """What a pipe's name says of the text that comes through it."""
+    """The suffixes of a pipe's name, which say how to read it."""
     path = Path(name)
     known = records.suffix(path) in (*IN_FOLDERS, *records.ROWS)
     return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]) if known else ""
@@ -246,7 +246,7 @@ def _known_by(path: Path, stat: os.stat_result, content: bool) -> str:
     found = _sha256_of(path) if content else f"{stat.st_size} {stat.st_mtime_ns}"
     if records.suffix(path) not in records.ROWS:
         with path.open("rb") as file:
-            if file.read(3) == codecs.BOM_UTF8:  # tokens that an earlier version prepared begin with it
+            if file.read(3) == codecs.BOM_UTF8:  # earlier versions kept the mark in the tokens
                 found += " without its mark"
     return found
 
@@ -268,9 +268,9 @@ def _safe(name: str) -> str:
 
 
 def from_hub(source: str, field: str) -> Corpus:
-    """`hf:NAME[:CONFIG][:FIELD]`: the split "train" of a data set, streamed. NAME may be a folder on this machine.
+    """`hf:NAME[:CONFIG][:FIELD]`: the split "train" of a data set, streamed. NAME may be a local folder.
 
-    A data set of the hub is identified by its name, so that a prepared one opens without a network.
+    A data set of the hub is identified by its name, so that prepared tokens open without a network.
     """
     parts = source.removeprefix("hf:").split(":")
     if not parts[0] or len(parts) > 3:
@@ -291,15 +291,15 @@ def from_hub(source: str, field: str) -> Corpus:
 
 
 def _open_stream(source: str, name: str, config: str) -> tuple[Any, int | None]:
-    """The rows of the split "train", and how many they are if that is known. Asks the hub once, for 10 s at most:
-    `datasets` alone would try for half a minute where there is no network."""
+    """The rows of the split "train", and their number if known. Asks the hub first, for at most 10 s: without a
+    network, `datasets` itself would try for half a minute."""
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     revision = None
     if Path(name).is_dir():
-        name = str(Path(name).resolve())  # a folder called json would be taken for the format
+        name = str(Path(name).resolve())  # else `datasets` takes a folder called json for the format
     else:
         try:
             revision = huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
@@ -307,7 +307,7 @@ def _open_stream(source: str, name: str, config: str) -> tuple[Any, int | None]:
             pass  # `datasets` may have it in its cache
         except (HfHubHTTPError, huggingface_hub.errors.HFValidationError) as e:
             reason = messages.first_line(e, 300)
-            raise UserError(f"data.source={source} is not a data set that the hub gives out: {reason}") from None
+            raise UserError(f"data.source={source} is not a data set that the hub offers: {reason}") from None
         except Exception as e:  # the HTTP library's own
             raise SourceFailed(
                 f"data.source={source} cannot be reached: {type(e).__name__}: {e}\n"
@@ -315,7 +315,7 @@ def _open_stream(source: str, name: str, config: str) -> tuple[Any, int | None]:
             ) from None
     try:
         stream = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=revision)
-    except Exception as e:  # whatever the file formats' libraries raise
+    except Exception as e:  # from the libraries of the file formats
         text = " ".join(str(e).split())
         raise UserError(f"data.source={source} cannot be opened: {text[:500]}") from None
     assert isinstance(stream, datasets.IterableDataset)
@@ -341,7 +341,7 @@ def _reachable(source: str, stream: Any) -> Iterator[dict[str, Any]]:
 
 
 def _one_text(read_text: Callable[[], str]) -> Callable[[OnProgress], Iterator[Block]]:
-    """A text of a few megabytes, read when first asked for."""
+    """The blocks of a text of a few megabytes, read on first use."""
     text = functools.cache(read_text)
 
     def blocks(on_progress: OnProgress) -> Iterator[Block]:
@@ -352,15 +352,15 @@ def _one_text(read_text: Callable[[], str]) -> Callable[[OnProgress], Iterator[B
 
 
 def python_docs(folder: Path) -> Corpus:
-    """English prose about Python that ships with CPython itself: on every machine, without a download."""
-    del folder  # nothing to keep
-    # sys.version rather than the bare number: distributions patch their standard library
+    """English prose about Python that ships with CPython: on every machine, without a download."""
+    del folder  # nothing to store
+    # sys.version and not only the number, because distributions patch their standard library
     origin = {"python": platform.python_version()}
     return Corpus("python-docs", sys.version, origin, False, _one_text(_python_docs_text))
 
 
 def _python_docs_text() -> str:
-    """The help topics, then the docstrings of the standard library, the longest-winded modules first."""
+    """The help topics, then the docstrings of the standard library, modules with the most first."""
     from pydoc_data.topics import topics
 
     parts = [topics[key] for key in sorted(topics)]
@@ -383,7 +383,7 @@ def _docstrings(path: Path) -> list[str]:
     """The docstrings of a module, its classes and functions in the order of the source; [] if it does not parse."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # under -W error a stale escape in some module would change the text
+            warnings.simplefilter("ignore")  # else, under -W error, an invalid escape in a module would change the text
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):  # ValueError: not decodable
         return []
