@@ -1,4 +1,4 @@
-"""The bench, in processes of its own as a person starts it, and how the cost of a token grows."""
+"""The bench, run as a command in its own processes, and the cost of a token as a model grows."""
 
 import json
 import subprocess

@@ -625,7 +625,7 @@ def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_and_ends_early_as_the_whole_one(at, monkeypatch, capsys):
-    """With a rate that ruins the model: what is best comes soon, and two evaluations later the run ends."""
+    """A learning rate that ruins the model: the best checkpoint comes early, and the run ends two evaluations later."""
     flags = "--optim.learning-rate 30 --optim.schedule constant --classify.epochs 9 --classify.patience 2".split()
     flags += "--classify.monitor macro-f1 --train.eval-every 5 --train.save-every 3".split()
     flags += "--model.dropout 0.1 --classify.class-weights balanced".split()
@@ -855,7 +855,7 @@ def test_a_classifier_is_no_language_model(at, capsys, clean_env):
 
 
 def test_prose_and_code_are_told_apart():
-    """Real text that every machine has: a small model learns in seconds what is Python and what speaks about it."""
+    """Real text that every machine has: a small model learns in seconds to separate Python from prose about it."""
     cfg = config.merge(
         ClassifierConfig(),
         {

@@ -652,7 +652,7 @@ def fail(error: BaseException) -> Callable[[Path], None]:
 
 @pytest.fixture
 def done(tmp_path, monkeypatch):
-    """A run with a checkpoint, of which only the folder is there, in a directory of its own."""
+    """A run in its own directory, with a checkpoint that is only a folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_dir, "_execution", lambda _: None)
     attempt("--run-dir", "done", begin=True)

@@ -1,4 +1,4 @@
-"""GPT-2's weights in and out: bit for bit, with their tokenizers; training that starts from them; what is refused."""
+"""GPT-2's weights in and out: bit for bit, with their tokenizers; training that starts from them; errors."""
 
 import contextlib
 import functools
@@ -282,7 +282,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(kind, data):
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_no_token_is_lost_in_an_export(kind):
-    """By its id, each is the same bytes there; and by its bytes, where they are text, the same id."""
+    """Each id has the same bytes there, and bytes that are text have the same id."""
     ours, exported = PAIRS[kind]
     byte_of = {symbol: byte for byte, symbol in tokenizers.byte_symbols().items()}
     assert exported.get_vocab_size() == ours.n_vocab

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zlib
@@ -821,7 +822,7 @@ def test_one_number_among_many_is_found(bad):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """saved() is a run of its own, with checkpoints 10 and 20, and its settings."""
+    """saved() makes a separate run with checkpoints 10 and 20, and returns its settings."""
     original = tmp_path_factory.mktemp("saved") / "run"
     cfg = replace(TINY, model=replace(TINY.model, n_layer=1, n_embd=8))
     cfg = replace(cfg, train=replace(cfg.train, steps=20))
@@ -1031,3 +1032,20 @@ def test_metrics_hold_every_promised_key(train):
 def test_tensorboard_files(train):
     assert train("--train.steps", "4", "--run-dir", "r", "--train.tensorboard", "true") == 0
     assert list(Path("r/tensorboard").glob("events.*"))
+
+
+def test_a_run_of_an_earlier_version_is_sampled_evaluated_and_resumed(tmp_path, monkeypatch, capsys):
+    """fixtures/run.tar.gz was written by ad289bd, before `run/` and the seams of a step; so were these figures."""
+    with tarfile.open(GOLDEN.with_name("run.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    assert door("sample").main(["run", "--prompt", "El gato", "--max-new-tokens", "20"]) == 0
+    assert len(capsys.readouterr().out) == len("El gato") + 20 + 1
+    assert cli.command("eval")(["run", "--json", "figures.json"]) == 0
+    measured = json.loads(Path("figures.json").read_text())["runs"][0]["loss"]["nats_per_token"]["value"]
+    assert math.isclose(measured, 2.6913244627747943, rel_tol=2e-5)
+    flags = "--model.n-layer 1 --model.n-head 2 --model.n-embd 16 --model.block-size 16 --train.batch-size 4".split()
+    flags += "--data.source text.txt --train.steps 14 --train.eval-every 5 --run-dir run --resume must".split()
+    assert door("train").main(flags) == 0
+    assert "going on in run from step 10" in capsys.readouterr().out
+    assert math.isclose(rows("run")[-1]["val/loss"], 2.4914390480952706, rel_tol=2e-4)

@@ -227,7 +227,7 @@ def _given_text(source: str, corpus: Corpus, run: Run) -> Text:
         except UnknownText as e:
             raise UserError(f"--data={source} cannot be read with the tokenizer of {run.path}: {e}") from None
     if len(tokens) < 2:
-        raise UserError(f"--data={source} has {len(tokens)} tokens, and needs at least 2")
+        raise UserError(f"--data={source} has {len(tokens)} tokens; at least 2 are needed to predict one")
     return Text(source, tokens, n_bytes)
 
 
