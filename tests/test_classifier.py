@@ -892,7 +892,7 @@ def test_help_names_every_setting(capsys):
     page = capsys.readouterr().out
     assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", page), "a setting without a comment"
     told = " ".join(page.split())
-    assert "where the label stands: a string or a whole number (default: label)" in told  # its own
+    assert "the column with the label: a string or a whole number (default: label)" in told  # its own
     assert "looks at the validation texts; 0: once an epoch (default: 0)" in told  # another than a language model's
     assert "the dropout (default: 1337)" in told  # the same
     page = page.replace("-", "_")

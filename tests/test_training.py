@@ -516,7 +516,7 @@ def test_a_run_takes_the_second_program_and_says_so(train, monkeypatch, capsys):
     for name in ("RECOMPILE_COST", "RECOMPILE_AFTER", "RECOMPILE_LEFT"):
         monkeypatch.setattr(execution, name, 0)
     assert train("--train.steps", "20", "--run-dir", "r") == 0
-    assert len(re.findall(r"step \d+: a second, quicker program", capsys.readouterr().err)) == 1
+    assert len(re.findall(r"step \d+: a second, faster program", capsys.readouterr().err)) == 1
 
 
 RESIDENT = """
