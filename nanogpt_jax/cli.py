@@ -1,4 +1,4 @@
-"""`python -m nanogpt_jax COMMAND`, installed as `nanogpt-jax` too, and what all commands share."""
+"""`python -m nanogpt_jax COMMAND`, installed as `nanogpt-jax`, and helpers that all commands share."""
 
 import contextlib
 import importlib
@@ -23,7 +23,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def check_file(flag: str, place: str) -> None:
-    """UserError if `flag`=`place` is no file that can be written: known now is better than after minutes of work."""
+    """UserError if `flag`=`place` cannot be written as a file. Called before work that may take minutes."""
     path = Path(place)
     if not place:
         raise UserError(f"{flag} needs the name of a file")
@@ -39,7 +39,7 @@ def check_file(flag: str, place: str) -> None:
 
 
 def write_file(flag: str, place: str, content: str | bytes) -> None:
-    """Write the result that `flag`=`place` asks for: a link, a device or a pipe stays what it is. UserError."""
+    """Write the result that `flag`=`place` asks for, through a link, to a device or a pipe. UserError if that fails."""
     try:
         files.write_result(Path(place), content)
     except OSError as e:
@@ -47,16 +47,16 @@ def write_file(flag: str, place: str, content: str | bytes) -> None:
 
 
 def guarded(main: Main, argv: list[str] | None = None) -> int:
-    """`main` with errors as a person wants them: the message and what to do on stderr, exit code 2, no traceback."""
+    """Runs `main`. A UserError goes to stderr, without a traceback, and the exit code is 2."""
     terminal.set_up()
     runtime.set_up()
     try:
         code = _answer(main, argv)
     finally:
-        with contextlib.suppress(OSError):  # Python would complain at exit
+        with contextlib.suppress(OSError):  # else Python complains at exit
             sys.stdout.flush()
     if any(thread.name.startswith(runtime.SPARE) for thread in threading.enumerate()):
-        os._exit(code)  # Python would wait for it
+        os._exit(code)  # else Python waits for that thread
     return code
 
 
@@ -87,11 +87,11 @@ def out_of_memory(error: Exception) -> str:
     """The message for an out-of-memory error (XLA, PyTorch, Python); "" for any other."""
     what = str(error).strip() or "out of memory"
     wants = isinstance(error, MemoryError) or re.search("(?i)out of memory|can't allocate memory", what)
-    if not wants or re.search("(?i)shared memory|vmem", what):  # a kernel's, on a card
+    if not wants or re.search("(?i)shared memory|vmem", what):  # of a kernel on a GPU or TPU
         return ""
     return (
         f"{what.removeprefix('RESOURCE_EXHAUSTED: ').splitlines()[0][:200]}\n"
-        "       less is needed for fewer and shorter texts at once; in training, with a smaller train.micro_batch"
+        "       use fewer or shorter texts at once; in training, a smaller train.micro_batch"
     )
 
 
@@ -108,7 +108,7 @@ def door(name: str) -> ModuleType:
     return module
 
 
-# command -> what it does; the module that does it, or the door, whose name has no dot; its function
+# command -> its meaning; its module, or (a name without a dot) its top-level script; its function
 COMMANDS = {
     "train": ("train a GPT-2, or go on with a run (train.py)", "train", "main"),
     "sample": ("write text with a trained model (sample.py)", "sample", "main"),
@@ -123,7 +123,7 @@ COMMANDS = {
 
 
 def offered() -> dict[str, str]:
-    """The commands and what they do, without those whose module was removed with its slice. Nothing is imported."""
+    """The commands and their meanings, without those whose module was removed with its slice. Imports nothing."""
     package = Path(__file__).parent
 
     def is_there(module: str) -> bool:

@@ -43,17 +43,17 @@ from nanogpt_jax.training.step import init_state, make_train_step, state_shapes
 
 ROOT = Path(__file__).parent.parent
 TINY = execution.resolve(ModelConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True), "cpu")
-K = 3
+Y = 3
 PARAMS = jax.tree.map(  # biases and scales of their own, so that a forgotten one shows
     lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
-    head.init_params(TINY, K, jax.random.key(0)),
+    head.init_params(TINY, Y, jax.random.key(0)),
 )
 
 
 def some_rows(n: int, width: int, seed: int = 0) -> np.ndarray:
     chance = np.random.default_rng(seed)
     rows = chance.integers(0, 50, (n, width + 2))
-    rows[:, -2], rows[:, -1] = chance.integers(1, width + 1, n), chance.integers(0, K, n)
+    rows[:, -2], rows[:, -1] = chance.integers(1, width + 1, n), chance.integers(0, Y, n)
     return rows.astype(np.int32)
 
 
@@ -61,7 +61,7 @@ def some_rows(n: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def numpy_logits(params, tokens: np.ndarray) -> np.ndarray:
-    """One text, without padding [T] -> [K]: the reference's blocks, then the last vector times the head."""
+    """One text, without padding [T] -> [Y]: the reference's blocks, then the last vector times the head."""
     whole = jax.tree.map(np.asarray, {**params, "wte": np.eye(50, 16)})  # logits over this "vocabulary" are the vector
     whole["wte"] = np.asarray(params["wte"])
     x = np.asarray(params["wte"], np.float64)[tokens] + np.asarray(params["wpe"], np.float64)[: len(tokens)]
@@ -77,13 +77,13 @@ def numpy_logits(params, tokens: np.ndarray) -> np.ndarray:
 def test_the_head_reads_the_last_real_token_and_equals_numpy():
     tokens, lengths, _ = head.unpack(some_rows(5, 12))
     logits = head.logits(TINY, PARAMS, jnp.asarray(tokens), jnp.asarray(lengths))
-    assert logits.shape == (5, K)
+    assert logits.shape == (5, Y)
     assert logits.dtype == jnp.float32
     expected = [numpy_logits(PARAMS, row[:n]) for row, n in zip(tokens, lengths, strict=True)]
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
-loss_and_gradients = jax.jit(jax.value_and_grad(functools.partial(head.mean_loss, TINY, weights=np.ones(K))))
+loss_and_gradients = jax.jit(jax.value_and_grad(functools.partial(head.mean_loss, TINY, weights=np.ones(Y))))
 
 
 @given(st.integers(0, 1000))
@@ -100,19 +100,19 @@ def test_padding_changes_nothing(seed):
 
 def test_weights_of_an_imbalance_multiply_the_loss_of_each_text():
     rows = some_rows(6, 12)
-    weights = task.class_weights(np.array([0, 0, 0, 0, 0, 0, 1, 1, 2]), K, "balanced")
+    weights = task.class_weights(np.array([0, 0, 0, 0, 0, 0, 1, 1, 2]), Y, "balanced")
     np.testing.assert_allclose(weights, [9 / (3 * 6), 9 / (3 * 2), 9 / 3])  # scikit-learn's "balanced"
     logits = np.array([numpy_logits(PARAMS, row[: row[-2]]) for row in rows])
     nats = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), rows[:, -1]]
-    for w in (weights, task.class_weights(np.array([0, 1, 1, 2]), K, "none")):
+    for w in (weights, task.class_weights(np.array([0, 1, 1, 2]), Y, "none")):
         loss = head.mean_loss(TINY, PARAMS, jnp.asarray(rows), weights=w)
         np.testing.assert_allclose(loss, sum(w[k] * x for k, x in zip(rows[:, -1], nats, strict=True)) / 6, rtol=1e-5)
-    assert len(set(rows[:, -1])) == K
+    assert len(set(rows[:, -1])) == Y
 
 
 def take_steps(n: int, freeze: bool = False, **changed):
     """The state and the losses after n steps on random rows."""
-    values = {"model.dropout": 0.1, "classify.n_labels": K, "train.steps": 20, **changed}
+    values = {"model.dropout": 0.1, "classify.n_labels": Y, "train.steps": 20, **changed}
     model = replace(TINY, n_layer=1, scan_unroll=1)
     cfg = config.merge(ClassifierConfig(model=model), values, "test")
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, cfg.train.steps)
@@ -130,12 +130,12 @@ def take_steps(n: int, freeze: bool = False, **changed):
 
 
 def test_a_mesh_changes_nothing():
-    sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "classify.n_labels": K}
+    sizes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "classify.n_labels": Y}
     cfg = config.merge(ClassifierConfig(model=TINY), sizes, "test")
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 9)
-    shapes = state_shapes(tx, task.objective(cfg, 12, np.ones(K, np.float32)), mesh)
+    shapes = state_shapes(tx, task.objective(cfg, 12, np.ones(Y, np.float32)), mesh)
     params = jax.device_put(PARAMS, jax.tree.map(lambda x: x.sharding, shapes.params))
-    assert params["head"]["kernel"].addressable_shards[0].data.shape == (8, K)
+    assert params["head"]["kernel"].addressable_shards[0].data.shape == (8, Y)
     rows = some_rows(8, 12)
     found = task.predict_step(cfg.model, mesh)(params, rows)
     tokens, lengths, _ = head.unpack(rows)
@@ -150,7 +150,7 @@ def test_a_frozen_body_stays_bit_for_bit_and_has_no_moments(optimizer):
         same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (x, state.params[name])), strict=True)]
         assert not any(same) if name == "head" else all(same), name
     sizes = [x.size for x in jax.tree.leaves(state.opt_state)]
-    assert max(sizes) == 16 * K
+    assert max(sizes) == 16 * Y
     assert len(set(losses)) == 6
 
 
@@ -718,7 +718,7 @@ WRONG_FILES = [
     ("few of a label", "x.csv", "text,label\nhola,es\nbye,en\nhi,en\nyes,en\nno,en\n", "has too few different texts with the label es, 1,"),
     ("empty file", "x.csv", "", "x.csv is empty"),
     ("a header alone", "x.csv", "text,label\n", "x.csv holds no texts"),
-    ("broken csv", "x.csv", 'text,label\n"hola"x,es\n', "x.csv, line 2: its quotes do not fit together"),
+    ("broken csv", "x.csv", 'text,label\n"hola"x,es\n', "x.csv, line 2: its quotes do not match"),
     ("open quote", "x.csv", 'text,label\n"hola,es\n', "x.csv, line 2: a quote opens in this row and never closes"),
     ("a comma too many", "x.csv", "text,label\nhola,es\nhola, mundo,es\n", "x.csv, line 3: 3 cells, but the header has 2"),
     ("broken jsonl", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', "x.jsonl, line 2 is not JSON"),

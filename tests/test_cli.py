@@ -317,7 +317,7 @@ def test_a_want_of_memory_is_an_error_and_no_other_one_is_hidden(capsys):
     assert cli.guarded(lambda _: int(jnp.zeros(2**50).sum()), []) == 2  # four million gigabytes
     error = capsys.readouterr().err
     assert error.startswith("error: Out of memory allocating 4503599627370496 bytes")
-    assert "less is needed for fewer and shorter texts" in error
+    assert "use fewer or shorter texts at once" in error
     assert cli.guarded(lambda _: len(bytearray(2**50)), []) == 2
     assert capsys.readouterr().err.startswith("error: out of memory\n")
 
@@ -674,13 +674,20 @@ def test_nothing_is_written_through_what_a_stranger_put_into_a_run(done, name, k
     folder = place.is_dir() or name in ("tensorboard", "wandb")
     if kind == "the other kind" and name == "checkpoints/10/params/d":
         return  # a file is as good there
-    shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-    if kind == "link":
-        elsewhere.mkdir() if folder else elsewhere.write_text("precious")
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+    if kind == "link" and folder:
+        elsewhere.mkdir()
+    elif kind == "link":
+        elsewhere.write_text("precious")
     if kind == "pipe":
         os.mkfifo(place)
+    elif kind == "the other kind" and folder:
+        place.touch()
     elif kind == "the other kind":
-        place.touch() if folder else place.mkdir()
+        place.mkdir()
     else:
         place.symlink_to(elsewhere)
     before = content(elsewhere) if folder else elsewhere.exists() and elsewhere.read_text()
@@ -877,9 +884,10 @@ def test_a_name_that_is_no_text(done):
 def test_a_configuration_that_is_none_is_refused_by_name(done, content, words):
     path = done / "config.json"
     path.unlink()
-    content(path) if callable(content) else path.write_bytes(
-        content if isinstance(content, bytes) else content.encode()
-    )
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=rf"done/config.json.*{words}"):
         config.read_json(path)
     with pytest.raises(UserError, match=r"done/config\.json"):

@@ -103,11 +103,11 @@ def test_unusable_text_files(tmp_path: Path, content: bytes, message: str):
     [
         (
             "shakespear",
-            r"data\.source=shakespear is neither a file or folder in .* nor one of .*\n.*did you mean shakespeare\?",
+            r"data\.source=shakespear is neither a file nor a folder in .*, nor one of .*\n.*did you mean shakespeare\?",
         ),
         (
             "no/such.txt",
-            r"data\.source=no/such\.txt is neither a file or folder in /.* nor one of python-docs, shakespeare$",
+            r"data\.source=no/such\.txt is neither a file nor a folder in /.*, nor one of python-docs, shakespeare$",
         ),
         ("a\0b", r"cannot read data\.source="),
     ],
@@ -272,17 +272,17 @@ REFUSED = [
     ("1251.txt", "Привет мир как дела\n".encode("cp1251"), ["byte 0xcf at offset 0", "-f ENCODING"], None),
     ("damaged.txt", "café crème ".encode() + b"\xff!", ["byte 0xff at offset 13", "fetch it again"], "café crème !"),
     ("cut.txt", b"caf" + "静".encode()[:2], ["byte 0xe9 at offset 3", "fetch it again"], "caf"),
-    ("nul.txt", b"some text\0 and more", ["nul.txt is no text: byte 0x00 at offset 9"], "some text and more"),
-    ("nul.jsonl", ROW.encode() + b'{"text": "\0"}\n', ["line 2 is no text: byte 0x00 at offset 38"], ["a", ""]),
-    ("packed.txt.bz2", bz2.compress(PROSE.encode()), ["no text but packed by bzip2"], PROSE),
-    ("packed.txt.xz", lzma.compress(PROSE.encode()), ["no text but packed by xz"], PROSE),
-    ("twice.txt.gz", packed(packed(PROSE.encode())), ["no text but a gzip"], None),
+    ("nul.txt", b"some text\0 and more", ["nul.txt is not text: byte 0x00 at offset 9"], "some text and more"),
+    ("nul.jsonl", ROW.encode() + b'{"text": "\0"}\n', ["line 2 is not text: byte 0x00 at offset 38"], ["a", ""]),
+    ("packed.txt.bz2", bz2.compress(PROSE.encode()), ["not text but packed by bzip2"], PROSE),
+    ("packed.txt.xz", lzma.compress(PROSE.encode()), ["not text but packed by xz"], PROSE),
+    ("twice.txt.gz", packed(packed(PROSE.encode())), ["not text but a gzip"], None),
     ("archive.txt", b"PK\x03\x04\x14\0\0\0", ["a ZIP archive", "unzip"], None),
-    ("x.tar.gz", packed(TAR), ["no text but a tar archive", "tar -xf"], None),
+    ("x.tar.gz", packed(TAR), ["not text but a tar archive", "tar -xf"], None),
     ("picture.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["a PNG image"], None),
     ("paper.txt", b"%PDF-1.7\n", ["a PDF", "pdftotext paper.txt paper-text.txt"], None),
     ("base.txt", b"SQLite format 3\0", ["an SQLite database"], None),
-    ("columns.txt", b"PAR1\x15\0", ["no text but Parquet", "mv columns.txt columns.parquet"], None),
+    ("columns.txt", b"PAR1\x15\0", ["not text but Parquet", "mv columns.txt columns.parquet"], None),
     ("lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\n", ["a pointer of Git LFS", "git lfs pull"], None),
     ("binary.txt", bytes(range(256)), ["binary.txt is not UTF-8 text: byte 0x80 at offset 128", "a binary file"], None),
     ("cut.txt.gz", packed(PROSE.encode())[:-9], ["a gzip that ends too early", "fetch"], None),
@@ -290,7 +290,7 @@ REFUSED = [
     ("digits.jsonl", ROW + '{"text": "a", "n": ' + "1" * 9999 + "}", ["digits.jsonl, line 2 is not JSON: a number has more than 4,300 digits"], None),
     ("deep.jsonl", '{"text": ' + "[" * 99999 + "]" * 99999 + "}", ["deep.jsonl, line 1 is not JSON: it is nested too deeply"], None),
     ("deep.json", '[{"text": ' + "[" * 99999 + "]" * 99999 + "}]", ["deep.json, line 1 is not JSON: it is nested"], None),
-    ("twice.jsonl", ROW + '{"text": "a", "text": "b"}', ["line 2: 'text' stands twice", "mend or delete"], None),
+    ("twice.jsonl", ROW + '{"text": "a", "text": "b"}', ["line 2: 'text' occurs twice", "fix or delete"], None),
     ("joined.jsonl", '{"text": "a"}{"text": "b"}', ["line 1 is not JSON: Extra data at column 14"], None),
     ("list.jsonl", '[{"text": "a"}]', ["line 1 is not a JSON object", "name it .json"], None),
     ("cut.json", '[\n{"text": "a"},', ["cut.json ends before its list does", "fetch"], None),
@@ -299,16 +299,16 @@ REFUSED = [
     ("printed.jsonl", '\n{\n "text": "a"\n}\n', ["line 2", "mv printed.jsonl printed.json"], ["a"]),
     ("printed.jsonl.gz", packed(b'[\n {"text": "a"}]'), ["mv printed.jsonl.gz printed.json.gz"], ["a"]),
     ("nested.jsonl", '{\n "data": [{"text": "a"}]\n}', ["line 1", "mv nested.jsonl nested.json"], None),
-    ("half.jsonl", '{"text": "a\n{"text": "b"}\n', ["line 1 is not JSON: Invalid control", "mend or delete"], None),
+    ("half.jsonl", '{"text": "a\n{"text": "b"}\n', ["line 1 is not JSON: Invalid control", "fix or delete"], None),
     ("lists.json", '[{"text": "a"}]\n[{"text": "b"}]\n', ["line 2", "jq -c '.[]'"], ["a", "b"]),
     ("null.json", '[null, {"text": "a"}]', ["but null", "jq -c '.[] | objects'"], ["a"]),
     ("cells.json", '[["a", "x"]]', ["""jq -c '.[] | {"text": .[0]}'"""], ["a"]),
     ("comment.json", '// c\n[{"text": "a"}]', ["line 1", "JSON has no comments"], ["a"]),
-    ("prefix.json", ')]}\'\n[{"text": "a"}]', ["line 1", "take out what is before the JSON"], ["a"]),
+    ("prefix.json", ')]}\'\n[{"text": "a"}]', ["line 1", "remove what precedes the JSON"], ["a"]),
     ("prefix.json.gz", packed(b')]}\',[{"text": "a"}]'), ["line 1", "gunzip -c < prefix.json.gz | sed"], ["a"]),
-    ("behind.json", '[{"text": "a"}] x', ["nothing may stand behind the list"], None),
+    ("behind.json", '[{"text": "a"}] x', ["nothing may follow the list"], None),
     ("column.json", "[" + '{"text": "a"},' * 9999 + '{"text": }]', ["line 1 is not JSON: Expecting value at column 139997"], None),
-    ("sep.csv", "sep=,\ntext,n\na,1\n", ["sep.csv, line 1 is not the header, but tells Excel"], ["a"]),
+    ("sep.csv", "sep=,\ntext,n\na,1\n", ["sep.csv, line 1 is not the header, but names the separator for Excel"], ["a"]),
     ("sep three.csv", "\ufeffsep=,\r\ntext,n,m\r\na,1,2\r\n", ["line 1 is not the header", "sed 1d"], ["a"]),
     ("sep other.csv", "sep=;\ntext;n\na;1\n", ["line 1 is not the header"], None),
     ("commas.tsv", "text,n\na,1\nb\tc,2\n", ["name it .csv"], None),
@@ -317,7 +317,7 @@ REFUSED = [
     ("inside.json", '{"a b": [{"text": "a"}], "n": 1}', ["line 1: the rows are in 'a b' of one object"], ["a"]),
     ("inside.json.gz", packed(b'{"d": [{"text": "a"}]}'), ["gunzip -c < inside.json.gz | jq"], ["a"]),
     ("twice.csv", "text,label,text\na,b,c\n", ["line 1: 2 columns are called 'text'", "rename"], None),
-    ("open.csv", 'text,label\na,b\n"open,b\nc,d\n', ["open.csv, line 3: a quote opens in this row and never closes", "written twice"], None),
+    ("open.csv", 'text,label\na,b\n"open,b\nc,d\n', ["open.csv, line 3: a quote opens in this row and never closes", "quotes inside it doubled"], None),
     ("swallow.csv", 'text,label\na,x\nb,y\nc,x\nd,y\n"so it goes,x\nfine,y\nsix foot 2",x\n', ["line 6: a quote opens in this row and closes in line 8"], None),
     ("numbers.csv", 'n,text\n1,a\n2,"so it goes\n3,fine\n4,six foot 2"\n', ["line 3: a quote opens in this row and closes in line 5"], None),
     ("decimals.csv", SWALLOW.format("1.85", "-2.5", "0.1", "3.0"), ["line 3: a quote opens in this row and closes in line 5"], None),
@@ -327,9 +327,9 @@ REFUSED = [
     ("small.csv", 'text,label\n"open,y\nb,x\nclose",y\nd,x\n', ["line 2: a quote opens in this row and closes in line 4"], None),
     ("header.csv", '"text",label\na,x\n"open,y\nb,x\nclose",y\nd,x\n', ["line 3: a quote opens"], None),
     ("doubled.csv", 'text,label\n"a ""b""",x\n"open,y\nb,x\nclose",y\nd,x\n', ["line 3: a quote opens"], None),
-    ("escaped.csv", 'text,n\n"C:\\new \\"x\\", y",1\n', ["line 2: its quotes do not fit together"], ['C:\\new "x", y']),
+    ("escaped.csv", 'text,n\n"C:\\new \\"x\\", y",1\n', ["line 2: its quotes do not match"], ['C:\\new "x", y']),
     ("escaped.csv.gz", packed(b'text,n\n"C:\\new \\"x\\", y",1\n'), ["gunzip -c < escaped.csv.gz | sed"], ['C:\\new "x", y']),
-    ("cells.csv", "text,label\na,b\nc,d,e\n", ["line 3: 3 cells, but the header has 2", "stands in quotes"], None),
+    ("cells.csv", "text,label\na,b\nc,d,e\n", ["line 3: 3 cells, but the header has 2", "must be in quotes"], None),
     ("semicolons.csv", "text;label\na, b;c\n", ["line 2: 2 cells, but the header has 1", "not by semicolons"], None),
     ("cells.tsv", 'text\tlabel\n"a" b\tc\nd\n', ["line 3: 1 cells, but the header has 2"], None),
     ("joined.csv", "text,label\na,b\ntext,label\nc,d\n", ["line 3 repeats the header", "delete that line"], None),
@@ -583,11 +583,11 @@ def test_a_second_opening_reads_no_text(tmp_path: Path, monkeypatch: pytest.Monk
         return corpora.Corpus("once", "1", {}, False, blocks)
 
     monkeypatch.setitem(
-        corpora.CORPORA, "once", lambda folder: corpus(lambda tell: iter([("to be or not\n" * 9, True)]))
+        corpora.CORPORA, "once", lambda folder: corpus(lambda on_progress: iter([("to be or not\n" * 9, True)]))
     )
     cfg = DataConfig(source="once", dir=str(tmp_path))
     first = prepare.open_data(cfg)
-    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpus(lambda tell: 1 / 0))
+    monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpus(lambda on_progress: 1 / 0))
     assert prepare.open_data(cfg).fingerprint == first.fingerprint
 
 
@@ -687,8 +687,8 @@ def edit(path: Path, at: int, new: bytes) -> None:
         ("val.bin", lambda p: p.write_bytes(p.read_bytes()[:-1]), r"val.bin is damaged: \d+ bytes instead of \d+"),
         ("val.bin", Path.unlink, "val.bin is missing"),
         ("manifest.json", Path.unlink, "manifest.json is missing"),
-        ("manifest.json", lambda p: p.write_text("{"), "manifest.json is damaged: it is no manifest"),
-        ("manifest.json", lambda p: p.write_text("[]"), "manifest.json is damaged: it is no manifest"),
+        ("manifest.json", lambda p: p.write_text("{"), "manifest.json is damaged: it is not a manifest"),
+        ("manifest.json", lambda p: p.write_text("[]"), "manifest.json is damaged: it is not a manifest"),
         (
             "manifest.json",
             lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"n_vocab": 7})),

@@ -23,7 +23,7 @@ from nanogpt_jax.data import batches, tokenizer
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import shard
-from nanogpt_jax.evaluation import items, likelihood, loss, statistics
+from nanogpt_jax.evaluation import likelihood, loss, multiple_choice, statistics
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.run import run_dir
 from nanogpt_jax.run.checkpoint import Checkpointer
@@ -328,15 +328,19 @@ def test_choices_and_last_words_are_counted_by_the_rules(model, monkeypatch):
         texts = [model.tokenizer.decode(rest) for _, rest in pairs]
         return [likelihood.Likelihood(answers[t], t == " no") for t in texts]
 
-    monkeypatch.setattr(items, "log_likelihoods", told)
+    monkeypatch.setattr(multiple_choice, "log_likelihoods", told)
     monkeypatch.setattr(
-        items, "encode_pair", lambda model, context, rest, where: ([0], model.tokenizer.encode(rest).tolist())
+        multiple_choice, "encode_pair", lambda model, context, rest, where: ([0], model.tokenizer.encode(rest).tolist())
     )
     here = replace(model, tokenizer=tokenizer.make("char", " buenoñ"))
-    found = items.score_choices(here, [items.Choice("", "", ("bueno", "bu"), 0), items.Choice("", "", ("bu", "no"), 0)])
+    found = multiple_choice.score_choices(
+        here, [multiple_choice.Choice("", "", ("bueno", "bu"), 0), multiple_choice.Choice("", "", ("bu", "no"), 0)]
+    )
     assert found["acc"].tolist() == [0, 1]  # -3 against -2, -2 against -2.5
     assert found["acc_norm"].tolist() == [1, 1]  # -3/5 against -2/2, and lengths are alike
-    found = items.score_last_words(here, [items.LastWord("", "", " no"), items.LastWord("", "", " bu")])
+    found = multiple_choice.score_last_words(
+        here, [multiple_choice.LastWord("", "", " no"), multiple_choice.LastWord("", "", " bu")]
+    )
     assert found["acc"].tolist() == [1, 0]
     assert found["nats"].tolist() == [2.5, 2.0]
 
@@ -351,13 +355,13 @@ def test_forms_of_items(here):
         },
     ]  # fmt: skip
     Path("forms.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
-    first, second, third = items.read_choices("forms.jsonl")
+    first, second, third = multiple_choice.read_choices("forms.jsonl")
     assert (first.context, first.endings, first.gold) == ("El gato", ("a", "b"), 1)
     assert (second.endings, second.gold, second.where) == (("a", "b", "c"), 2, "forms.jsonl, line 3")
     assert (third.context, third.endings) == ("Cats: A cat.  sits. It".replace("  ", " "), ("runs off.", "is blue."))
     Path("hub").mkdir()
     Path("hub/test.jsonl").write_text(json.dumps({"text": "El gato negro"}), encoding="utf-8")
-    (word,) = items.read_last_words("hf:hub")
+    (word,) = multiple_choice.read_last_words("hf:hub")
     assert (word.context, word.word, word.where) == ("El gato", " negro", "hf:hub (test), row 1")
 
 

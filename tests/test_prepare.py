@@ -255,13 +255,13 @@ def test_rows_without_text_links_to_files_that_are_taken_and_pipes_are_what_they
     Path("texts/b.txt").write_text("cuatro cinco")
     Path("texts/loop").symlink_to(".")
     assert prepare.open_data(DataConfig(source="texts/**/*.txt")).manifest["source"]["documents"] == 2
-    assert "links to files that it takes" in capsys.readouterr().err
+    assert "links to files that it already has" in capsys.readouterr().err
     os.mkfifo("pipe.jsonl")
     with subprocess.Popen(["sh", "-c", "cat rows.jsonl > pipe.jsonl"]):
         assert (
             prepare.open_data(DataConfig(source="pipe.jsonl")).manifest["train"]["tokens"] == tokens["train"]["tokens"]
         )
-    with pytest.raises(UserError, match="neither a file or folder"):
+    with pytest.raises(UserError, match="neither a file nor a folder"):
         prepare.open_data(DataConfig(source="~nosuchuser/x.txt"))
 
 
@@ -309,7 +309,7 @@ def test_tokens_are_those_of_the_documents_one_by_one(bpe, texts, shard, piece, 
     if sum(map(bool, texts)) < 2:
         return
 
-    def blocks(tell):  # documents come in any number of blocks
+    def blocks(on_progress):  # documents come in any number of blocks
         for text in texts:
             yield from ((text[i : i + block], False) for i in range(0, len(text), block))
             yield "", True
@@ -355,7 +355,7 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch):
     read, done, ahead = 0, 0, 0
     original = tokenizer.GPT2Tokenizer.encode
 
-    def blocks(tell):
+    def blocks(on_progress):
         nonlocal read, ahead
         for _ in range(300):
             read += 1
@@ -451,7 +451,7 @@ def test_progress_tells_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, cap
     progress.begin("tokens")
     for share in (0.2, 0.4):
         progress.add(8_000_000)
-        progress.tell(share)
+        progress.update(share)
     assert capsys.readouterr().err == "preparing x: tokens, 20% 16 MB, 1.3 MB/s, 48 s left\n"
 
 
@@ -684,12 +684,12 @@ WRONG = [
     ("a column of numbers", lambda: write_rows("a.parquet", [1, 2, 3]), "a.parquet", ["a.parquet, row 1: the field 'text' is not text but int"]),
     ("a field that is missing", lambda: spoil("a.jsonl", b'{"text": "x"}\n{"title": "y"}\n'), "a.jsonl", ["a.jsonl, line 2 has no field 'text', but 'title'"]),
     ("a field of another type", lambda: spoil("a.jsonl", b'{"text": ["x"]}\n'), "a.jsonl", ["line 1: the field 'text' is not text but list"]),
-    ("a broken line", lambda: spoil("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n'), "a.jsonl", ["a.jsonl, line 3 is not JSON", "mend or delete this one"]),
+    ("a broken line", lambda: spoil("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n'), "a.jsonl", ["a.jsonl, line 3 is not JSON", "fix or delete this one"]),
     ("a column that a table lacks", lambda: spoil("a.csv", b"id,body\n1,x\n"), "a.csv", ["a.csv, line 2 has no field 'text', but 'id', 'body'", "--data.field=NAME"]),
     ("semicolons", lambda: spoil("a.csv", b"id;text\n1;x\n"), "a.csv", ["a.csv, line 2 has no field 'text', but 'id;text'", "not by semicolons"]),
     ("a list of texts", lambda: spoil("a.json", b'["x"]'), "a.json", ["a.json, line 1 is not a JSON object", "jq -c '.[] | {\"text\": .}' a.json > a.jsonl"]),
     ("UTF-16", lambda: spoil("a b.jsonl", '{"text": "x"}\n'.encode("utf-16")), "*.jsonl", ["a b.jsonl is UTF-16", "iconv -f UTF-16 -t UTF-8 'a b.jsonl' > 'a b-utf8.jsonl'"]),
-    ("Parquet by another name", lambda: (write_rows("b.parquet", TEXTS), os.rename("b.parquet", "b.txt")), "b.txt", ["b.txt is no text but Parquet", "mv b.txt b.parquet"]),
+    ("Parquet by another name", lambda: (write_rows("b.parquet", TEXTS), os.rename("b.parquet", "b.txt")), "b.txt", ["b.txt is not text but Parquet", "mv b.txt b.parquet"]),
     ("a line that is no object", lambda: spoil("a.jsonl", b'"x"\n'), "a.jsonl", ['line 1 is not a JSON object, like {"text": "..."}']),
     ("JSON that is not UTF-8", lambda: spoil("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n'), "a.jsonl", ["a.jsonl, line 2 is not UTF-8 text: byte 0xff at offset 24"]),
     ("half a character", lambda: spoil("a.jsonl", b'{"text": "\\ud800"}\n'), "a.jsonl", ["a.jsonl, line 1 holds '\\ud800', which is half a character"]),

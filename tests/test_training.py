@@ -614,7 +614,7 @@ def test_gradients_are_clipped_by_their_global_norm(size):
 
 def test_mesh_sizes():
     assert dict(make_mesh(config.MeshConfig(data=-1, tensor=2)).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
-    with pytest.raises(UserError, match=r"mesh data=2 fsdp=4 tensor=2 needs 16 devices, and 8 of them can be seen"):
+    with pytest.raises(UserError, match=r"mesh data=2 fsdp=4 tensor=2 needs 16 devices, but only 8 are visible"):
         make_mesh(config.MeshConfig(2, 4, 2))
 
 

@@ -433,8 +433,10 @@ def _data(cfg: Config, order: dict[str, Any]):
     data, t, steps = open_data(cfg.data), cfg.train, iter(range(2**40))
 
     def run() -> int:
-        K = np.arange(8) + next(steps) * 8
-        stack = batches.batch(data.train, seed=t.seed, step=K, batch_size=t.batch_size, block_size=cfg.model.block_size)
+        of_call = np.arange(8) + next(steps) * 8
+        stack = batches.batch(
+            data.train, seed=t.seed, step=of_call, batch_size=t.batch_size, block_size=cfg.model.block_size
+        )
         return stack[..., 1:].size
 
     return run, {"flops_per_token": 0, "bytes_per_token": 0, "device": _device()}

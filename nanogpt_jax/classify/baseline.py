@@ -1,6 +1,6 @@
 """What a classifier has to beat: TF-IDF of words and pairs of words, and logistic regression. Needs scikit-learn."""
 
-# N texts, K labels
+# N texts, Y labels
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer  # pyright: ignore[reportMissingImports]
@@ -10,7 +10,7 @@ from nanogpt_jax.classify.data import Texts
 
 
 def log_probabilities(train: Texts, texts: Texts, class_weights: str) -> np.ndarray:
-    """[N, K] of `texts`, learned from `train`; class_weights: none or balanced."""
+    """[N, Y] of `texts`, learned from `train`; class_weights: none or balanced."""
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
     regression = LogisticRegression(
         C=10, max_iter=1000, class_weight="balanced" if class_weights == "balanced" else None

@@ -1,10 +1,10 @@
 """GPT-2 with a head over the last token, as Radford et al. (2018) fine-tune it: text in, a label's logits out.
 
-The parameters are gpt2.py's and `head` {kernel [C, K], bias [K]}. The causal mask lets the last token alone look at
+The parameters are gpt2.py's and `head` {kernel [C, Y], bias [Y]}. The causal mask lets the last token alone look at
 the whole text, so its vector after `ln_f` is what the head reads; and no token looks at the padding behind it.
 """
 
-# B batch, W width of the padded texts, C channels, K labels
+# B batch, W width of the padded texts, C channels, Y labels
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def init_params(cfg: ModelConfig, n_labels: int, key: jax.Array) -> Params:
 def logits(
     cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, freeze=False, dropout_key=None
 ) -> jax.Array:
-    """tokens [B, W] int32 of `lengths` [B] >= 1, padded on the right with anything -> logits [B, K] float32.
+    """tokens [B, W] int32 of `lengths` [B] >= 1, padded on the right with anything -> logits [B, Y] float32.
 
     Dropout is on where a key is given. With `freeze` the gradient ends at the head, and the body has no dropout.
     """
@@ -49,7 +49,7 @@ def mean_loss(
     weights: jax.typing.ArrayLike,
     freeze: bool = False,
 ) -> jax.Array:
-    """Mean over the rows [B, W+2] of weights[label] · cross-entropy in nats -> [] float32; weights [K]."""
+    """Mean over the rows [B, W+2] of weights[label] · cross-entropy in nats -> [] float32; weights [Y]."""
     tokens, lengths, labels = unpack(rows)
     nats = losses.cross_entropy(logits(cfg, params, tokens, lengths, freeze=freeze, dropout_key=dropout_key), labels)
     return (jnp.asarray(weights)[labels] * nats).mean()

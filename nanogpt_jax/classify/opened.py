@@ -57,7 +57,7 @@ class Classifier:
         return data.Encoder(self.tokenizer, self.cfg.model.block_size, self.cfg.data.keep)
 
     def log_probabilities(self, texts: Texts) -> np.ndarray:
-        """[N, K] float32. UserError if they are not finite."""
+        """[N, Y] float32. UserError if they are not finite."""
         from nanogpt_jax.classify import task
         from nanogpt_jax.distributed.mesh import make_mesh
 

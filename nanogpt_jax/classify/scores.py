@@ -1,6 +1,6 @@
 """How often a classifier is right: accuracy, F1, the confusion matrix. Plain numpy."""
 
-# N texts, K labels
+# N texts, Y labels
 
 import numpy as np
 
@@ -8,12 +8,12 @@ SUMMARY = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}"  #
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_labels: int) -> np.ndarray:
-    """labels, predicted [N] -> counts [K, K] int64: rows are the labels, columns what was predicted."""
+    """labels, predicted [N] -> counts [Y, Y] int64: rows are the labels, columns what was predicted."""
     return np.bincount(labels.astype(np.int64) * n_labels + predicted, minlength=n_labels**2).reshape(n_labels, -1)
 
 
 def precision_recall_f1(confusion: np.ndarray) -> np.ndarray:
-    """[K, 3]; 0 where nothing is to be divided. F1 = 2 · right / (labelled + predicted)."""
+    """[Y, 3]; 0 where nothing is to be divided. F1 = 2 · right / (labelled + predicted)."""
     right, labelled, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     scores = [right / np.maximum(n, 1) for n in (predicted, labelled)] + [
         2 * right / np.maximum(labelled + predicted, 1)
@@ -28,7 +28,7 @@ def macro_f1(confusion: np.ndarray) -> float:
 
 
 def scores(log_probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """log_probabilities [N, K], labels [N] -> {"loss": mean nats a text, "accuracy", "macro_f1"}."""
+    """log_probabilities [N, Y], labels [N] -> {"loss": mean nats a text, "accuracy", "macro_f1"}."""
     picked = np.take_along_axis(log_probabilities.astype(np.float64), labels[:, None].astype(np.int64), axis=1)
     predicted = log_probabilities.argmax(1)
     confusion = confusion_matrix(labels, predicted, log_probabilities.shape[1])

@@ -32,11 +32,11 @@ class LabelledConfig:
 @dataclass(frozen=True)
 class ClassifyConfig:
     freeze: bool = False  # train the head alone, on the language model as it is
-    class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare label's texts count more, n / (K * n_label)
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare label weighs more, n / (n_labels * n_label)
     epochs: int = 5  # passes over the training texts
     monitor: Literal["loss", "macro-f1"] = "loss"  # what the best checkpoint is best by, on the validation texts
     patience: int = 0  # evaluations without a better one after which the run ends; 0: it goes on to the last step
-    n_labels: int = 0  # K; 0: as many as the data has
+    n_labels: int = 0  # number of labels; 0: as many as the data has
 
 
 @dataclass(frozen=True)

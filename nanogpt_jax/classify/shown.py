@@ -1,6 +1,6 @@
 """A confusion matrix for people: as a table, and as a picture."""
 
-# K labels
+# Y labels
 
 from io import BytesIO
 from typing import Any
@@ -13,7 +13,7 @@ from nanogpt_jax.host.messages import printable
 
 
 def table(confusion: np.ndarray, labels: list[Label]) -> str:
-    """confusion [K, K] with precision, recall and F1, for a terminal."""
+    """confusion [Y, Y] with precision, recall and F1, for a terminal."""
     names = [printable(label) for label in labels]
     first = max(map(len, [*names, "label"]))
     columns = [name[:12] for name in names]
@@ -27,20 +27,20 @@ def table(confusion: np.ndarray, labels: list[Label]) -> str:
 
 
 def picture(plt: Any, confusion: np.ndarray, labels: list[Label], kind: str) -> bytes:
-    """confusion [K, K], drawn with matplotlib's `plt` as a file of the kind "svg", "png", "pdf" ..."""
-    K = len(labels)
+    """confusion [Y, Y], drawn with matplotlib's `plt` as a file of the kind "svg", "png", "pdf" ..."""
+    Y = len(labels)
     # between two $ matplotlib reads mathematics
     names = [printable(label)[:24].replace("$", r"\$") for label in labels]
-    side = 0.6 * min(K, 60)  # more labels stand closer: a picture of thousands of inches takes all memory
+    side = 0.6 * min(Y, 60)  # more labels stand closer: a picture of thousands of inches takes all memory
     figure, axis = plt.subplots(figsize=(2.5 + side, 2 + side), layout="constrained")
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(K), names, rotation=45, ha="right")
-    axis.set_yticks(range(K), names)
+    axis.set_xticks(range(Y), names, rotation=45, ha="right")
+    axis.set_yticks(range(Y), names)
     axis.set_xlabel("predicted")
     axis.set_ylabel("label")
-    if K <= 30:
-        for i, j in np.ndindex(K, K):
+    if Y <= 30:
+        for i, j in np.ndindex(Y, Y):
             axis.text(j, i, confusion[i, j], ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
     file = BytesIO()
     figure.savefig(file, format=kind)

@@ -1,6 +1,6 @@
 """A classifier, as a task of training: the twin of training/language_model.py."""
 
-# N texts, B batch, W width of the padded texts, K labels
+# N texts, B batch, W width of the padded texts, Y labels
 
 import functools
 import sys
@@ -44,7 +44,7 @@ def classifier(cfg: ClassifierConfig, mesh: Mesh, data: LabelledData) -> Task:
 
 
 def objective(cfg: ClassifierConfig, width: int, weights: np.ndarray) -> Objective:
-    """First weights, and the loss of rows [B, W+2]; weights [K] of the labels."""
+    """First weights, and the loss of rows [B, W+2]; weights [Y] of the labels."""
     init = functools.partial(head.init_params, cfg.model, cfg.classify.n_labels)
     loss = functools.partial(head.mean_loss, cfg.model, weights=weights, freeze=cfg.classify.freeze)
     return Objective(init, loss, width + 2)
@@ -56,7 +56,7 @@ def param_shapes(cfg: ClassifierConfig) -> Params:
 
 
 def class_weights(labels: np.ndarray, n_labels: int, kind: str) -> np.ndarray:
-    """[K] float32. balanced: N / (K · N_label): each label weighs the same in all, and a text 1 on average."""
+    """[Y] float32. balanced: N / (Y · N_label): each label weighs the same in all, and a text 1 on average."""
     counts = np.bincount(labels, minlength=n_labels)
     return np.asarray(len(labels) / (n_labels * counts) if kind == "balanced" else np.ones(n_labels), np.float32)
 
@@ -76,7 +76,7 @@ def head_alone(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def predict_step(cfg: ModelConfig, mesh: Mesh) -> Predict:
-    """(a classifier's params, rows [B, W+2] int32) -> log-probabilities of the labels [B, K] float32."""
+    """(a classifier's params, rows [B, W+2] int32) -> log-probabilities of the labels [B, Y] float32."""
 
     @functools.partial(jax.jit, in_shardings=(None, shard(mesh, BATCH)), out_shardings=shard(mesh))
     def predict(params: Params, rows: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def texts_at_once(cfg: ClassifierConfig, mesh: Mesh) -> int:
 def log_probabilities(
     predict: Predict, params: Params, texts: Texts, width: int, batch_size: int, bar: bool = False
 ) -> np.ndarray:
-    """[N, K] float32, in batches of one shape. With `bar`, progress on a terminal's standard error."""
+    """[N, Y] float32, in batches of one shape. With `bar`, progress on a terminal's standard error."""
     watched = starts = range(0, len(texts), batch_size)
     if bar and sys.stderr.isatty():
         watched = track(starts, "texts", console=terminal.console(), transient=True)

@@ -113,10 +113,10 @@ def run(asked: Options) -> int:
     texts = _texts(asked, runs) if asked.wants_loss else []
     tasks = _lm_eval_tasks(asked) if asked.lm_eval else None  # missing now is better than missing after minutes
 
-    from nanogpt_jax.evaluation import items  # jax takes seconds, so only now
+    from nanogpt_jax.evaluation import multiple_choice  # jax takes seconds, so only now
 
-    choices = items.read_choices(asked.choices) if asked.choices else []
-    words = items.read_last_words(asked.last_word) if asked.last_word else []
+    choices = multiple_choice.read_choices(asked.choices) if asked.choices else []
+    words = multiple_choice.read_last_words(asked.last_word) if asked.last_word else []
     columns: list[dict[str, Any]] = []
     scores: list[dict[str, np.ndarray]] = []  # of each run: a figure for each token or item, by what it measures
     for i, run in enumerate(runs):
@@ -127,10 +127,14 @@ def run(asked: Options) -> int:
             found["nats"] = _nats(model, texts[i], asked, f"loss of {run.path}")
             column["loss"] = _loss(found["nats"], texts[i], run.cfg.model.block_size, asked.stride)
         if choices:
-            found |= _prefixed("choices", items.score_choices(model, choices, _track(f"choices of {run.path}")))
+            found |= _prefixed(
+                "choices", multiple_choice.score_choices(model, choices, _track(f"choices of {run.path}"))
+            )
             column["choices"] = _choices(found, asked.choices)
         if words:
-            found |= _prefixed("words", items.score_last_words(model, words, _track(f"last words of {run.path}")))
+            found |= _prefixed(
+                "words", multiple_choice.score_last_words(model, words, _track(f"last words of {run.path}"))
+            )
             column["last_word"] = _last_word(found, asked.last_word)
         if tasks:
             column["lm_eval"] = _lm_eval(model, tasks, run.path)

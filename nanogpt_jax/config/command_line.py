@@ -1,4 +1,4 @@
-"""How a person types a command, and how theirs is read.
+"""Reads command lines, and says how to type them.
 
 A command line is two things: a class whose fields are its flags, and a `CommandLine` over it. For example:
 
@@ -30,9 +30,9 @@ DOORS = ("train.py", "sample.py")
 
 
 def program(name: str, briefly: bool = False) -> str:
-    """How a person here types the command `name`: as they typed this one, "python train.py" or "nanogpt-jax train".
+    """How to type the command `name`, in the way in which this one was typed: "python train.py" or "nanogpt-jax train".
 
-    `briefly`: to be read, and not to be copied; without the folder.
+    `briefly`: without the folder, for reading and not for copying.
     """
     typed = Path(sys.argv[0])
     if typed.name in DOORS and f"{name}.py" in DOORS:
@@ -42,13 +42,13 @@ def program(name: str, briefly: bool = False) -> str:
 
 
 def word(value: str | Path) -> str:
-    """A path as one word of a command that a person may copy into a shell."""
+    """A path as one word of a command that can be pasted into a shell."""
     text = str(value)
     return quoted(f"./{text}" if text.startswith("-") else text)
 
 
 def quoted(text: str) -> str:
-    """Any word of a command for a shell. A byte that is no UTF-8 is written as bash and zsh write it."""
+    """A word of a command, quoted for a shell. A byte that is not UTF-8 is written as bash and zsh write it."""
     if not any("\ud800" <= c <= "\udfff" for c in text):
         return shlex.quote(text)
     escaped = "".join(
@@ -58,13 +58,13 @@ def quoted(text: str) -> str:
 
 
 def joined(words: Iterable[str]) -> str:
-    """A command to be copied into a shell."""
+    """A command that can be pasted into a shell."""
     return " ".join(map(quoted, words))
 
 
 def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
     names = {k: k.split(".")[1] for k in types_of(kind)}
-    near = difflib.get_close_matches(key.split(".")[-1], sorted(names.values()))  # the section may be a wrong one
+    near = difflib.get_close_matches(key.split(".")[-1], sorted(names.values()))  # the section may be wrong
     hint = suggestion(key, [k for k, name in names.items() if name in near or k.startswith(key)])
     hint = hint or f"\n       sections are {', '.join(sections_of(kind))}; see {program(kind.COMMAND)} --help"
     return UserError(f"unknown setting {key} ({where}){hint}")
@@ -72,34 +72,34 @@ def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:
 
 # ---- one table of flags a command -----------------------------------------------------------------------------------
 
-Must = tuple[str, Callable[[Any], bool]]  # what a value must be or lie in, in words and as a test
+Must = tuple[str, Callable[[Any], bool]]  # a condition on a value, in words and as a test
 AT_LEAST_1: Must = ("be at least 1", lambda n: n >= 1)
 COUNT: Must = ("be a whole number, at least 1", lambda n: n >= 1)
 
 
 @dataclass(frozen=True)
 class Flag:
-    metavar: str  # of its value; "": a switch, or the choices of a Literal
+    metavar: str  # names its value in --help; "": a switch, or the choices of a Literal
     meaning: str  # its line in --help, without the default
     must: Must | None
-    heading: str  # a paragraph that stands above it in --help
+    heading: str  # a paragraph above it in --help
 
 
 def flag(metavar: str, meaning: str, default: Any = None, *, must: Must | None = None, heading: str = "") -> Any:
     """A field of an `Options` class: `--NAME VALUE`.
 
     Its type says how the value is read: int, float, Path, str or a Literal of texts, each `| None` if it may be absent;
-    bool is a switch, and tuple[str, ...] may be given several times. A `meaning` that names a "(default: ...)" has no
-    other one added.
+    bool is a switch, and tuple[str, ...] may be given several times. --help appends "(default: ...)" unless `meaning`
+    has one.
     """
     return field(default=default, metadata={"flag": Flag(metavar, meaning, must, heading)})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line says. The fields of a subclass, each made by `flag`, are the flags of a command."""
+    """A parsed command line. The fields of a subclass, each made by `flag`, are the flags of a command."""
 
-    words: list[str]  # what is no flag; after -- nothing is one
+    words: list[str]  # all that are not flags; after -- nothing is a flag
     settings: dict[str, str]  # {"model.n_layer": "8"}, if the command takes settings
 
 
@@ -108,21 +108,21 @@ Read = TypeVar("Read", bound=Options)
 
 @dataclass(frozen=True)
 class CommandLine(Generic[Read]):
-    """The table of one command: it reads argv, refuses by name what cannot be meant, and writes --help.
+    """The table of one command: it reads argv, refuses invalid flags by name, and writes --help.
 
-    Dashes and underscores are the same in the names of flags.
+    In the names of flags, dashes and underscores are the same.
     """
 
     name: str  # "classify eval"
     options: type[Read]
     about: str
     words: Mapping[str, str] = field(default_factory=dict)  # "[RUN]" -> what it is; "" if `about` says it
-    after: str = ""  # the end of --help
+    after: str = ""  # a paragraph at the end of --help
     kind: Kind | None = None  # whose settings are flags too: --model.n-layer
-    section: str = ""  # only the settings of this section, and by their short names too: --tokenizer
+    section: str = ""  # only settings of this section are flags, also by their short names: --tokenizer
 
     def read(self, argv: list[str]) -> Read:
-        """UserError for a flag that is unknown, lacks its value or has an impossible one."""
+        """UserError if a flag is unknown, lacks its value or has an invalid one."""
         flags, hints, settings = self._flags(), get_type_hints(self.options), self._settings()
         end = argv.index("--") if "--" in argv else len(argv)
         words: list[str] = []
@@ -162,7 +162,7 @@ class CommandLine(Generic[Read]):
         usage = " ".join(["usage:", program(self.name, briefly=True), *grammar])
         rows = [*self._word_rows(), *self._flag_rows()]
         after = self.after
-        if self.kind and self._is_wide() and self.name != self.kind.COMMAND:  # 50 lines that one page says are enough
+        if self.kind and self._is_wide() and self.name != self.kind.COMMAND:  # train.py's --help lists them
             after = f"Settings are those of train.py: see {program(Config.COMMAND)} --help"
         else:
             rows += self._settings_rows()
@@ -171,7 +171,7 @@ class CommandLine(Generic[Read]):
         parts = (_filled(usage, width), _filled(self.about, width), "\n".join(table).strip("\n"), _filled(after, width))
         return "\n\n".join(filter(None, parts))
 
-    # rows of --help: (a flag, its meaning), or a line that stands above some of them
+    # rows of --help: (a flag, its meaning), or a heading
 
     def _word_rows(self) -> list[str | tuple[str, str]]:
         return [(name.strip("[]. "), what) for name, what in self.words.items() if what]
@@ -230,7 +230,7 @@ def flag_of(key: str) -> str:
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    """The texts of a Literal, which may be one of Literal | None; () of another type."""
+    """The texts of a Literal or of Literal | None; () for another type."""
     for one in (hint, *get_args(hint)):
         if get_origin(one) is Literal:
             return get_args(one)
@@ -238,7 +238,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 
 def _value(key: str, hint: Any, must: Must | None, texts: list[str]) -> Any:
-    """What was typed, as the type of the flag; UserError if it is not one of its values."""
+    """The typed text as the type of the flag; UserError if it is none of its values."""
     if hint is bool:
         return True
     if get_origin(hint) is tuple:
@@ -269,7 +269,7 @@ def _filled(text: str, width: int) -> str:
 
 
 def _row(left: str, right: str, column: int, width: int) -> str:
-    """One flag and its meaning, which begins at the column; below a flag that is longer."""
+    """A flag and its meaning, which starts at `column`; on the next line if the flag is longer."""
     room = max(width - column, 20)
     lines = [wrapped for line in right.splitlines() for wrapped in textwrap.wrap(line, room, **UNBROKEN)]
     begin = f"  {left}"

@@ -1,4 +1,4 @@
-"""Settings from text, and as text: one way in for a TOML file, the command line and a run's config.json.
+"""Settings from and to text: one parser for TOML files, the command line and a run's config.json.
 
 All three go through `coerce`, so a wrong key or value gets the same message everywhere.
 """
@@ -18,11 +18,11 @@ from nanogpt_jax.config.validate import validate
 from nanogpt_jax.host import files
 
 CLASSIFIER = "classify"  # the section by which a classifier's config.json is known
-REPLACED = (".overwriting", ".overwritten")  # in a run directory: the run that is started over, see run_dir.py
+REPLACED = (".overwriting", ".overwritten")  # in a run directory: a run that is being replaced, see run_dir.py
 
 
 def coerce(key: str, hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint`, the type of setting `key`. Text from the command line is read as TOML would read it."""
+    """`value` as `hint`, the type of setting `key`. Text from the command line is parsed like TOML."""
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:
@@ -69,7 +69,7 @@ def _mixture(value: Any, where: str) -> dict[str, float]:
 
 
 def _parse(kind: type, text: str) -> Any:
-    """Text as bool, int or float; the text itself where it is not one, so that `coerce` can show it."""
+    """Text as bool, int or float. If that fails, the text itself, for the message of `coerce`."""
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
@@ -79,7 +79,7 @@ def _parse(kind: type, text: str) -> Any:
 
 
 def merge(cfg: Settings, values: Mapping[str, Any], where: str) -> Settings:
-    """`cfg` with `values` ("model.n_layer" -> 4) laid over it."""
+    """`cfg`, with `values` ("model.n_layer" -> 4) in place of its own."""
     types = types_of(type(cfg))
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
@@ -93,7 +93,7 @@ def merge(cfg: Settings, values: Mapping[str, Any], where: str) -> Settings:
 
 
 def flatten(tree: Mapping[str, Any], where: str, kind: Kind = Config) -> dict[str, Any]:
-    """{"model": {"n_layer": 4}} -> {"model.n_layer": 4}; anything else than sections of settings is refused."""
+    """{"model": {"n_layer": 4}} -> {"model.n_layer": 4}; UserError for anything but sections of settings."""
     flat = {}
     for section, values in tree.items():
         if not isinstance(values, Mapping):
@@ -109,7 +109,7 @@ def flatten(tree: Mapping[str, Any], where: str, kind: Kind = Config) -> dict[st
 
 
 def config_folder() -> Path:
-    """Where the shipped configs lie: inside an installed wheel, or at the top of a clone."""
+    """The folder of the shipped configs: inside an installed wheel, or at the top of a clone."""
     package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -130,7 +130,7 @@ def find_config(name: str) -> Path:
 
 def read_toml(path: Path, kind: Kind = Config) -> dict[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # some editors write a mark at the beginning
+        text = path.read_bytes().decode("utf-8-sig")  # some editors write a byte order mark
         return flatten(tomllib.loads(text), str(path), kind)
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{path} is not valid TOML: {e}") from None
@@ -142,7 +142,7 @@ def read_toml(path: Path, kind: Kind = Config) -> dict[str, Any]:
 
 
 def render(cfg: Config, origin: Origin) -> str:
-    """The settings as TOML with their origins in comments: a config file that gives this run again."""
+    """The settings as TOML with their origins in comments: a config file that reproduces this run."""
     lines: list[str] = []
     section = ""
     for key, value in items(cfg):
@@ -170,7 +170,7 @@ def to_json(cfg: Config) -> str:
 def read_json(path: Path, kind: type[Settings] = Config) -> Settings:
     """The settings of a run of that kind, from its config.json.
 
-    A setting that the file lacks (an older run) has its default; one that is unknown is refused.
+    A setting that the file lacks (an older run) has its default. UserError if a setting is unknown.
     """
     tree = _read_tree(path)
     if (CLASSIFIER in tree) != (CLASSIFIER in sections_of(kind)):

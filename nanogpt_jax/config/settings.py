@@ -1,7 +1,7 @@
-"""The page of settings: every one with its type, its default and, behind it, what it means.
+"""The page of settings: each with its type, its default and its meaning.
 
-The comment behind a setting is its line in `--help`. 0 is "chosen for you" if the comment says so. The defaults are the
-recipe of `python train.py`: the lowest validation loss that we found for three minutes of a laptop's CPU.
+The comment after a setting is its line in `--help`. 0 means "chosen automatically" if the comment says so. The defaults
+are the recipe of `python train.py`: the lowest validation loss that we found for three minutes on a laptop's CPU.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ class ModelConfig:
     n_layer: int = 4  # L, transformer blocks
     n_head: int = 4  # H, attention heads in a block
     n_embd: int = 128  # C, channels; a multiple of n_head
-    dropout: float = 0.0  # dropped share of embeddings, attention weights and residual branches
-    bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
-    dtype: Literal["float32", "bfloat16"] = "float32"  # type of the computation; parameters stay float32
+    dropout: float = 0.0  # share dropped of embeddings, attention weights and residual branches
+    bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     attention: Literal["auto", "reference", "blocked", "xla", "cudnn", "splash"] = "auto"  # back-end; auto: by device
-    remat: Literal["none", "dots", "block"] = "none"  # recomputed in the backward pass; dots: all but products
-    separate_documents: bool = False  # attention stays within a document, and positions begin anew in each
+    remat: Literal["none", "dots", "block"] = "none"  # recompute in the backward pass; dots: all but products
+    separate_documents: bool = False  # attend within documents only; positions restart in each
     end_of_text: int = -1  # id of the token between documents; -1: the tokenizer's
     scan_unroll: int = 0  # layers unrolled in the layer scan; 0: all, but 1 on TPU
     decode: Literal["auto", "native", "xla"] = "auto"  # generation on a CPU; native: in C; auto: in C for large models
@@ -46,9 +46,9 @@ class DataConfig:
     source: str = "python-docs"  # python-docs, shakespeare, a file, a folder, a "GLOB", hf:NAME[:CONFIG][:FIELD], -
     mixture: dict[str, float] = field(default_factory=dict)  # instead of source: sources and weights, A=3,B=1
     tokenizer: str = "char"  # char, gpt2, bpe:8192 (learned from the text), or a folder that holds a tokenizer
-    val_fraction: float = 0.1  # share kept for validation: the end of a single text, else every so many documents
-    field: str = "text"  # where rows of .jsonl, .csv, .parquet and the hub keep their text
-    dir: str = "data"  # where prepared tokens are kept
+    val_fraction: float = 0.1  # share for validation: the end of a single text, or some of several documents
+    field: str = "text"  # the column with the text, in rows of .jsonl, .csv, .parquet and the hub
+    dir: str = "data"  # folder for prepared tokens
     threads: int = 0  # threads that turn text into tokens; 0: one a core
 
     @property
@@ -59,27 +59,27 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "lion", "muon", "sgd"] = "muon"  # muon: matrices by Muon, the rest by AdamW
-    learning_rate: float = 2e-2  # peak learning rate; adamw wants less, about 4e-3 for a small model
-    min_learning_rate: float = 0.0  # where the schedule ends, as a share of the peak
+    learning_rate: float = 2e-2  # peak learning rate; adamw needs less, about 4e-3 for a small model
+    min_learning_rate: float = 0.0  # at the end of the schedule, as a share of the peak
     weight_decay: float = 0.1  # decoupled, on matrices only
     beta1: float = 0.9  # first moment; momentum of sgd and muon
     beta2: float = 0.99  # second moment
-    grad_clip: float = 1.0  # longest global gradient norm; 0: no clipping
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # from the peak down; wsd: in the last 20 %
     warmup_steps: int = 20  # steps of linear warm-up
-    freeze_layers: int = 0  # the first so many blocks stay as they are (finetuning)
-    freeze_embeddings: bool = False  # the embeddings stay as they are, and with them the output head
+    freeze_layers: int = 0  # number of first blocks that are not trained (finetuning)
+    freeze_embeddings: bool = False  # do not train the embeddings, and with them the output head
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    init_from: str = "scratch"  # scratch: random weights; or a run, whose best weights, sizes and tokenizer are taken
+    init_from: str = "scratch"  # scratch: random weights; or a run, to take its best weights, sizes and tokenizer
     steps: int = 1600  # optimizer steps
     batch_size: int = 12  # sequences a step, over all devices and micro-batches
     micro_batch: int = 0  # sequences at a time (gradients accumulate); 0: the whole batch
     steps_per_dispatch: int = 0  # steps in one call to the device; 0: small model 8 on CPU, 32 on GPU; else 1
-    recompile: Literal["auto", "off"] = "auto"  # auto: a long run on one CPU compiles a quicker step, in 1 to 5 GB
-    eval_every: int = 400  # steps between losses on the whole validation split; 0: only at the end
+    recompile: Literal["auto", "off"] = "auto"  # auto: a long run on one CPU compiles a faster step, in 1 to 5 GB
+    eval_every: int = 400  # steps between evaluations on the whole validation split; 0: only at the end
     save_every: int = 200  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between lines in metrics.jsonl
     keep: int = 2  # newest checkpoints kept, besides the best one
@@ -90,14 +90,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = 1  # devices along which the batch is split; -1: all that the other axes leave
+    data: int = 1  # devices that split the batch; -1: all that the other axes leave
     fsdp: int = 1  # devices that split the batch and the parameters; -1: the rest
     tensor: int = 1  # devices that split heads and hidden units; -1: the rest
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Frozen: a changed setting is a new Config (`dataclasses.replace`)."""
+    """All settings of a run. Frozen: to change one, make a new Config (`dataclasses.replace`)."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -105,26 +105,26 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
-    # Of this kind of run. A subclass says its own: nanogpt_jax/classify/settings.py is one.
-    COMMAND: ClassVar[str] = "train"  # what trains such a run
+    # Facts about this kind of run. Subclasses override them: see nanogpt_jax/classify/settings.py.
+    COMMAND: ClassVar[str] = "train"  # the command that trains such a run
     ABOUT: ClassVar[str] = (
-        "Trains a GPT-2 and keeps everything about it in a run directory. The same command again goes on where it "
+        "Trains a GPT-2 and keeps everything about it in a run directory. The same command again resumes where it "
         "stopped."
     )
-    RUN: ClassVar[str] = "default"  # its directory in runs/ without a config file
-    OTHER: ClassVar[str] = (  # what to say of a run of the other kind
+    RUN: ClassVar[str] = "default"  # its directory in runs/ if there is no config file
+    OTHER: ClassVar[str] = (  # the error for a run of the other kind
         "{run} is a classifier, not a language model\n       ask it: nanogpt-jax classify predict {word} TEXT; "
         "measure it: nanogpt-jax classify eval {word}"
     )
-    OWN: ClassVar[frozenset[str]] = frozenset()  # settings of the model that --init-from does not take from its run
-    EXECUTION: ClassVar[frozenset[str]] = frozenset(  # how to run, not what is computed: free to change on resuming
+    OWN: ClassVar[frozenset[str]] = frozenset()  # model settings that --init-from does not take over
+    EXECUTION: ClassVar[frozenset[str]] = frozenset(  # how to run, not what to compute: may change on resuming
         "model.attention model.decode model.remat model.scan_unroll data.dir data.threads train.steps "
         "train.micro_batch train.steps_per_dispatch train.recompile train.eval_every train.save_every train.log_every "
         "train.keep train.tensorboard train.wandb mesh.data mesh.fsdp mesh.tensor".split()
     )
 
     def demands(self, check: Callable[..., None]) -> None:
-        """What this kind of run asks of its settings, besides the checks that all kinds share (validate.py)."""
+        """Checks for this kind of run alone; validate.py has those that all kinds share."""
         check(self.train.steps >= 1, "train.steps", "must be at least 1")
         either = not self.data.mixture or self.data.source == DataConfig.source
         check(either, "data.source", "and data.mixture exclude each other", "leave one out")
@@ -153,7 +153,7 @@ def types_of(kind: Kind = Config) -> dict[str, Any]:
 
 def meanings(section: type) -> dict[str, str]:
     """The comment behind each setting of a class or of its parents: "n_layer" -> "L, transformer blocks"."""
-    classes = reversed(section.__mro__[:-1])  # what a class says anew replaces what its parent says
+    classes = reversed(section.__mro__[:-1])  # a class overrides its parent
     return {name: text for one in classes for name, text in _comments(one.__module__).get(one.__name__, {}).items()}
 
 

@@ -26,26 +26,26 @@ class Command(Generic[Settings]):
 
 @dataclass(frozen=True)
 class Options(command_line.Options):
-    run_dir: str | None = flag("DIR", "where the run is kept (default: runs/NAME, after the config file)")
+    run_dir: str | None = flag("DIR", "the run directory (default: runs/NAME, NAME being that of the config file)")
     init_from: str | None = flag(
-        "RUN", "start from the best weights of another run, or of an imported model: the same as --train.init-from"
+        "RUN", "start from the best weights of another run or of an imported model; the same as --train.init-from"
     )
     resume: Literal["auto", "never", "must"] = flag(
-        "", "auto: go on if there is a run; never: only a new directory; must: only an old one", "auto"
+        "", "auto: resume if there is a run; never: only a new directory; must: only an existing run", "auto"
     )
     overwrite: bool = flag("", "delete the run in the directory and start over", False)
-    print_config: bool = flag("", "show each value and where it came from, as TOML; do not train", False)
+    print_config: bool = flag("", "print each value and where it came from, as TOML; do not train", False)
 
 
 def command_line_of(kind: Kind) -> CommandLine[Options]:
-    """What trains runs of this kind."""
+    """The command line that trains runs of this kind."""
     shipped = ", ".join(sorted(path.stem for path in config_folder().glob("*.toml")))
     words = {"[CONFIG.toml]": f"a config file, or the name of a shipped one:\n{shipped}"}
     return CommandLine(kind.COMMAND, Options, kind.ABOUT, words, kind=kind)
 
 
 def help_text(kind: Kind = Config) -> str:
-    """The page of --help of what trains this kind."""
+    """The --help of the command that trains this kind."""
     return command_line_of(kind).help()
 
 
@@ -71,7 +71,8 @@ def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
         name = path.stem
     cfg = merge(cfg, settings, "command line")
     origin.update(dict.fromkeys(settings, "command line"))
-    check_tokenizer(cfg.data.tokenizer, origin["data.tokenizer"])  # here: a run moved elsewhere needs no such folder
+    # here, and not in `validate`, because a run that was moved does not need that folder
+    check_tokenizer(cfg.data.tokenizer, origin["data.tokenizer"])
 
     if options.resume == "must" and options.overwrite:
         raise UserError("--resume=must and --overwrite exclude each other")
@@ -83,7 +84,7 @@ def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
             path.lstat()
         except FileNotFoundError:
             continue
-        except OSError as e:  # a name that is too long, a folder that is not ours to read
+        except OSError as e:  # a name that is too long, or an unreadable folder
             raise UserError(f"{of}={path} cannot be used: {e.strerror}") from None
     if cfg.train.init_from != "scratch":
         cfg, origin = _take_over(cfg, origin, run_dir, options.overwrite)
@@ -92,9 +93,9 @@ def load(argv: list[str], kind: type[Settings] = Config) -> Command[Settings]:
 
 
 def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) -> tuple[Settings, Origin]:
-    """`cfg` with what was left open of the model and the tokenizer taken from the run train.init_from.
+    """`cfg`, with model settings and tokenizer that were not given taken from the run train.init_from.
 
-    A run that has begun in `run_dir` knows them itself, so that it goes on when the initial one is gone.
+    If a run has begun in `run_dir`, they are taken from there, so that it can resume without the initial one.
     """
     first = Path(cfg.train.init_from)
     where = origin["train.init_from"]

@@ -1,4 +1,4 @@
-"""Whether settings make sense: one check a class, and what the tokenizer has to say to the model's settings."""
+"""Checks of settings: one function for each class, and one for the tokenizer."""
 
 import dataclasses
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from nanogpt_jax.config.errors import UserError, suggestion
 from nanogpt_jax.config.settings import Config, Origin, Settings, items
 
-MOST_STEPS = 2**31 - 1  # that an int32 counts
+MOST_STEPS = 2**31 - 1  # the largest int32
 
 
 def validate(cfg: Settings, origin: Origin) -> Settings:
-    """`cfg` itself, or an error that names the setting, its value, where it came from and what to do."""
+    """`cfg` itself; UserError that names the setting, its value, where it came from and what to do."""
     check = Check(dict(items(cfg)), origin)
     for demands in (_model, _data, _optim, _train, _mesh, type(cfg).demands):
         demands(cfg, check)
@@ -20,7 +20,7 @@ def validate(cfg: Settings, origin: Origin) -> Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """`check(good, key, wrong, remedy)` raises a UserError about the setting `key` if it is not `good`."""
+    """`check(good, key, wrong, remedy)` raises a UserError about the setting `key` unless `good`."""
 
     values: dict[str, Any]
     origin: Origin
@@ -66,7 +66,7 @@ def _model(cfg: Config, check: Check) -> None:
 
 
 def _data(cfg: Config, check: Check) -> None:
-    if "data.threads" in check.values:  # another kind of data may have no such setting
+    if "data.threads" in check.values:  # other kinds of data may lack this setting
         check.at_least(0, "data.threads")
     check(0 < cfg.data.val_fraction < 1, "data.val_fraction", "must lie between 0 and 1", "0.1 keeps a tenth")
 
@@ -117,7 +117,7 @@ def _mesh(cfg: Config, check: Check) -> None:
 
 
 def check_tokenizer(name: str, where: str) -> None:
-    """UserError if `name` can be no data.tokenizer. Whether a folder holds one is seen when it is opened."""
+    """UserError if `name` cannot be a data.tokenizer. A folder's content is checked when it is opened."""
     kind, colon, size = name.partition(":")
     if kind == "bpe":
         if not (colon and size.isdecimal() and size.isascii()):
@@ -132,7 +132,7 @@ def check_tokenizer(name: str, where: str) -> None:
 
 
 def with_vocabulary(cfg: Settings, n_vocab: int, end_of_text: int | None, origin: Origin) -> Settings:
-    """`cfg` with the tokenizer's number of tokens and its end of text filled in; UserError if they do not fit it."""
+    """`cfg`, completed with the tokenizer's vocabulary size and end of text; UserError if they do not fit."""
     size = cfg.model.vocab_size or n_vocab
     if size < n_vocab:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): nothing to save, and "resume" is to ask for the next step.
+"""Batches as a pure function of (seed, step): nothing to save, and "resuming" means asking for the next step.
 
 # B batch, T time (block_size), N tokens of a split, n windows of T tokens in an epoch
 """
@@ -14,13 +14,13 @@ import numpy as np
 
 from nanogpt_jax.config import UserError
 
-ROUNDS = 6  # of the Feistel network; four would do for large n, small n has few bits to mix
+ROUNDS = 6  # of the Feistel network; four suffice for large n, but small n has few bits to mix
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The training splits of several sources, and how many sequences of each make up a cycle."""
+    """The training splits of several sources, and the number of sequences of each in a cycle."""
 
     names: tuple[str, ...]
     parts: tuple[np.ndarray, ...]
@@ -37,7 +37,7 @@ def n_windows(tokens: np.ndarray, block_size: int, name: str = "the training spl
             f"model.block_size={block_size} needs {block_size + 1} tokens, but {name} has {len(tokens)}\n"
             f"       set model.block_size to at most {len(tokens) - 1}, or give a longer text"
         )
-    # as many as fit behind every offset in [0, T): the epochs are equally long, and step -> window stays arithmetic
+    # as many as fit after every offset in [0, T), so that all epochs are equally long, and step -> window is arithmetic
     return max(1, (len(tokens) - block_size) // block_size)
 
 
@@ -48,7 +48,7 @@ def check_length(tokens: np.ndarray | Mixture, block_size: int) -> None:
 
 
 def _sources(tokens: np.ndarray | Mixture) -> list[tuple[str, np.ndarray]]:
-    """What is drawn from, by the name that an error gives it."""
+    """The sources, each with its name for errors."""
     if not isinstance(tokens, Mixture):
         return [("the training split", tokens)]
     names = [f"{name} in the training split" for name in tokens.names]
@@ -66,9 +66,9 @@ def batch(
 ) -> np.ndarray:
     """The sequences of a step: int32 [B, T+1], inputs and the targets one to the right; of K steps: [K, B, T+1].
 
-    `batch_size` is the global one; `rows` picks those of this process. An epoch visits every window once, in an order
-    and from an offset that are new in each epoch, so that a sequence does not always begin at the same tokens. In a
-    mixture each source has its own epochs, and sequence q comes from a source that q alone decides.
+    `batch_size` is global; `rows` selects those of this process. An epoch visits every window once, in a new order and
+    from a new offset, so that sequences do not always begin at the same tokens. In a mixture, each source has its own
+    epochs, and the index of a sequence alone decides its source.
     """
     sequence = _sequences(step, batch_size, rows)
     sources = _sources(tokens)
@@ -77,31 +77,33 @@ def batch(
     which, number = assign(tokens.cycle, sequence)
     found = np.empty((*sequence.shape, block_size + 1), np.int32)
     for i, (name, part) in enumerate(sources):
-        of_seed = int(_mix(np.array([seed], np.uint64) + np.uint64(i))[0])  # sources of a length take different orders
+        of_seed = int(
+            _mix(np.array([seed], np.uint64) + np.uint64(i))[0]
+        )  # so that sources of the same length take different orders
         found[which == i] = _windows(part, number[which == i], of_seed, block_size, name)
     return found
 
 
 def order(n: int, *, seed: int, step: int | np.ndarray, batch_size: int) -> np.ndarray:
-    """Which of n things make up a step, each once an epoch: [B] uint64, or [K, B]."""
+    """Indices in [0, n) for a step, each once an epoch: [B] uint64; of K steps: [K, B]."""
     return _shuffled(n, _sequences(step, batch_size), seed)[0]
 
 
 def _sequences(step: int | np.ndarray, batch_size: int, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
-    """The numbers, counted from the first step on, of what a step takes: [B] uint64; of K steps: [K, B]."""
+    """The numbers of a step's sequences, counted from the first step on: [B] uint64; of K steps: [K, B]."""
     first = np.asarray(step, np.uint64)[..., None] * np.uint64(batch_size)
     return first + np.arange(batch_size, dtype=np.uint64)[rows]
 
 
 def _shuffled(n: int, sequence: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each number stands among n things that every epoch visits once, and the key of its epoch."""
+    """Each sequence's index in [0, n), as every epoch visits each once, and the key of its epoch."""
     epoch, position = np.divmod(sequence, np.uint64(n))  # a batch may straddle two epochs
     key = _mix(_mix(epoch) ^ np.uint64(seed))
     return shuffle(position, n, key), key
 
 
 def _windows(tokens: np.ndarray, sequence: np.ndarray, seed: int, block_size: int, name: str) -> np.ndarray:
-    """Windows of one source: their numbers since the first step, [...] uint64 -> int32 [..., T+1]."""
+    """Windows of one source: sequence numbers [...] uint64 -> int32 [..., T+1]."""
     n = n_windows(tokens, block_size, name)
     window, key = _shuffled(n, sequence, seed)
     offset = _mix(key) % np.uint64(min(block_size, len(tokens) - n * block_size))
@@ -110,7 +112,7 @@ def _windows(tokens: np.ndarray, sequence: np.ndarray, seed: int, block_size: in
 
 
 def assign(cycle: tuple[int, ...], sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(source, number within the source) of sequences [...] uint64: no state, and exact proportions in every cycle."""
+    """Sequences [...] uint64 -> (source, number within it). Without state, and exact proportions in every cycle."""
     order, rank = _one_cycle(cycle)
     turn, place = np.divmod(sequence, np.uint64(len(order)))
     which = order[place]
@@ -119,9 +121,9 @@ def assign(cycle: tuple[int, ...], sequence: np.ndarray) -> tuple[np.ndarray, np
 
 @functools.cache
 def _one_cycle(cycle: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Sources of a cycle in turn, spread evenly, and how often each has come before; both [sum(cycle)].
+    """The sources of a cycle in order, spread evenly, and how often each occurred before; both [sum(cycle)].
 
-    The k-th of a source's m turns is due at (2k + 1) / 2m of the cycle; turns are taken as they fall due.
+    The k-th of a source's m turns is due at (2k + 1) / 2m of the cycle; turns are sorted by that.
     """
     turns = [((2 * k + 1) / (2 * m), i, k) for i, m in enumerate(cycle) for k in range(m)]
     turns.sort()
@@ -129,10 +131,10 @@ def _one_cycle(cycle: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shuffle(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where `position` goes in the permutation of range(n) that `key` names; both [B] uint64.
+    """The image of `position` in the permutation of range(n) that `key` selects; both [B] uint64.
 
-    A Feistel network permutes the next even power of two; what falls outside n goes through it again (cycle walking),
-    fewer than 4 times on average. No table, so an epoch may hold any number of windows.
+    A Feistel network permutes the next even power of two; values outside range(n) go through it again (cycle walking),
+    fewer than 4 times on average. It needs no table, so an epoch may have any number of windows.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -151,7 +153,7 @@ def shuffle(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64: a bijection of uint64 whose every output bit hangs on every input bit. [B] uint64, wraps."""
+    """splitmix64: a bijection of uint64 in which every output bit depends on every input bit. [B] uint64, wraps."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -159,19 +161,19 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def n_validation(tokens: np.ndarray, block_size: int, stride: int = 0) -> int:
-    """Windows that `validation` makes of a split."""
+    """Number of windows that `validation` yields."""
     return 1 + max(0, -(-(len(tokens) - 1 - block_size) // (stride or block_size)))
 
 
 def validation(
     tokens: np.ndarray, *, block_size: int, batch_size: int, stride: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The whole split in fixed windows: (tokens int32 [B, T+1], weights float32 [B, T]) until it is through.
+    """The whole split in fixed windows: yields (tokens int32 [B, T+1], weights float32 [B, T]).
 
     Every token after the first is predicted once with weight 1. Windows begin `stride` tokens apart (0: block_size);
-    where they overlap, the later one's first T - stride predictions have weight 0, so what counts is predicted from
-    more than T - stride tokens. Padding (of the last window, and of the last batch up to B, so that one compiled shape
-    does for all) is token 0 with weight 0.
+    if they overlap, the first T - stride predictions of the later one have weight 0, so that every counted token is
+    predicted from more than T - stride others. Padding is token 0 with weight 0: at the end of the last window, and of
+    the last batch up to B, so that one compiled shape suffices.
     """
     predictions = len(tokens) - 1
     assert predictions >= 1, "a split holds at least 2 tokens"
@@ -188,10 +190,10 @@ def validation(
 
 
 def prefetch(items: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
-    """`items`, made up to `depth` ahead in one thread, which begins with the first item asked for.
+    """`items`, prepared up to `depth` ahead in one thread, which starts when the first item is requested.
 
-    An exception in `items` is raised here, at its place. Closing the generator drops what is queued and waits for the
-    item being made; the thread never waits for the consumer, so none is left behind.
+    An exception in `items` is raised here, in its place. Closing the generator drops queued items and waits for the one
+    in progress. The thread never waits for the consumer, so it always ends.
     """
     end = object()
     worker = ThreadPoolExecutor(1, thread_name_prefix="prefetch")

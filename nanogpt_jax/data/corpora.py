@@ -1,7 +1,7 @@
-"""Where text comes from: the corpora that we know by name, files, and the Hugging Face hub.
+"""Sources of text: corpora known by name, files, and the Hugging Face hub.
 
-A source is read in blocks, never whole, so memory does not grow with it (one row of a file or of the hub is held at a
-time). text_file.py and records.py read the files. A new corpus is one function that returns a `Corpus`, and one line in
+A source is read in blocks, so memory does not grow with it (of a file of rows or of the hub, one row at a time).
+text_file.py and records.py read the files. To add a corpus, write a function that returns a `Corpus`, and add a line to
 `CORPORA`.
 """
 
@@ -28,32 +28,32 @@ from typing import Any, BinaryIO
 
 from nanogpt_jax.config import UserError, quoted, suggestion
 from nanogpt_jax.data import hub, records, tables, text_file
-from nanogpt_jax.data.text_file import Tell
+from nanogpt_jax.data.text_file import OnProgress
 from nanogpt_jax.host import files
 
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SMALL = 64 << 20  # bytes of files that are identified by content; reading more at each start would be felt
+SMALL = 64 << 20  # bytes; smaller files are identified by content, larger ones take too long to read at each start
 
 Block = tuple[str, bool]  # text, and whether a document ends after it
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of text, and what is known of it before it is read."""
+    """A source of text, and what is known before it is read."""
 
     name: str
-    identity: str  # equal identities mean equal texts; cheap to have, so that prepared tokens open without the text
-    origin: dict[str, Any]  # where it comes from, for the manifest
-    documents: bool  # False: one text, which has no documents in it
-    blocks: Callable[[Tell], Iterator[Block]]  # in order, nothing normalised; UserError where they cannot be had
+    identity: str  # equal identities mean equal texts; computed without reading large ones
+    origin: dict[str, Any]  # for the manifest
+    documents: bool  # False: one text, not divided into documents
+    blocks: Callable[[OnProgress], Iterator[Block]]  # in order, not normalised; UserError if unreadable
 
 
 def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpus:
-    """The corpus of that name, the files at that path, standard input or a data set of the hub; see `--help`.
+    """A corpus by name, path or pattern, standard input (-), or a data set of the hub; see `--help`.
 
-    Downloads and standard input are kept in `folder`. `field` holds the text in rows.
+    Downloads and standard input are stored in `folder`. `field` is the column with the text, in rows.
     """
     if source in CORPORA:
         return CORPORA[source](Path(folder))
@@ -68,27 +68,29 @@ def read(source: str, folder: str | Path = "data", field: str = "text") -> Corpu
 
 
 def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
-    """A file, a folder or a pattern with * or **. One plain text is one text; otherwise each plain text is a document,
-    and so is each row of the formats in records.py, in the order of the names."""
-    path = Path(os.path.expanduser(source))  # Path's own has an error for a user that does not exist
+    """A file, a folder or a pattern with * or **. A single plain text has no documents. Of several files, in the order
+    of their names, each plain text is a document. In the formats of records.py, each row is one."""
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises for an unknown user
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         found = sorted(f for name in glob.glob(str(path), recursive=True) if (f := Path(name)).is_file())
-        files = list({os.path.realpath(f): f for f in reversed(found)}.values())[::-1]  # ** follows links to folders
+        files = list({os.path.realpath(f): f for f in reversed(found)}.values())[
+            ::-1
+        ]  # ** follows links, so a file may come twice
         if n := len(found) - len(files):
-            print(f"note: data.source={source} leaves out {n:,} links to files that it takes", file=sys.stderr)
+            print(f"note: data.source={source} leaves out {n:,} links to files that it already has", file=sys.stderr)
         if not glob.has_magic(source):
             known = ", ".join(CORPORA)
             here = "" if path.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
-                f"data.source={source} is neither a file or folder{here} nor one of {known}"
+                f"data.source={source} is neither a file nor a folder{here}, nor one of {known}"
                 f"{suggestion(source, CORPORA)}"
             ) from None
         if not files:
-            exact = "; [[] stands for a [ in a name" if "[" in source else ""
+            exact = "; [[] matches a [ in a name" if "[" in source else ""
             what = f"data.source={source} matches no file"
-            raise UserError(f"{what}; ** stands for folders at any depth{exact}") from None
+            raise UserError(f"{what}; ** matches folders at any depth{exact}") from None
         name = next((part for part in reversed(path.parts) if not glob.has_magic(part)), "files")
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
         raise UserError(f"cannot read data.source={source}: {getattr(e, 'strerror', None) or e}") from None
@@ -113,11 +115,11 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
     formats = {file: _row_documents if records.suffix(file) in records.ROWS else _text_documents for file in files}
     one_text = len(files) == 1 and formats[files[0]] is _text_documents
 
-    def blocks(tell: Tell) -> Iterator[Block]:
+    def blocks(on_progress: OnProgress) -> Iterator[Block]:
         before = 0
         for file, read_file in formats.items():
             share = stats[file].st_size / size
-            yield from read_file(file, field, lambda x, b=before, s=share: tell(b + x * s))
+            yield from read_file(file, field, lambda x, b=before, s=share: on_progress(b + x * s))
             before += share
 
     if one_text:
@@ -131,7 +133,7 @@ def from_files(source: str, field: str, folder: Path = Path("data")) -> Corpus:
 
 
 def _in_folder(folder: Path, source: str) -> list[Path]:
-    """The texts at any depth of a folder, in the order of their names. Says what it leaves out."""
+    """The texts at any depth of a folder, in the order of their names. Prints a note on those left out."""
     taken: list[Path] = []
     out: Counter[str] = Counter()
 
@@ -163,23 +165,23 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
     return sorted(taken)
 
 
-def _text_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
+def _text_documents(path: Path, field: str, on_progress: OnProgress) -> Iterator[Block]:
     """A text as one document, in blocks."""
     del field
-    for text in text_file.blocks(path, str(path), tell):
+    for text in text_file.blocks(path, str(path), on_progress):
         yield text, False
     yield "", True
 
 
-def _row_documents(path: Path, field: str, tell: Tell) -> Iterator[Block]:
-    """The text of each row."""
+def _row_documents(path: Path, field: str, on_progress: OnProgress) -> Iterator[Block]:
+    """The text of each row, as a document."""
     unit = records.unit(path)
-    for number, row in records.rows(path, str(path), [field], tell):
+    for number, row in records.rows(path, str(path), [field], on_progress):
         yield _text_of(row, field, f"{path}, {unit} {number}"), True
 
 
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:
-    """The text in `field`; no value is no text."""
+    """The text in `field`; "" if it is null."""
     if field not in row:
         raise UserError(_no_field(field, list(row), where))
     value = row[field]
@@ -211,7 +213,7 @@ IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
 
 
 def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
-    """What can be read only once, as a text file in `folder` that is named by its content."""
+    """Copy a stream that can be read only once into a file in `folder`, named after its content."""
     digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,9 +223,7 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
                     digest.update(block)
                     out.write(block)
             if not (beside / "text").stat().st_size:
-                raise UserError(
-                    f"data.source={source} gave no text\n       what comes through a pipe has to come each time"
-                )
+                raise UserError(f"data.source={source} gave no text\n       a pipe must be fed again at each start")
             kept = folder / f"stdin-{digest.hexdigest()[:12]}{_suffixes(source) or '.txt'}"
             os.replace(beside / "text", kept)
     except OSError as e:
@@ -232,7 +232,7 @@ def _spool(stream: BinaryIO, folder: Path, source: str) -> Path:
 
 
 def _suffixes(name: str) -> str:
-    """What a pipe's name says of the text that comes through it."""
+    """The suffixes of a pipe's name, which say how to read it."""
     path = Path(name)
     known = records.suffix(path) in (*IN_FOLDERS, *records.ROWS)
     return "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]) if known else ""
@@ -242,7 +242,7 @@ def _known_by(path: Path, stat: os.stat_result, content: bool) -> str:
     found = _sha256_of(path) if content else f"{stat.st_size} {stat.st_mtime_ns}"
     if records.suffix(path) not in records.ROWS:
         with path.open("rb") as file:
-            if file.read(3) == codecs.BOM_UTF8:  # tokens that an earlier version prepared begin with it
+            if file.read(3) == codecs.BOM_UTF8:  # earlier versions kept the mark in the tokens
                 found += " without its mark"
     return found
 
@@ -264,9 +264,9 @@ def _safe(name: str) -> str:
 
 
 def from_hub(source: str, field: str) -> Corpus:
-    """`hf:NAME[:CONFIG][:FIELD]`: the split "train" of a data set, streamed. NAME may be a folder on this machine.
+    """`hf:NAME[:CONFIG][:FIELD]`: the split "train" of a data set, streamed. NAME may be a local folder.
 
-    A data set of the hub is identified by its name, so that a prepared one opens without a network.
+    A data set of the hub is identified by its name, so that prepared tokens open without a network.
     """
     parts = source.removeprefix("hf:").split(":")
     if not parts[0] or len(parts) > 3:
@@ -274,12 +274,12 @@ def from_hub(source: str, field: str) -> Corpus:
     name, config, own_field = (*parts, "", "")[:3]
     field = own_field or field
 
-    def blocks(tell: Tell) -> Iterator[Block]:
+    def blocks(on_progress: OnProgress) -> Iterator[Block]:
         stream, rows = _open_stream(source, name, config)
         for number, row in enumerate(_reachable(source, stream), start=1):
             yield _text_of(row, field, f"data.source={source}, row {number}"), True
             if rows:
-                tell(number / rows)
+                on_progress(number / rows)
 
     local = [(str(f), s.st_size, s.st_mtime_ns) for f in sorted(Path(name).rglob("*")) if (s := f.lstat())]
     identity = sha256_of_json(["hf", name, config, field, local])
@@ -311,27 +311,27 @@ def _reachable(source: str, stream: Any) -> Iterator[dict[str, Any]]:
 # ---- corpora known by name ------------------------------------------------------------------------------------------
 
 
-def _one_text(read_text: Callable[[], str]) -> Callable[[Tell], Iterator[Block]]:
-    """A text of a few megabytes, read when first asked for."""
+def _one_text(read_text: Callable[[], str]) -> Callable[[OnProgress], Iterator[Block]]:
+    """The blocks of a text of a few megabytes, read on first use."""
     text = functools.cache(read_text)
 
-    def blocks(tell: Tell) -> Iterator[Block]:
+    def blocks(on_progress: OnProgress) -> Iterator[Block]:
         yield text(), True
-        tell(1.0)
+        on_progress(1.0)
 
     return blocks
 
 
 def python_docs(folder: Path) -> Corpus:
-    """English prose about Python that ships with CPython itself: on every machine, without a download."""
-    del folder  # nothing to keep
-    # sys.version rather than the bare number: distributions patch their standard library
+    """English prose about Python that ships with CPython: on every machine, without a download."""
+    del folder  # nothing to store
+    # sys.version and not only the number, because distributions patch their standard library
     origin = {"python": platform.python_version()}
     return Corpus("python-docs", sys.version, origin, False, _one_text(_python_docs_text))
 
 
 def _python_docs_text() -> str:
-    """The help topics, then the docstrings of the standard library, the longest-winded modules first."""
+    """The help topics, then the docstrings of the standard library, modules with the most first."""
     from pydoc_data.topics import topics
 
     parts = [topics[key] for key in sorted(topics)]
@@ -354,7 +354,7 @@ def _docstrings(path: Path) -> list[str]:
     """The docstrings of a module, its classes and functions in the order of the source; [] if it does not parse."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # under -W error a stale escape in some module would change the text
+            warnings.simplefilter("ignore")  # else, under -W error, an invalid escape in a module would change the text
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):  # ValueError: not decodable
         return []

@@ -8,7 +8,7 @@ from nanogpt_jax.host import messages
 
 
 class SourceFailed(UserError):
-    """The source cannot be reached now; what was read of it is good."""
+    """The source has become unreachable; what was read so far is valid."""
 
 
 def open_dataset(
@@ -27,7 +27,7 @@ def open_dataset(
     advice = f"connect to the network, or give {instead}"
     revision = None
     if Path(name).is_dir():
-        name = str(Path(name).resolve())  # a folder called json would be taken for the format
+        name = str(Path(name).resolve())  # else `datasets` takes a folder called json for the format
     else:
         try:
             revision = huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
@@ -35,13 +35,13 @@ def open_dataset(
             pass  # `datasets` may have it in its cache
         except (HfHubHTTPError, huggingface_hub.errors.HFValidationError) as e:
             reason = messages.first_line(e, 300)
-            raise UserError(f"{what} is not a data set that the hub gives out: {reason}\n       {advice}") from None
+            raise UserError(f"{what} is not a data set that the hub offers: {reason}\n       {advice}") from None
         except Exception as e:  # the HTTP library's own
             raise SourceFailed(
                 f"{what} cannot be reached: {type(e).__name__}: {messages.first_line(e, 300)}\n       {advice}"
             ) from None
     try:
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming, revision=revision)
-    except Exception as e:  # whatever the file formats' libraries raise
+    except Exception as e:  # from the libraries of the file formats
         reason = messages.cut(" ".join(str(e).split()) or type(e).__name__, 500)
         raise UserError(f"{what} cannot be opened: {reason}\n       {advice}") from None

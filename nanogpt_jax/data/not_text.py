@@ -1,6 +1,6 @@
-"""What to say of a file that is no UTF-8 text: what it is, where that shows, and a command that makes text of it.
+"""Errors for files that are not UTF-8 text: the kind of file, the place, and a command that converts it to text.
 
-No command reads as Latin-1 what is UTF-16, packed or binary: that would give a text, but a wrong one.
+The commands never read UTF-16, packed or binary files as Latin-1, which would yield a text, but a wrong one.
 """
 
 import codecs
@@ -15,20 +15,20 @@ from nanogpt_jax.config import UserError, word
 from nanogpt_jax.data.shell import Source, converted, filtered, gunzip, is_gzip, named, stem, unpacked
 
 GIVE = "give the text itself"
-CODES = rb"(?=[\s\S]{0,60}[\x00-\x08\x0e-\x1a])"  # no text has these soon after what looks like a magic number
+CODES = rb"(?=[\s\S]{0,60}[\x00-\x08\x0e-\x1a])"  # in a text, no control codes follow soon
 AGAIN = "write its texts as .jsonl with the program that made it"
 
 
 class Kind(NamedTuple):
-    """A kind of file that is no text."""
+    """A kind of file that is not text."""
 
-    magic: bytes  # how it begins: a pattern that no text matches
+    magic: bytes  # a pattern for its beginning that no text matches
     name: str  # what it is
-    remedy: str  # with the {names} of `_names`
+    remedy: str  # a template with the {names} of `_names`
 
 
 KINDS = [
-    Kind(b"PAR1" + CODES, "Parquet", "give it its name: mv {file} {parquet}"),
+    Kind(b"PAR1" + CODES, "Parquet", "rename it: mv {file} {parquet}"),
     Kind(b"\x1f\x8b", "a gzip", "unpack it first: gunzip -c < {file} > {unpacked}"),
     Kind(b"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "packed by bzip2", "unpack it first: bunzip2 -c < {file} > {unpacked}"),
     Kind(b"\xfd7zXZ\0", "packed by xz", "unpack it first: xz -dc < {file} > {unpacked}"),
@@ -67,7 +67,7 @@ CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 WORDY = frozenset(b" \n\r\t0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 EASTERN = {"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "BOPOMOFO", "FULLWIDTH", "HALFWIDTH", "IDEOGRAPHIC"}
 MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before that of UTF-16, which it begins with
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is a prefix of it
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -78,7 +78,7 @@ MARKS = {
 
 
 def check_beginning(head: bytes, source: Source, what: str, packed: bool) -> None:
-    """UserError if a file that begins with `head` is not UTF-8. `packed`: it is inside of the gzip `source`."""
+    """UserError if a file that begins with `head` is not UTF-8. `packed`: it is inside the gzip `source`."""
     kinds = EVEN_AS_TEXT
     if not is_text(head):
         for mark, encoding in MARKS.items():
@@ -95,7 +95,7 @@ def check_beginning(head: bytes, source: Source, what: str, packed: bool) -> Non
 
 
 def is_text(some: bytes) -> bool:
-    """Whether these bytes are UTF-8 without NULs; the last character may be cut."""
+    """Whether these bytes are UTF-8 without NULs; the last character may be incomplete."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(some)
     except UnicodeDecodeError:
@@ -104,10 +104,10 @@ def is_text(some: bytes) -> bool:
 
 
 def wide(some: bytes) -> str:
-    """UTF-16LE, UTF-16BE, UTF-32LE or UTF-32BE if these bytes have NULs and are text in it; else "".
+    """UTF-16LE, UTF-16BE, UTF-32LE or UTF-32BE if these bytes have NULs and are text in that encoding; else "".
 
-    Of UTF-16, the more regular half holds the high bytes. A text in another encoding, with stray NULs, has two like
-    halves, and gives a word without them.
+    In UTF-16, the more regular half holds the high bytes. A text in another encoding with stray NULs has two similar
+    halves.
     """
     some = some[:4096]
     if b"\0" not in some or (len(some) < 64 and len(some) % 2):
@@ -122,8 +122,8 @@ def wide(some: bytes) -> str:
     rest = some.replace(b"\0", b"")
     if is_text(rest) and not CONTROL.search(rest):
         if not rest.isascii() and 4 * len(rest) > 3 * len(some):
-            return ""  # bytes beyond ASCII are hardly UTF-8 by chance
-        short = len(some) < 16  # a few characters may have any bytes
+            return ""  # bytes beyond ASCII are unlikely to be UTF-8 by chance
+        short = len(some) < 16  # a few characters may be any bytes
         most = max(sum(n for _, n in half.most_common(1 if short else 2)) for half in halves)
         wordy = sum(byte in WORDY for byte in rest) >= 0.9 * len(rest)
         if most < (0.9 if short else 0.75) * len(some) / 2 and (wordy or not short):
@@ -132,7 +132,7 @@ def wide(some: bytes) -> str:
 
 
 def _plausible(some: bytes, encoding: str) -> bool:
-    """Whether these bytes give characters that are printed, and whose scripts seldom change within a word."""
+    """Whether these bytes decode to printable characters whose script seldom changes within a word."""
     found = codecs.getincrementaldecoder(encoding)(errors="replace").decode(some)
     odd = sum(unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and c not in "\n\r\t\f" for c in found)
     if not found or odd + found.count("\ufffd") > len(found) / 50:
@@ -148,7 +148,7 @@ def _other_kind(kind: Kind, source: Source, what: str, packed: bool) -> UserErro
         remedy = f"unpack it first: {gunzip(source)}; then {kind.remedy.format(**_names(unpacked(source)))}"
     else:
         remedy = kind.remedy.format(**_names(source))
-    return UserError(f"{what} is no text but {kind.name}\n       {remedy}")
+    return UserError(f"{what} is not text but {kind.name}\n       {remedy}")
 
 
 def _names(source: Source) -> dict[str, str]:
@@ -173,7 +173,7 @@ def _other_encoding(encoding: str, source: Source, what: str, packed: bool) -> U
 def wrong_byte(
     source: Source, what: str, title: str, offset: int, before: bytes, after: bytes, foreign: bool
 ) -> UserError:
-    """What to say of the byte that `after` begins with. `foreign`: the file has UTF-8 beyond ASCII before it."""
+    """The error for the first byte of `after`. `foreign`: the file has UTF-8 beyond ASCII before it."""
     packed = isinstance(source, Path) and is_gzip(source)
     wrong = f"{title}: byte {after[0]:#04x} at offset {offset}"
     some = after[:1024]
@@ -185,10 +185,10 @@ def wrong_byte(
     if b"\0" in before[-1024:] + some:
         if after[0] or not is_text(some.replace(b"\0", b"")):
             return UserError(f"{wrong}\n       it is a binary file; give its text, or leave it out")
-        tool = "tr -d '\\000'" if packed else "tr -d '\\000' <"  # it takes no names
+        tool = "tr -d '\\000'" if packed else "tr -d '\\000' <"  # tr takes no file names
         return UserError(f"{wrong}\n       take such bytes out: {filtered(tool, source, converted(source), packed)}")
     begun = 0xC2 <= after[0] <= 0xF4 and 1 < len(after) < 4 and all(0x80 <= byte < 0xC0 for byte in after[1:])
-    if foreign or begun or after in (b"\xc2", b"\xc3"):  # the last character is cut
+    if foreign or begun or after in (b"\xc2", b"\xc3"):  # the last character is incomplete
         without = _iconv("UTF-8", source, packed, "-c ")
         return UserError(
             f"{wrong}\n       all before it is UTF-8, so the file is damaged\n"
@@ -197,7 +197,7 @@ def wrong_byte(
     some = before[-1024:] + some
     runs = HIGH.findall(some)
     high = b"".join(runs)
-    in_words = sum(len(run) for run in runs if len(run) > 2)  # of western letters, two in a row are the most
+    in_words = sum(len(run) for run in runs if len(run) > 2)  # western texts have at most two in a row
     if not {0x81, 0x8D, 0x8F, 0x90, 0x9D}.isdisjoint(high) or (len(high) > 3 and 2 * in_words > len(high)):
         command = _iconv("ENCODING", source, packed)
         return UserError(f"{wrong}\n       convert it, ENCODING being one that iconv -l lists: {command}")
@@ -206,5 +206,5 @@ def wrong_byte(
 
 
 def _iconv(encoding: str, source: Source, packed: bool, flags: str = "") -> str:
-    """The command that makes UTF-8 of a file."""
+    """The command that converts a file to UTF-8."""
     return filtered(f"iconv {flags}-f {encoding} -t UTF-8", source, converted(source), packed)

@@ -1,12 +1,12 @@
 """Text to tokens on disk, once: `<data.dir>/<name>-<key>/` with train.bin, val.bin, tokenizer/ and manifest.json.
 
-The key is a hash of all that decides the tokens, so another text or setting is another folder. Text is read in a
-stream and cut into shards of a few megabytes, which threads turn into tokens and keep in `.<name>-<key>.partial/`; a
-preparation that was interrupted finds them there. At the end they are joined and the folder gets its name: it is there
-whole or not at all. The tokens depend neither on the number of threads nor on interruptions.
+The key is a hash of everything that decides the tokens, so another text or setting has another folder. Text is streamed
+and cut into shards of a few megabytes. Threads encode them and store the tokens in `.<name>-<key>.partial/`, where an
+interrupted preparation finds them again. At the end, the shards are joined and the folder gets its name: it is complete
+or absent. The tokens depend neither on the number of threads nor on interruptions.
 
-A single text has no documents: its end is the validation split. Where there are documents, end-of-text follows each
-(as in GPT-2's data), and each is in one split, chosen by its number.
+A single text has no documents: its end is the validation split. If there are documents, end-of-text follows each (as in
+GPT-2's data), and the number of a document decides its split.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ import numpy as np
 from nanogpt_jax.config import DataConfig, UserError
 from nanogpt_jax.data import corpora, hub, text_file, tokenizer
 from nanogpt_jax.data.batches import Mixture
-from nanogpt_jax.data.corpora import Block, Corpus, Tell, sha256_of_json
+from nanogpt_jax.data.corpora import Block, Corpus, OnProgress, sha256_of_json
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files, terminal
 
-FORMAT = 1  # of the folder, and of how corpora compose their texts; a new number prepares everything anew
+FORMAT = 1  # version of the folder and of how corpora compose their texts; a new one prepares everything anew
 MIB = 1 << 20
 PIECE = 1 << 16  # characters of a document that are encoded at a time
-SHARD = 1 << 22  # characters in a shard: what an interruption costs, and what each thread holds
+SHARD = 1 << 22  # characters in a shard: the most that an interruption loses, and that a thread holds
 LONGEST_CYCLE = 1 << 16  # sequences in which a mixture keeps its proportions
 
 
@@ -48,14 +48,14 @@ class Dataset:
 
     folder: Path
     train: np.memmap | Mixture  # [N] uint16 or uint32, read-only
-    val: np.ndarray  # of a mixture: those of its sources, one after the other
+    val: np.ndarray  # for a mixture: those of its sources, concatenated
     tokenizer: Tokenizer
     manifest: dict[str, Any]  # "train" and "val" hold the counts "tokens" and "bytes" (of UTF-8)
-    fingerprint: str  # equal where tokens and tokenizer are, on any machine
+    fingerprint: str  # equal for equal tokens and tokenizers, on any machine
 
 
 def open_data(cfg: DataConfig) -> Dataset:
-    """The tokens of `cfg`, prepared on first use. UserError if the text cannot be had or the folder is damaged."""
+    """The tokens of `cfg`, prepared on first use. UserError if the text is unavailable or the folder damaged."""
     kind = cfg.tokenizer.partition(":")[0]
     given = None if kind in tokenizer.TOKENIZERS else tokenizer.load(tokenizer.find(cfg.tokenizer))
     if not cfg.mixture:
@@ -70,7 +70,7 @@ def open_data(cfg: DataConfig) -> Dataset:
 
 
 def encode(corpus: Corpus, tok: Tokenizer) -> tuple[np.ndarray, int]:
-    """The tokens [N] int32 of a whole corpus, as they are in the shards of `open_data`, and its bytes of UTF-8."""
+    """The tokens [N] int32 of a whole corpus, as `open_data` would encode it, and its number of bytes in UTF-8."""
     if corpus.documents:
         pieces = _documents(corpus.blocks(text_file.silent), 0.0, [])
     else:
@@ -86,7 +86,7 @@ def encode(corpus: Corpus, tok: Tokenizer) -> tuple[np.ndarray, int]:
 
 
 def _cycle(mixture: dict[str, float]) -> tuple[int, ...]:
-    """The smallest whole numbers in the proportion of the weights, read as the decimals that were written."""
+    """The smallest whole numbers in the proportion of the weights, taken as the decimals that were written."""
     exact = [Fraction(str(weight)) for weight in mixture.values()]
     whole = [int(weight * lcm(*(w.denominator for w in exact))) for weight in exact]
     cycle = tuple(n // gcd(*whole) for n in whole)
@@ -115,12 +115,12 @@ def _mixed(cfg: DataConfig, cycle: tuple[int, ...], parts: dict[str, Dataset]) -
 
 
 def _shared_tokenizer(cfg: DataConfig, sources: list[Corpus]) -> Tokenizer:
-    """One tokenizer for all sources, made once and kept in <data.dir>/tokenizer-<key>/."""
+    """One tokenizer for all sources, made once and stored in <data.dir>/tokenizer-<key>/."""
     key = sha256_of_json([FORMAT, cfg.tokenizer, [[c.name, c.identity] for c in sources]])[:12]
     folder = Path(cfg.dir) / f"tokenizer-{key}"
     try:
         return tokenizer.load(folder)
-    except UserError:  # not there, or not whole
+    except UserError:  # absent or incomplete
         pass
     try:
         with _Progress("reading") as progress:
@@ -136,7 +136,7 @@ def _make_tokenizer(kind: str, sources: list[Corpus], progress: "_Progress") -> 
         most = tokenizer.SAMPLE if kind.startswith("bpe") else sys.maxsize
         for corpus in sources:
             read = 0
-            for text, _ in corpus.blocks(progress.tell):
+            for text, _ in corpus.blocks(progress.update):
                 yield text[: most - read]
                 read += len(text)
                 if read >= most:
@@ -154,7 +154,7 @@ def _make_tokenizer(kind: str, sources: list[Corpus], progress: "_Progress") -> 
 
 
 def _prepared(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None) -> Path:
-    """The folder with the tokens of `corpus`, made if it is not there. `given`: the tokenizer, if it exists already."""
+    """The folder with the tokens of `corpus`, prepared if absent. `given`: the tokenizer, if it exists already."""
     if given and corpus.documents and given.end_of_text is None:
         raise UserError(
             f"data.tokenizer={cfg.tokenizer} was made for a single text and has no end-of-text token, "
@@ -163,14 +163,14 @@ def _prepared(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None) -> Path:
         )
     kind = given.fingerprint if given else cfg.tokenizer
     key = sha256_of_json([FORMAT, corpus.name, corpus.identity, kind, cfg.val_fraction])[:12]
-    folder = Path(cfg.dir) / f"{corpus.name[:40]}-{key}"  # file systems end names at 255 bytes
+    folder = Path(cfg.dir) / f"{corpus.name[:40]}-{key}"  # file systems limit names to 255 bytes
     if folder.exists():
         return folder
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with _alone(partial.with_suffix(".lock"), cfg.source) as lock:
-            if not folder.exists():  # another process may just have made it
+            if not folder.exists():  # another process may have made it meanwhile
                 with _cleaned_up(partial, lock):
                     _fill(cfg, corpus, given, partial)
                 os.rename(partial / "whole", folder)
@@ -183,8 +183,8 @@ def _prepared(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None) -> Path:
 
 @contextlib.contextmanager
 def _cleaned_up(partial: Path, lock: Path) -> Iterator[None]:
-    """On the way out by an exception: finished shards stay and are told of; without any, nothing stays. What is wrong
-    with the text itself leaves nothing either, since the mended text is another one."""
+    """After an exception: keep finished shards, with a note; if there are none, remove everything. If the text itself
+    is wrong, remove everything too, because the corrected text is another one."""
     try:
         yield
     except BaseException as e:
@@ -200,7 +200,7 @@ def _cleaned_up(partial: Path, lock: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(path: Path, source: str) -> Iterator[Path]:
-    """While no other process makes the same."""
+    """Holds the lock on `path`, so that no other process prepares the same."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -214,7 +214,7 @@ def _alone(path: Path, source: str) -> Iterator[Path]:
 
 
 def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Path) -> None:
-    """Make everything in `partial`/whole, going on with what an earlier call has left in `partial`."""
+    """Make everything in `partial`/whole, reusing the shards that an earlier call left in `partial`."""
     whole = partial / "whole"
     whole.mkdir(parents=True, exist_ok=True)
     with _Progress(f"preparing {cfg.source}") as progress:
@@ -222,19 +222,19 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
         tok.save(whole / "tokenizer")
         facts, blank = {"name": corpus.name, **corpus.origin}, []
         if corpus.documents:
-            pieces = _documents(corpus.blocks(progress.tell), cfg.val_fraction, blank)
+            pieces = _documents(corpus.blocks(progress.update), cfg.val_fraction, blank)
             what = ""
         else:
             progress.begin("reading")
-            length, facts["sha256"] = _measure(corpus, progress.tell)
-            pieces = _text(corpus.blocks(progress.tell), int(length * (1 - cfg.val_fraction)))
+            length, facts["sha256"] = _measure(corpus, progress.update)
+            pieces = _text(corpus.blocks(progress.update), int(length * (1 - cfg.val_fraction)))
             what = f" ({length} characters)"
         dtype = np.dtype(np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32).newbyteorder("<")
         progress.begin("tokens")
         shards = _make_shards(pieces, tok, dtype, partial, cfg.threads or os.cpu_count() or 1, progress)
     if corpus.documents:
         facts["documents"] = sum(s[split]["documents"] for s in shards for split in ("train", "val"))
-        facts["sha256"] = sha256_of_json([s["text"] for s in shards])  # of texts, and of where documents end in them
+        facts["sha256"] = sha256_of_json([s["text"] for s in shards])  # of the texts and of the ends of documents
         if facts["documents"] == 0:
             raise _no_text(corpus)
         if facts["documents"] == 1:
@@ -298,10 +298,10 @@ class Piece(NamedTuple):
     ends: bool  # end-of-text follows
 
 
-def _measure(corpus: Corpus, tell: Tell) -> tuple[int, str]:
-    """Number of characters, and sha256."""
+def _measure(corpus: Corpus, on_progress: OnProgress) -> tuple[int, str]:
+    """Number of characters, and sha256, of a corpus."""
     length, digest = 0, hashlib.sha256()
-    for text, _ in corpus.blocks(tell):
+    for text, _ in corpus.blocks(on_progress):
         length += len(text)
         digest.update(text.encode())
     return length, digest.hexdigest()
@@ -309,7 +309,7 @@ def _measure(corpus: Corpus, tell: Tell) -> tuple[int, str]:
 
 def _text(blocks: Iterator[Block], cut: int) -> Iterator[Piece]:
     """A text without documents: the first `cut` characters to train on, the rest to validate."""
-    rest = ""  # of the block that holds the cut
+    rest = ""  # of the block with the cut
 
     def head() -> Iterator[str]:
         nonlocal rest
@@ -331,8 +331,8 @@ def _text(blocks: Iterator[Block], cut: int) -> Iterator[Piece]:
 
 
 def _documents(blocks: Iterator[Block], val_fraction: float, blank: list[None]) -> Iterator[Piece]:
-    """Documents, each in one split. The first trains and the second validates, so that neither split is empty; of the
-    others a hash of the number decides. Those without text have no number; for each of them `blank` grows."""
+    """Documents, each in one split. The first trains and the second validates, so that neither split is empty; for the
+    others, a hash of the number decides. Documents without text get no number; each adds an entry to `blank`."""
     number = 0
     for block in blocks:
         pieces = tokenizer.pieces(_rest_of_document(block, blocks), PIECE)
@@ -357,7 +357,7 @@ def _rest_of_document(block: Block, blocks: Iterator[Block]) -> Iterator[str]:
 
 
 def _chance(number: int) -> float:
-    """In [0, 1), evenly spread, a function of `number`."""
+    """A hash of `number`, uniform in [0, 1)."""
     return int.from_bytes(hashlib.sha256(b"%d" % number).digest()[:6], "big") / (1 << 48)
 
 
@@ -367,9 +367,9 @@ def _chance(number: int) -> float:
 def _make_shards(
     pieces: Iterator[Piece], tok: Tokenizer, dtype: np.dtype, folder: Path, threads: int, progress: "_Progress"
 ) -> list[dict[str, Any]]:
-    """The shards of all pieces, in `folder`; what is known of each.
+    """Write the shards of all pieces into `folder` -> their headers.
 
-    Threads, not processes: tiktoken works outside of Python's lock, nothing is copied, and no script needs a guard.
+    Threads, not processes: tiktoken releases Python's lock, nothing is copied, and scripts need no __main__ guard.
     """
     made: list[dict[str, Any]] = []
     pending: deque[Future[dict[str, Any]]] = deque()
@@ -397,7 +397,7 @@ def _shards(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
     size = 0
     for piece in pieces:
         shard.append(piece)
-        size += len(piece.text) + 64  # many short documents take room too
+        size += len(piece.text) + 64  # many short documents take memory too
         if size >= SHARD:
             yield shard
             shard, size = [], 0
@@ -406,7 +406,7 @@ def _shards(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _make_shard(folder: Path, number: int, pieces: list[Piece], tok: Tokenizer, dtype: np.dtype) -> dict[str, Any]:
-    """A file with a line of JSON and the ids of train and val; one that holds this text already is left as it is."""
+    """Write a file with a line of JSON and the ids of train and val, unless it exists with this text -> the JSON."""
     digest = hashlib.sha256()
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("train", "val")}
     for piece in pieces:
@@ -451,8 +451,8 @@ def _part(shard: dict[str, Any], split: str, dtype: np.dtype) -> slice:
 
 
 class _Progress:
-    """Megabytes, MB/s and time left: a bar on a terminal, and a line now and then elsewhere. Silent for a second, in
-    which most texts are through."""
+    """Megabytes, MB/s and time left: a bar on a terminal, elsewhere a line now and then. Silent for the first second,
+    in which most texts are done."""
 
     def __init__(self, title: str):
         self._title = title
@@ -466,7 +466,7 @@ class _Progress:
         if self._bar:
             self._bar.reset(self._task, phase=phase, speed="")
 
-    def tell(self, share: float) -> None:
+    def update(self, share: float) -> None:
         self._share = share
         self._show()
 
@@ -528,7 +528,7 @@ def _open(folder: Path) -> Dataset:
     except FileNotFoundError:
         raise damaged(path, "is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise damaged(path, "is damaged: it is no manifest") from None
+        raise damaged(path, "is damaged: it is not a manifest") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if checksum != sha256_of_json(manifest):
@@ -563,7 +563,7 @@ def _open(folder: Path) -> Dataset:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 over a file's size and up to 64 evenly spaced blocks of 1 MiB: a small file whole, a big one sampled."""
+    """sha256 of a file's size and content; for a large file, of 64 evenly spaced blocks of 1 MiB."""
     size = path.stat().st_size
     whole = size <= 64 * MIB
     starts = range(0, size, MIB) if whole else [i * (size - MIB) // 63 for i in range(64)]

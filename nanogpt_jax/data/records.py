@@ -1,7 +1,7 @@
-"""Rows out of files: what corpora, labelled texts and items are read from.
+"""Rows of files, for corpora, labelled texts and evaluation items.
 
-Rows come from .jsonl, .ndjson, .json, .csv, .tsv and .parquet, each with the number of the line where it begins. They
-are read in a stream, so memory does not grow with the file. A new format is one function and a line in `ROWS`.
+Rows come from .jsonl, .ndjson, .json, .csv, .tsv and .parquet, each with the number of its first line. They are
+streamed, so memory does not grow with the file. To add a format, write a function and add a line to `ROWS`.
 """
 
 import itertools
@@ -15,33 +15,35 @@ from nanogpt_jax.config import UserError, quoted, word
 from nanogpt_jax.data import tables, text_file
 from nanogpt_jax.data.shell import converted, filtered, gunzip, is_gzip, stem
 from nanogpt_jax.data.tables import Row
-from nanogpt_jax.data.text_file import Tell, silent
+from nanogpt_jax.data.text_file import OnProgress, silent
 
 
 def suffix(path: Path) -> str:
-    """What a file says that it is, ".jsonl" of X.JSONL and of x.jsonl.gz."""
+    """The suffix that names a file's format: ".jsonl" for X.JSONL and x.jsonl.gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def unit(path: Path) -> str:
-    """What the number of a row counts."""
+    """The word for what a row's number counts: "line" or "row"."""
     return "row" if suffix(path) == ".parquet" else "line"
 
 
-def rows(source: Path, what: str, columns: Sequence[str] | None = None, tell: Tell = silent) -> Iterator[Row]:
-    """The rows of a file, by its suffix; JSON lines if that says nothing.
+def rows(
+    source: Path, what: str, columns: Sequence[str] | None = None, on_progress: OnProgress = silent
+) -> Iterator[Row]:
+    """The rows of a file, read by its suffix; as JSON lines if the suffix is unknown.
 
-    `columns` are those that matter (None: all): UserError if one of them stands twice; others may be left out. `what`
-    names the file in errors.
+    `columns` are the needed ones (None: all): UserError if one of them occurs twice; others may be omitted from rows.
+    `what` names the file in errors.
     """
-    return ROWS.get(suffix(source), _json_lines)(source, what, columns, tell)
+    return ROWS.get(suffix(source), _json_lines)(source, what, columns, on_progress)
 
 
-def _json_lines(source: Path, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
-    """An object a line. Blank lines are passed over."""
+def _json_lines(source: Path, what: str, columns: Sequence[str] | None, on_progress: OnProgress) -> Iterator[Row]:
+    """An object a line. Blank lines are skipped."""
     decode = _json_decoder(columns).decode
     first = True
-    for number, line in text_file.lines(source, what, tell):
+    for number, line in text_file.lines(source, what, on_progress):
         if not line.strip():
             continue
         try:
@@ -61,7 +63,7 @@ def _json_lines(source: Path, what: str, columns: Sequence[str] | None, tell: Te
 
 
 def _check_lines(source: Path, what: str, number: int) -> None:
-    """UserError if a file that should be JSON lines is a .json."""
+    """UserError if a file that should be JSON lines is one JSON document."""
     if not source.is_file():
         return
     try:
@@ -78,13 +80,13 @@ def _check_lines(source: Path, what: str, number: int) -> None:
     )
 
 
-def _json_objects(source: Path, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
-    """The objects of a .json: an array of them, or one after the other, as JSON lines are. A few are held at a time."""
+def _json_objects(source: Path, what: str, columns: Sequence[str] | None, on_progress: OnProgress) -> Iterator[Row]:
+    """The objects of a .json, in an array or one after the other. Only a few are in memory at a time."""
     decode = _json_decoder(columns).raw_decode
     between = re.compile(r"[\s,]*")
     held, line, needed, n, listed, closed = "", 1, 0, 0, False, False
-    column = 0  # characters of the line before `held`
-    for block in itertools.chain(text_file.blocks(source, what, tell), [None]):
+    column = 0  # characters before `held` in its line
+    for block in itertools.chain(text_file.blocks(source, what, on_progress), [None]):
         held += block or ""
         if block is not None and len(held) < needed:
             continue
@@ -132,7 +134,7 @@ def _json_objects(source: Path, what: str, columns: Sequence[str] | None, tell: 
 
 
 def _check_nesting(row: dict[str, Any], source: Path, where: str, columns: Sequence[str]) -> None:
-    """UserError if the rows are inside of the one object that a file is."""
+    """UserError if a file is one object that contains the rows."""
     for name, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict) and not set(columns) & set(row):
             command = _jq(f".[{json.dumps(name)}][]", source)
@@ -159,13 +161,13 @@ def _json_decoder(columns: Sequence[str] | None) -> json.JSONDecoder:
 
 
 def _not_json(where: str, e: Exception, column: int) -> UserError:
-    remedy = "mend or delete this one"
+    remedy = "fix or delete this one"
     if isinstance(e, _Twice):
-        return UserError(f"{where}: {e.args[0]!r} stands twice in it\n       {remedy}")
+        return UserError(f"{where}: {e.args[0]!r} occurs twice in it\n       {remedy}")
     if isinstance(e, json.JSONDecodeError):
         wrong = f"{e.msg} at column {column}"
         if e.msg == "Extra data":
-            remedy = "a line holds one JSON object, and nothing behind it; mend or delete this one"
+            remedy = "a line must be one JSON object with nothing after it; fix or delete this one"
     elif isinstance(e, RecursionError):
         wrong = "it is nested too deeply"
     else:  # int() of so many digits
@@ -181,9 +183,9 @@ def _no_object(where: str, found: str, columns: Sequence[str] | None, hint: str)
 
 
 def _object_hint(found: str, columns: Sequence[str], source: Path, listed: bool, closed: bool) -> str:
-    """How to make objects of what a .json holds instead, which begins with `found`.
+    """How to convert a .json without objects, in which `found` comes instead.
 
-    `listed`, `closed`: whether a list has begun before it, and ended.
+    `listed`, `closed`: whether a list has started before it, and ended.
     """
 
     each = ".[] | " if listed else ""
@@ -192,18 +194,18 @@ def _object_hint(found: str, columns: Sequence[str], source: Path, listed: bool,
     if found.startswith(("/*", "#")):
         return "JSON has no comments: delete them"
     if found.startswith(")]}'"):
-        return f"take out what is before the JSON: {_sed(PREFIX, source)}"
+        return f"remove what precedes the JSON: {_sed(PREFIX, source)}"
     if closed:
         if found.startswith("["):
             return f"write the rows of these lists a row a line: {_jq('.[]', source)}"
-        return "nothing may stand behind the list: delete it"
+        return "nothing may follow the list: delete it"
     if found.startswith("["):
         cells = ", ".join(f"{json.dumps(name)}: .[{i}]" for i, name in enumerate(columns))
         return f"make objects of these lists, for example: {_jq(f'{each}{{{cells}}}', source)}"
     if found.startswith('"'):
         return f"make objects of the texts: {_jq(f'{each}{{{json.dumps(columns[0])}: .}}', source)}"
     if re.match(r"(null|true|false|-?[0-9.]+)\b", found):
-        return f"to leave out what is no object: {_jq(f'{each}objects', source)}"
+        return f"to keep only the objects: {_jq(f'{each}objects', source)}"
     return "give a list of objects, or an object a line"
 
 
@@ -216,14 +218,14 @@ def _sed(script: str, source: Path) -> str:
 
 
 COMMENT = r"/^[[:space:]]*\/\//d"
-PREFIX = "1s/^)]}',*//"  # which some servers put before their JSON
+PREFIX = "1s/^)]}',*//"  # removes what some servers put before their JSON
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
-    """A page at a time."""
+def _parquet(path: Path, what: str, columns: Sequence[str] | None, on_progress: OnProgress) -> Iterator[Row]:
+    """Reads a page at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -240,7 +242,7 @@ def _parquet(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -
                 for values in zip(*batch.columns, strict=True):
                     number += 1
                     yield number, dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
-                tell(number / total)
+                on_progress(number / total)
     except UnicodeDecodeError as e:
         raise UserError(
             f"{what}, row {number} is not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start}\n"
@@ -253,7 +255,7 @@ def _parquet(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -
 
 
 def class_names(path: Path, column: str) -> list[str] | None:
-    """The names of a Parquet file's numbered labels, where `datasets` has left them."""
+    """The names of a Parquet file's numbered labels, if `datasets` has stored them."""
     import pyarrow
     import pyarrow.parquet
 
@@ -261,11 +263,11 @@ def class_names(path: Path, column: str) -> list[str] | None:
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
         names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # `rows` says what is wrong with the file
+        return None  # `rows` reports what is wrong with the file
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-ROWS: dict[str, Callable[[Path, str, Sequence[str] | None, Tell], Iterator[Row]]] = {
+ROWS: dict[str, Callable[[Path, str, Sequence[str] | None, OnProgress], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_objects,

@@ -1,6 +1,6 @@
-"""Commands that an error offers for a file: each makes a better file of it, in the current directory.
+"""Shell commands that an error offers for a file: each writes a usable copy into the current directory.
 
-Each can be pasted into a shell as it is. Names are quoted, and no name is taken for a flag.
+They can be pasted into a shell. Names are quoted, and no name is mistaken for a flag.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import BinaryIO
 from nanogpt_jax.config import word
 
 Source = Path | BinaryIO  # a stream has no name: commands call it FILE
-GZIP = b"\x1f\x8b\x08"  # how one begins
+GZIP = b"\x1f\x8b\x08"  # its first bytes
 
 
 def named(source: Source) -> str:
@@ -18,9 +18,9 @@ def named(source: Source) -> str:
 
 
 def is_gzip(path: Path) -> bool:
-    """Whether a file begins as one; False if there is none to be read."""
+    """Whether a file begins like a gzip; False if it cannot be read."""
     try:
-        if path.is_file():  # a pipe might not open again
+        if path.is_file():  # a pipe may not open twice
             with path.open("rb") as file:
                 return file.read(3) == GZIP
     except OSError:
@@ -34,9 +34,9 @@ def gunzip(source: Source) -> str:
 
 
 def filtered(tool: str, source: Source, into: str, packed: bool | None = None) -> str:
-    """The command that sends a file through `tool` into the file `into`. A gzip is unpacked on the way.
+    """The command that pipes a file through `tool` into the file `into`, after unpacking a gzip.
 
-    `packed`: whether it is a gzip; None: looks.
+    `packed`: whether it is a gzip; None: find out.
     """
     if packed or (packed is None and isinstance(source, Path) and is_gzip(source)):
         return f"gunzip -c < {named(source)} | {tool} > {word(into)}"
@@ -44,13 +44,13 @@ def filtered(tool: str, source: Source, into: str, packed: bool | None = None) -
 
 
 def converted(source: Source) -> str:
-    """The name of a converted file, with the suffix that says how it is read. Not quoted yet."""
+    """The name of a converted file, with the suffix of its format. Not quoted."""
     path = source if isinstance(source, Path) else Path("text.txt")
     return f"{stem(path)}-utf8{Path(_without_gz(path)).suffix or '.txt'}"
 
 
 def unpacked(source: Source) -> Path:
-    """The name of an unpacked file, without the suffix of what packed it."""
+    """The name of an unpacked file, without the suffix of the packer."""
     path = source if isinstance(source, Path) else Path("text.txt")
     if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".lz4", ".z"):
         return Path(path.stem)
@@ -58,7 +58,7 @@ def unpacked(source: Source) -> Path:
 
 
 def stem(path: Path) -> str:
-    """The name of a file without folder and suffix, and without .gz. Not quoted yet."""
+    """The name of a file without folder, suffix and .gz. Not quoted."""
     return Path(_without_gz(path)).stem
 
 

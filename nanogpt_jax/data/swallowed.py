@@ -1,14 +1,14 @@
-"""Rows of a table that look as if a quote had swallowed others: it opens a cell by mistake, and another closes it.
+"""Finds rows of a table that have swallowed others: a stray quote opens a cell, and another one closes it.
 
-The lines within such a cell are rows: they have the header's number of cells, and if a column holds labels, numbers or
-times, it holds one there too.
+The lines inside such a cell are rows: they have the header's number of cells, and their cells fit columns of labels,
+numbers or times.
 """
 
 import re
 from typing import NamedTuple
 
-FEW = 1000  # different values in a column that holds labels
-KINDS = [  # of numbers and times; a column is of the first that all of its cells match
+FEW = 1000  # most different values in a column of labels
+KINDS = [  # of numbers and times; a column has the first kind that all its cells match
     re.compile(r"[-+]?[0-9]+"),
     re.compile(r"[-+]?[0-9]*\.[0-9]+"),
     re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?%?"),
@@ -21,24 +21,24 @@ KINDS = [  # of numbers and times; a column is of the first that all of its cell
 class Doubt(NamedTuple):
     """A row with a cell whose lines may be rows."""
 
-    begin: int  # its lines
+    begin: int  # its first and last line
     end: int
     column: int  # of the cell
-    inside: list[tuple[int, str]]  # (column, value) of the rows in it, without the cells that the row's edges cut
+    inside: list[tuple[int, str]]  # (column, value) of the rows inside, without cells cut by the quotes
 
 
 class Swallowed:
-    """What the columns of a table hold, and which rows may have swallowed others; it sees every row once."""
+    """Collects what the columns of a table hold, and which rows may have swallowed others, row by row."""
 
     def __init__(self, separator: str) -> None:
         self._separator = separator
-        self._values: list[set[str] | None] = []  # of each column, outside of the lines in doubt; None: too many
-        self._kinds: list[list[re.Pattern[str]]] = []  # those that all cells of each column match
-        self._rows = 0  # those that there are if the lines in doubt are some
+        self._values: list[set[str] | None] = []  # of each column, without lines in doubt; None: too many
+        self._kinds: list[list[re.Pattern[str]]] = []  # those that match all cells of each column
+        self._rows = 0  # counting the lines in doubt as rows
         self._doubts: list[Doubt] = []
 
     def see(self, begin: int, end: int, row: list[str]) -> None:
-        """Add a row, and its first and last line."""
+        """Add a row with its first and last line number."""
         if not self._values:  # the header
             self._values, self._kinds = [set() for _ in row], [KINDS for _ in row]
         elif begin == end:
@@ -57,8 +57,8 @@ class Swallowed:
                     break
 
     def _rows_within(self, cell: str, i: int, width: int) -> list[list[str]]:
-        """The cells of each line of a cell in column i, if they are rows: the first from there on, the last up to
-        there, and those between whole. Else []."""
+        """The cells of each line inside a cell of column i, if these lines are rows; else []. The first line has the
+        columns from i on, the last those up to i, the others all."""
         lines = [line.split(self._separator) for line in cell.splitlines()]
         wanted = [width - i, *(width for _ in lines[2:]), i + 1]
         return lines if [len(line) for line in lines] == wanted else []
@@ -75,9 +75,9 @@ class Swallowed:
                 self._values[i] = None
 
     def first(self, by_program: bool) -> Doubt | None:
-        """The first row that has swallowed others, if there is one.
+        """The first row that has swallowed others; None if there is none.
 
-        If a program has written the quotes, every column must say so that can; else one of them.
+        If a program has written the quotes, every column that can decide must agree; else one suffices.
         """
         for doubt in self._doubts:
             signs = self._signs(doubt, by_program)
@@ -86,24 +86,24 @@ class Swallowed:
         return None
 
     def none_for_sure(self) -> bool:
-        """Whether there are cells whose lines could be rows, and the columns say of each that they are none."""
+        """Whether there are cells whose lines could be rows, and the columns show that none of them is."""
         return bool(self._doubts) and all(
             (signs := self._signs(doubt, by_program=False)) and not any(signs) for doubt in self._doubts
         )
 
     def _signs(self, doubt: Doubt, by_program: bool) -> list[bool]:
-        """Of each column that can tell, whether what the lines within would have there is like what it holds."""
+        """For each column that can decide, whether the values of the lines inside fit it."""
         columns = {i for i, _ in doubt.inside} - {doubt.column}
         likes = [self._is_like(i, [value for j, value in doubt.inside if j == i], by_program) for i in columns]
         return [like for like in likes if like is not None]
 
     def _is_like(self, i: int, values: list[str], by_program: bool) -> bool | None:
-        """Whether `values` are such as column i holds; None if that holds neither labels nor numbers nor times.
+        """Whether `values` fit column i; None if it holds neither labels nor numbers nor times.
 
-        To say so against a program takes two labels, or three numbers in a column that does not hold labels, too.
+        Against quotes by a program, it takes two labels, or three numbers in a column that is not also of labels.
         """
         known = self._values[i]
-        kinds = self._kinds[i] if known != set() else []  # without a value, every kind is left
+        kinds = self._kinds[i] if known != set() else []  # without values, every kind is possible
         labels = known if known and 2 * len(known) <= self._rows else None
         if labels is None and not kinds:
             return None

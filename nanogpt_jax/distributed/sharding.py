@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from nanogpt_jax.config import UserError
 
-# The first rule that matches a path decides. `fsdp` splits what every device would otherwise hold whole; `tensor`
-# splits heads and hidden units, so that each device computes its own and one sum a layer brings them together.
+# The first rule that matches a path decides. `fsdp` splits arrays that would otherwise be replicated. `tensor` splits
+# heads and hidden units: each device computes its own, and one sum a layer combines them.
 RULES: tuple[tuple[str, P], ...] = (
     (r"wte$", P("tensor", "fsdp")),
     (r"wpe$", P(None, "fsdp")),
@@ -38,7 +38,7 @@ def rule_for(name: str) -> P | None:
 
 
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The PartitionSpec of the parameter `name`; UserError where no rule matches or a dimension does not divide."""
+    """The PartitionSpec of the parameter `name`; UserError if no rule matches or a dimension is not divisible."""
     spec = rule_for(name)
     if spec is None:
         raise UserError(f"no sharding rule matches parameter {name} {shape}; add one to distributed/sharding.py")
@@ -49,15 +49,15 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def shard(mesh: Mesh, spec: P = P()) -> NamedSharding:
-    """`spec` on `mesh`; whole on every device by default."""
+    """`spec` on `mesh`; replicated by default."""
     return NamedSharding(mesh, spec)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for each leaf of `tree` (arrays or ShapeDtypeStructs): parameters, or a whole training state.
 
-    An optimizer's moments end in their parameter's path (0/mu/h/mlp/c_fc/kernel), so they lie where it lies. What is
-    no parameter's (counters, coefficients) is whole on every device.
+    The path of an optimizer's moment ends in its parameter's path (0/mu/h/mlp/c_fc/kernel), so it is sharded alike.
+    Everything else (counters, coefficients) is replicated.
     """
 
     def lay(path: tuple, x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -69,5 +69,5 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def laid_out(mesh: Mesh, shapes: Any) -> Any:
-    """`shapes` as ShapeDtypeStructs that say where each leaf lies: what restoring a checkpoint asks for."""
+    """`shapes` as ShapeDtypeStructs with the sharding of each leaf, as restoring a checkpoint needs them."""
     return jax.tree.map(lambda x, place: x.update(sharding=place), shapes, shardings(mesh, shapes))

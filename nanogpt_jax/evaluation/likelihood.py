@@ -1,6 +1,6 @@
 """How likely a model holds a continuation of a context: what multiple choice, last words and lm-eval ask."""
 
-# B rows, L length of a row, G groups (1), V vocab
+# B rows, W width of a row, E groups of rows (1), V vocab
 
 import math
 from collections.abc import Sequence

@@ -83,18 +83,18 @@ def _where(request: Instance) -> str:
 def _how(request: Instance) -> tuple[Rules, int, tuple[str, ...]]:
     """lm-eval's generation settings as ours. UserError for one that we do not have."""
     arguments: Any = request.args
-    wish: dict[str, Any] = dict(arguments[1])
-    until = wish.pop("until", None) or []
+    asked: dict[str, Any] = dict(arguments[1])
+    until = asked.pop("until", None) or []
     stop = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
-    most = wish.pop("max_gen_toks", NEW_TOKENS)
+    most = asked.pop("max_gen_toks", NEW_TOKENS)
     rules = {
-        name: wish.pop(name)
+        name: asked.pop(name)
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        if name in wish
+        if name in asked
     }
-    if not wish.pop("do_sample", False):  # greedy unless asked, whatever the temperature says
+    if not asked.pop("do_sample", False):  # greedy unless asked, whatever the temperature says
         rules["temperature"] = 0.0
-    if wish:
+    if asked:
         known = "until, max_gen_toks, do_sample, temperature, top_k, top_p, min_p, repetition_penalty"
-        raise UserError(f"{_where(request)}: generation_kwargs has {next(iter(wish))}; known are {known}")
+        raise UserError(f"{_where(request)}: generation_kwargs has {next(iter(asked))}; known are {known}")
     return Rules(**{"temperature": 1.0, **rules}), int(most), stop

@@ -6,7 +6,7 @@ windows in the same rows, one group after the other. The nats of each token come
 taken there, exactly rounded. So a figure is the same to the last digit for any batch size and number of devices.
 """
 
-# B windows, T block_size, L length of a row, G groups, N tokens
+# B windows, T block_size, W width of a row, E groups of rows, N tokens
 
 import functools
 import math
@@ -45,8 +45,8 @@ def for_scoring(cfg: ModelConfig, platform: str) -> ModelConfig:
 
 
 def make_score(cfg: ModelConfig, mesh: Mesh) -> Score:
-    """(params, tokens [G, B, L+1]) -> nats [G, B, L] float32 of each token after its row's first, and whether it was
-    the likeliest. B is `rows(L)` a device; the groups are computed one after the other."""
+    """(params, tokens [E, B, W+1]) -> nats [E, B, W] float32 of each token after its row's first, and whether it was
+    the likeliest. B is `rows(W)` a device; the groups are computed one after the other."""
     layout = shard(mesh, P(None, *BATCH))
 
     @functools.partial(jax.jit, in_shardings=(None, layout), out_shardings=layout)
@@ -95,17 +95,17 @@ def token_nats(
     at a time, rounded up to whole groups (0: one group); no number depends on it.
     """
     B = rows(block_size) * batch_ways(mesh)
-    G = -(-batch_size // rows(block_size)) or 1
-    windows = batches.validation(tokens, block_size=block_size, batch_size=G * B, stride=stride)
-    total = -(-batches.n_validation(tokens, block_size, stride) // (G * B))
+    E = -(-batch_size // rows(block_size)) or 1
+    windows = batches.validation(tokens, block_size=block_size, batch_size=E * B, stride=stride)
+    total = -(-batches.n_validation(tokens, block_size, stride) // (E * B))
     counted: deque[np.ndarray] = deque()
 
     def calls() -> Iterable[jax.Array]:
         for inputs, weights in track(windows, total):
             counted.append(weights > 0)
-            yield score(params, inputs.reshape(G, B, block_size + 1))[0]
+            yield score(params, inputs.reshape(E, B, block_size + 1))[0]
 
-    return np.concatenate([nats.reshape(G * B, -1)[counted.popleft()] for nats in read_back(calls())])
+    return np.concatenate([nats.reshape(E * B, -1)[counted.popleft()] for nats in read_back(calls())])
 
 
 def evaluate(

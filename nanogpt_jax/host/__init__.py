@@ -1,2 +1,4 @@
-"""What any room may use of the machine: whole files (`files`), the terminal (`terminal`), words for
-messages (`messages`). No jax here."""
+"""The machine, for any room: files, the terminal, signals, memory, JAX's environment, and words for messages.
+
+Nothing here imports jax.
+"""

@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all, and that never fall on somebody else's.
+"""Atomic writes: a file or folder is complete or absent, and never overwrites what belongs to somebody else.
 
-Everything is written under a fresh name beside its place, `.NAME.HEX.tmp`, and renamed at the end. The name is made
-with O_EXCL, so no link is followed. It is locked while its writer lives: one that is not locked was left by a process
-that was killed, and the next writer of the same NAME removes it.
+Everything is written under a new name in the same folder, `.NAME.HEX.tmp`, and renamed at the end. The name is created
+with O_EXCL, so no link is followed. Its writer holds a lock on it. A name without a lock was left by a process that was
+killed, and the next writer of the same NAME removes it.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked, and so nothing is removed
+except ImportError:  # Windows has no such locks, so leftovers are not removed
     fcntl = None
 
 LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp")
-LONGEST = 200  # bytes of NAME in a temporary name: file systems end names at 255
+LONGEST = 200  # bytes of NAME in a temporary name: file systems allow 255 in all
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Leave the old content or the new, whatever happens in between. OSError; then the old.
+    """Replace the content atomically. OSError if that fails; then the old content stays.
 
     A link at `path` is replaced, not followed; see `write_result`.
     """
@@ -37,8 +37,8 @@ def write(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A fresh empty file beside `path`, for any code to write. At the end it becomes `path`; an error removes it and
-    leaves `path` as it was."""
+    """A new empty file beside `path`, to be written by the caller. At the end it replaces `path`. An error removes it
+    and leaves `path` as it was."""
     remove_leftovers(path)
     with _fresh(path, _make_file) as beside:
         with contextlib.suppress(OSError):  # no file at `path` yet
@@ -50,15 +50,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """A fresh folder beside `path`, which the caller moves or empties; what is left of it at the end is removed."""
+    """A new folder beside `path`, for the caller to fill and rename. If it still exists at the end, it is removed."""
     remove_leftovers(path)
     with _fresh(path, os.mkdir) as beside:
         yield beside
 
 
 def write_result(path: Path, content: str | bytes) -> None:
-    """Write what a person asked for at `path`, which stays what it is: a link still leads to the file, a device or a
-    pipe is written to. OSError."""
+    """Write a result to the path that a person named. A link is followed; a device or a pipe is written to. OSError if
+    that fails."""
     if is_special(path):
         with path.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -67,12 +67,12 @@ def write_result(path: Path, content: str | bytes) -> None:
 
 
 def target(path: Path) -> Path:
-    """The file that `path` leads to, which need not be there yet."""
+    """The file that `path` leads to. It need not exist."""
     return Path(os.path.realpath(path))
 
 
 def is_special(path: Path) -> bool:
-    """Whether `path` is there and is neither a file nor a folder: a device, a pipe, a socket."""
+    """Whether `path` exists and is neither a file nor a folder: a device, a pipe, a socket."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -81,7 +81,7 @@ def is_special(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """What lies at `path` itself: "file", "folder", "link", "pipe", "device", "socket"; "" if nothing does. OSError."""
+    """The kind of `path` itself: "file", "folder", "link", "pipe", "device", "socket"; "" if nothing does. OSError."""
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -91,14 +91,14 @@ def kind_of(path: Path) -> str:
 
 
 def read(path: Path) -> bytes:
-    """The content of the file at `path`. OSError for anything else that lies there: reading a pipe might never end."""
+    """The content of the file at `path`. OSError if it is anything else: reading a pipe might never end."""
     if (kind := kind_of(path)) not in ("file", ""):
         raise OSError(errno.EINVAL, f"it is a {kind}, not a file", str(path))
     return path.read_bytes()
 
 
 def entries(folder: Path) -> Iterator[tuple[str, str]]:
-    """Everything in `folder`, at any depth: its path from there, and what it is. No link is followed. OSError."""
+    """(relative path, kind) of everything in `folder`, at any depth. Follows no links. OSError if it is unreadable."""
     for name in sorted(os.listdir(folder)):
         kind = kind_of(folder / name)
         yield name, kind
@@ -107,7 +107,7 @@ def entries(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def check_writable(path: Path) -> None:
-    """OSError if no file can be written at `path`. Tries it, as permissions alone do not tell."""
+    """OSError if no file can be written at `path`. Creates one to find out, as permissions alone do not decide it."""
     if is_special(path):
         if not os.access(path, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -120,14 +120,14 @@ def check_writable(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed writers of `path` have left beside it: our temporary names that nobody holds locked."""
+    """Remove the temporary files that killed writers of `path` have left beside it: those without a lock."""
     for beside in _leftovers(path.parent):
         if LEFTOVER.fullmatch(beside.name)[1] == _short(path.name):  # pyright: ignore[reportOptionalSubscript]
             _remove_if_abandoned(beside)
 
 
 def remove_all_leftovers(folder: Path) -> None:
-    """Remove the leftovers of every name in `folder`, which must be ours alone: a run directory that we have locked."""
+    """Remove the leftovers of every name in `folder`, which must be ours alone, like a run directory that we locked."""
     for beside in _leftovers(folder):
         _remove_if_abandoned(beside)
 
@@ -155,14 +155,14 @@ def _remove_if_abandoned(beside: Path) -> None:
 
 @contextlib.contextmanager
 def _fresh(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """A new name beside `path`, made by `make` and locked until the end, when it is removed if it is still there."""
+    """A new name beside `path`, created by `make` and locked. At the end it is removed if it still exists."""
     while True:
         beside = path.with_name(f".{_short(path.name)}.{secrets.token_hex(6)}.tmp")
         make(beside)
         descriptor = _lock(beside)
         if os.path.lexists(beside):
             break
-        if descriptor is not None:  # another writer took it for a leftover before it was locked
+        if descriptor is not None:  # another writer removed it as a leftover before it was locked
             os.close(descriptor)
     try:
         yield beside
@@ -182,7 +182,7 @@ def _make_file(beside: Path) -> None:
 
 
 def _lock(beside: Path) -> int | None:
-    """A descriptor that keeps `beside` locked until it is closed; None if it cannot be opened."""
+    """A descriptor that holds the lock on `beside` until it is closed; None if it cannot be opened."""
     if fcntl is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The memory of a process on a CPU: how it is held, which only glibc lets us say, and how much is free."""
+"""Memory on a CPU: whether the process holds what it frees (glibc only), and how much is available."""
 
 import contextlib
 import ctypes
@@ -10,29 +10,28 @@ MEMORY, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), P
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def keep() -> None:
-    """What a program gives back is kept for the next one.
+def hold_freed_memory() -> None:
+    """Make the C library hold freed memory for the next allocation, and not return it to the system.
 
-    The temporary memory of a step is one large block, which the C library would map afresh and hand back each time, and
-    the system clear page by page (124M: 1.6 GB a step, a tenth of the time). glibc keeps it when told to, but only for
-    the main thread: `mesh.start` has programs run there. A user's own MALLOC_TRIM_THRESHOLD_ leaves all that as it is.
+    The temporary memory of a step is one large block. By default the C library maps and unmaps it at each step, and the
+    system clears every page. glibc can hold it, but only for the main thread, where `mesh.start` makes programs run. If
+    the user has set MALLOC_TRIM_THRESHOLD_, this does nothing.
     """
     if (libc := _glibc()) and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def give_back() -> None:
-    """What is kept goes back to the system, before something else that needs much memory."""
+def trim() -> None:
+    """Return held memory to the system. To be called before something else that needs much memory."""
     if libc := _glibc():
         libc.malloc_trim(0)
 
 
 def free() -> int:
-    """Bytes that could be had, by the account of the system and of the control groups that this process is in.
+    """Bytes available according to /proc/meminfo and this process's cgroups.
 
-    What is held of files that nobody reads any more counts as free. Half of all memory where there is no such account;
-    0 where nothing is known.
+    Cached files count as available. Without /proc/meminfo: half of all memory, or 0 if that is unknown.
     """
     try:
         lines = MEMORY.read_text(encoding="utf-8").splitlines()
@@ -43,24 +42,24 @@ def free() -> int:
         return pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages else 0
     for _, kinds, path in groups:
         top, most, held = GROUPS, "memory.max", "memory.current"
-        if kinds:  # version 1
+        if kinds:  # cgroups, version 1
             top, most, held = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         own = top / path.lstrip("/")
         for folder in (own, *own.parents) if kinds in ("", "memory") else ():
             try:
                 left = int((folder / most).read_text()) - int((folder / held).read_text())
                 least = min(least, left + _of_files(folder / "memory.stat"))
-            except (OSError, ValueError):  # no such group, or "max"
+            except (OSError, ValueError):  # no such cgroup, or "max"
                 continue
     return least
 
 
 def _of_files(account: Path) -> int:
-    """Bytes that a control group holds of files, and gives up when they are needed."""
+    """Bytes of cached files in a cgroup, which it frees when memory is needed."""
     found = 0
     with contextlib.suppress(OSError):
         for name, _, number in (line.partition(" ") for line in account.read_text(encoding="utf-8").splitlines()):
-            if name in ("inactive_file", "total_inactive_file"):  # the latter of version 1, with the groups below
+            if name in ("inactive_file", "total_inactive_file"):  # the latter in version 1, nested cgroups included
                 found = int(number)
     return found
 

@@ -1,21 +1,21 @@
-"""Strangers' words in an error or a note: short, in one line, and as a person can read them."""
+"""Text from strangers in an error or a note: short, readable and on one line."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def cut(text: str, longest: int = 100) -> str:
-    """`text`, or its beginning and "..." if it has more than `longest` characters."""
+    """`text`, cut to `longest` characters, the last three "...", if it is longer."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def first_line(error: BaseException, longest: int = 200) -> str:
-    """The first line of what an exception says, cut; the name of its class if it says nothing."""
+    """The first line of an exception's message, cut; the name of its class if it has none."""
     return cut((str(error).strip() or type(error).__name__).splitlines()[0], longest)
 
 
 def printable(name: str | int, longest: int = 60) -> str:
-    """A name from a file, quoted if it holds what a person would not see: control characters, spaces at its end.
+    """A name from a file, cut, and quoted if it holds invisible characters: control characters, spaces at its ends.
 
     If it has more than `longest` characters, its beginning and "...".
     """

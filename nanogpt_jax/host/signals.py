@@ -1,6 +1,6 @@
 """Turns Ctrl-C, SIGTERM and a terminal that is closed into a stop request that the loop honours.
 
-No jax here: it listens before jax is imported.
+Nothing here imports jax, because signals are handled before jax is imported.
 """
 
 import contextlib
@@ -15,23 +15,23 @@ from nanogpt_jax.host import terminal
 
 LISTENED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
-PATIENCE = 2.0  # seconds, in which most steps end, and most commands after a second signal
+PATIENCE = 2.0  # seconds. Most steps end sooner, and so do most commands after a second signal
 
 
 class StopRequest:
-    """Set by the first SIGINT, SIGTERM or SIGHUP. A second one acts as if nobody had listened, but for SIGHUP: a closed
-    terminal sends two, its shell's and its own."""
+    """Set by the first SIGINT, SIGTERM or SIGHUP. A second one has its default effect, except SIGHUP: a closed terminal
+    sends two, one from the shell and one of its own."""
 
     received: signal.Signals | None = None
 
 
 @contextlib.contextmanager
 def stop_on_signals(standing: Callable[[], str]) -> Iterator[StopRequest]:
-    """Turn SIGINT, SIGTERM and SIGHUP into a request that the loop honours after the dispatch under way.
+    """Turn SIGINT, SIGTERM and SIGHUP into a request that the loop honours after the current dispatch.
 
-    `standing()` says where the run stands if a second signal ends it at once; the KeyboardInterrupt carries that.
-    One that whoever started us has us ignore stays ignored: SIGHUP by nohup, SIGINT by a script with `&`. In here, a
-    terminal or reader that is gone is no error.
+    If a second signal ends the run at once, the KeyboardInterrupt carries `standing()`: where the run stands. A signal
+    that our parent set to be ignored stays ignored: SIGHUP by nohup, SIGINT by a script with `&`. In this context, a
+    closed terminal or reader is no error.
     """
 
     def last_words() -> str:
@@ -44,7 +44,7 @@ def stop_on_signals(standing: Callable[[], str]) -> Iterator[StopRequest]:
     def listen(number: int, frame: object) -> None:
         if not request.received:
             request.received = signal.Signals(number)
-        elif number != HANGUP:  # as if nobody had listened
+        elif number != HANGUP:  # the default effect
             handler = previous[signal.Signals(number)]
             if callable(handler):
                 handler(number, frame)  # pyright: ignore[reportArgumentType]
@@ -71,11 +71,11 @@ def stop_on_signals(standing: Callable[[], str]) -> Iterator[StopRequest]:
 
 
 def _answer(reading: socket.socket, last_words: Callable[[], str]) -> None:
-    """Speak, and in the end act, for a main thread that hears nothing.
+    """Answer signals, and end the process if need be, while the main thread is busy.
 
-    Python calls a handler between two of its instructions, and a step is one of them: on a CPU it may take an hour.
-    `reading` gets a signal's number when it comes, whatever the main thread does, and is closed when the run has ended.
-    `last_words()` is said before this thread ends the process.
+    Python calls handlers between two of its instructions, and a step, which may take an hour on a CPU, is a single one.
+    `reading` receives a signal's number at once, whatever the main thread does, and is closed when the run has ended.
+    This thread prints `last_words()` before it ends the process.
     """
 
     def heard(seconds: float | None, signals: list[signal.Signals]) -> int:

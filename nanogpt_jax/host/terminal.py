@@ -1,8 +1,8 @@
-"""Standard output and error as a command needs them, whatever they lead to.
+"""Standard output and error, made safe for commands.
 
-A terminal gets no character that it would obey: texts, names and labels may come from strangers. One that lacks a
-character shows another. A stream that was closed (`2>&-`) is open on nothing. A reader or terminal that goes away ends
-no training, and other commands without a traceback.
+Control characters are escaped on a terminal: texts, names and labels may come from strangers. Characters that it cannot
+encode are replaced. A closed stream (`2>&-`) is opened on /dev/null. If the reader or terminal goes away, training goes
+on, and other commands end without a traceback.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Control characters but for \n and \t, and the marks that make a terminal write from right to left.
+# Control characters except \n and \t, and the marks that switch the direction of writing.
 OBEYED = re.compile("\r\n|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class OutputError(OSError):
-    """Standard output is there, and cannot be written to: a full disk."""
+    """Standard output is open but cannot be written to: a full disk."""
 
 
 def visible(text: str) -> str:
-    """`text` with every character that a terminal would obey as an escape: \\x1b, \\u202e. \\r\\n becomes \\n."""
+    """`text` with the characters of OBEYED escaped: \\x1b, \\u202e. \\r\\n becomes \\n."""
     return OBEYED.sub(lambda found: "\n" if found[0] == "\r\n" else _escaped(found[0]), text)
 
 
@@ -37,20 +37,20 @@ def _escaped(character: str) -> str:
 
 
 def set_up() -> None:
-    """Make sys.stdin, sys.stdout and sys.stderr such streams. Call it before anything is printed; twice is once."""
+    """Replace sys.stdin, sys.stdout and sys.stderr. Call it before anything is printed. A second call has no effect."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
             stream = _opened(number)
             setattr(sys, name, stream)
-        if number and type(stream) is io.TextIOWrapper:  # not a notebook's or a test's, which end nothing
+        if number and type(stream) is io.TextIOWrapper:  # not the streams of a notebook or a test
             stream.flush()
             setattr(sys, name, _Stream(stream, is_output=number == 1))
 
 
 @contextlib.contextmanager
 def outlived() -> Iterator[None]:
-    """In here a lost standard output is no error: what is printed then is lost too."""
+    """In this context a closed standard output is no error, and what is printed to it is dropped."""
     stream = _own(sys.stdout)
     if not isinstance(stream, _Stream):
         yield
@@ -64,25 +64,25 @@ def outlived() -> Iterator[None]:
 
 
 def unfiltered(stream: TextIO) -> Any:
-    """`stream`, open to escape sequences of our own: a bar's, a cursor's."""
+    """`stream` without the escaping, for our own escape sequences: a bar's, a cursor's."""
     stream = _own(stream)
     return _Unfiltered(stream) if isinstance(stream, _Stream) else stream
 
 
 def console() -> "Console":
-    """What every bar is drawn on: standard error. What stands in a bar must be `visible` before."""
+    """The console of every bar: standard error. Text in a bar must first go through `visible`."""
     from rich.console import Console
 
     return Console(file=unfiltered(sys.stderr))
 
 
 def _own(stream: TextIO) -> TextIO:
-    """`stream` itself, if rich has put its own before it while a bar is drawn."""
+    """The stream that rich replaces by its own while it draws a bar."""
     return getattr(stream, "rich_proxied_file", stream)
 
 
 def _opened(number: int) -> TextIO:
-    """A stream on nothing in the place of a descriptor that was closed, so that no file of ours is opened in it:
+    """A stream on /dev/null under the number of a closed descriptor. Else a file of ours might get that number, and
     libraries write to descriptor 2, whatever it is."""
     descriptor = os.open(os.devnull, os.O_RDWR)
     try:
@@ -97,7 +97,7 @@ def _opened(number: int) -> TextIO:
 
 
 class _Sink(io.RawIOBase):
-    """Writes to `raw` as long as there is somebody behind it."""
+    """Writes to `raw` as long as somebody reads it."""
 
     def __init__(self, raw: Any, is_needed: bool):
         self._raw, self.is_needed, self._is_lost = raw, is_needed, False
@@ -117,7 +117,7 @@ class _Sink(io.RawIOBase):
                 written = self._raw.write(data)
                 if written is not None:
                     return written
-                select.select([], [self._raw], [])  # somebody has made it non-blocking, and it is full
+                select.select([], [self._raw], [])  # it is non-blocking, and full
         except OSError as e:
             if self.is_needed:
                 self._is_lost = True  # Python tries once more at exit, and would complain
@@ -139,7 +139,7 @@ class _Stream(io.TextIOWrapper):
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )
-        self._kept = stream  # it would close the descriptor
+        self._kept = stream  # if collected, it would close the descriptor
         self._is_output, self._is_terminal, self._held = is_output, stream.isatty(), ""
 
     def write(self, text: str, /) -> int:
@@ -147,10 +147,12 @@ class _Stream(io.TextIOWrapper):
             return super().write(text)
         shown = self._held + text
         before = ""
-        if self._is_output:  # \r\n may come in two pieces, where a model writes
+        if self._is_output:  # \r\n may come in two pieces if a model writes it
             self._held = "\r" if shown.endswith("\r") else ""
             shown = shown[: len(shown) - len(self._held)]
-        elif shown.startswith("\r") and not shown.startswith("\r\n"):  # as bars of libraries write over themselves
+        elif shown.startswith("\r") and not shown.startswith(
+            "\r\n"
+        ):  # so that the bars of libraries can overwrite themselves
             before, shown = "\r", shown[1:]
         super().write(before + visible(shown))
         return len(text)

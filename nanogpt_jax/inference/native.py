@@ -1,9 +1,9 @@
-"""A step of generation as one C function, on a CPU and where there is a C compiler: decode.c, built once and kept.
+"""A step of generation as one C function, decode.c, on a CPU with a C compiler. It is built once and cached.
 
-For a few texts such a step is little more than reading every weight once. XLA:CPU makes 49 products and some 400 small
-programs of it (12 layers), one after the other; here each core reads its own share of all weights, and they meet 60
-times. JAX's foreign function interface calls it inside of jitted programs. Up to rounding it is gpt2.decode_step, which
-runs everywhere else; only a row that has run over its cache writes nonsense to another place.
+For a few texts, such a step does little more than read every weight once. XLA:CPU runs many products and small programs
+one after the other; here, each core reads its own share of all weights, with few barriers. JAX's foreign function
+interface calls it inside jitted programs. Up to rounding it equals gpt2.decode_step, which runs everywhere else, except
+for rows that have overrun their cache: those write garbage to another place.
 """
 
 # B batch, C channels, V padded vocabulary
@@ -31,20 +31,20 @@ from nanogpt_jax.model.execution import NATIVE_TEXTS
 from nanogpt_jax.model.losses import without_padding
 
 SOURCE, NAME = Path(__file__).with_name("decode.c"), "nanogpt_jax_decode"
-# Sums may be taken in any order. Not -ffast-math, which would change how the whole process rounds tiny numbers.
+# Sums may be reordered. Not -ffast-math, which would change how the whole process rounds tiny numbers.
 COMMON = "-O3 -std=gnu11 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC -pthread"
 _LOCK = threading.Lock()
-FOR_THIS_PROCESSOR = ("-march=native", "-mcpu=native", "")  # the first that the compiler knows
+FOR_THIS_PROCESSOR = ("-march=native", "-mcpu=native", "")  # the first that the compiler accepts
 
 
 def takes(cfg: ModelConfig, B: int) -> bool:
-    """Whether a step for B texts is the C function's. `cfg` is resolved (model/execution.py)."""
+    """Whether the C function computes a step for B texts. `cfg` is resolved (model/execution.py)."""
     fits = B <= NATIVE_TEXTS and cfg.dtype == "float32" and jax.default_backend() == "cpu"
     return cfg.decode == "native" and fits and _registered()
 
 
 def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: gpt2.Cache):
-    """gpt2.decode_step of B <= NATIVE_TEXTS texts: token [B] int32 -> logits [B, V] float32 and the grown cache."""
+    """gpt2.decode_step of B <= NATIVE_TEXTS texts: token [B] int32 -> logits [B, V] float32 and the extended cache."""
     x = gpt2.embed(cfg, params, token[:, None], cache.length[:, None])[:, 0]
     C = x.shape[1]
 
@@ -56,7 +56,7 @@ def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: 
 
     arrays: list[jax.Array] = [x, cache.length, *norm(params["ln_f"]), params["wte"]]
     results: list[Any] = [jax.ShapeDtypeStruct((len(x), len(params["wte"])), x.dtype)]
-    written: dict[int, int] = {}  # the caches grow in place
+    written: dict[int, int] = {}  # the caches are updated in place
     for block, *kv in zip(params["h"], cache.k, cache.v, strict=True):
         for old in kv:
             written[len(arrays)] = len(results)
@@ -71,8 +71,8 @@ def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: 
 
 
 def _registered() -> bool:
-    """Whether JAX knows the function: built, or found built, at the first call; False if that cannot be done."""
-    with _LOCK:  # two threads that begin at once would build and register it twice
+    """Whether the function is registered with JAX. The first call finds or builds it; False if that fails."""
+    with _LOCK:  # else two threads might build and register it twice
         return _register()
 
 
@@ -80,7 +80,7 @@ def _registered() -> bool:
 def _register() -> bool:
     try:
         library = _library()
-    except (OSError, ValueError):  # no place to build it in, or a CC that is no command
+    except (OSError, ValueError):  # no folder to build it in, or CC is no command
         library = None
     if library is None:
         return False
@@ -90,9 +90,9 @@ def _register() -> bool:
 
 
 def _library() -> ctypes.CDLL | None:
-    """The compiled function, which lies beside JAX's compiled programs: of this source, command, JAX and processor.
+    """The compiled function for this source, compiler command, JAX and processor, stored beside JAX's programs.
 
-    Its name ends with a hash of what is in it, as loading a file that was cut off would end the process.
+    Its name ends with a hash of its content, because loading a truncated library would end the process.
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if os.name != "posix" or not compiler or not shutil.which(compiler[0]):
@@ -119,7 +119,7 @@ def _hash(content: bytes) -> str:
 
 
 def _keep(built: Path, path: Path) -> None:
-    """A copy, there at once and whole: another process may look for it."""
+    """Copy atomically, as another process may look for it."""
     with files.replacing(path) as beside:
         shutil.copy(built, beside)
 

@@ -13,13 +13,13 @@ LONGEST_PROMPT = 1 << 24  # characters
 
 @dataclass(frozen=True)
 class Options(command_line.Options):
-    prompt: str | None = flag("TEXT", "what the text begins with (default: a newline)")
-    prompt_file: Path | None = flag("FILE", "a UTF-8 file with the prompt, taken to the letter")
-    num_samples: int = flag("N", "continuations, drawn side by side", 1, must=AT_LEAST_1)
+    prompt: str | None = flag("TEXT", "the beginning of the text (default: a newline)")
+    prompt_file: Path | None = flag("FILE", "a UTF-8 file with the prompt, taken verbatim")
+    num_samples: int = flag("N", "number of continuations", 1, must=AT_LEAST_1)
     max_new_tokens: int = flag("N", "longest continuation; the context slides", 500, must=AT_LEAST_1)
     temperature: float = flag(
         "T",
-        "lower is safer, higher wilder; 0: the likeliest",
+        "lower is safer, higher is wilder; 0: always the likeliest token",
         0.8,
         must=("be 0 (always the likeliest token) or lie in [0.001, 100]", lambda t: t == 0 or 0.001 <= t <= 100),
     )
@@ -28,13 +28,13 @@ class Options(command_line.Options):
     )
     top_p: float = flag(
         "P",
-        "only the likeliest, until they have probability P",
+        "only the likeliest tokens whose probabilities add up to P",
         1.0,
         must=("lie in (0, 1]; 1 allows all tokens", lambda p: 0 < p <= 1),
     )
     min_p: float = flag(
         "P",
-        "only tokens P times as likely as the likeliest, or more",
+        "only tokens at least P times as likely as the likeliest",
         0.0,
         must=("lie in [0, 1); 0 allows all tokens", lambda p: 0 <= p < 1),
     )
@@ -44,7 +44,7 @@ class Options(command_line.Options):
         1.0,
         must=("lie in [0.01, 100]; 1 is none", lambda r: 0.01 <= r <= 100),
     )
-    stop: tuple[str, ...] = flag("TEXT", "end before this text; may be given several times", ())
+    stop: tuple[str, ...] = flag("TEXT", "stop before this text; may be given several times", ())
     seed: int = flag(
         "N", "the same seed gives the same text", 1337, must=("lie in [0, 2**32)", lambda s: 0 <= s < 2**32)
     )
@@ -71,7 +71,7 @@ def read(argv: list[str]) -> Options:
 
 
 def read_prompt(options: Options) -> str | None:
-    """The prompt to the letter; None where none was given."""
+    """The prompt, verbatim; None if none was given."""
     path = options.prompt_file
     if path is None:
         return options.prompt

@@ -1,8 +1,8 @@
 """Text from a model: prompts of any length in one batch, stop strings, streaming, and generation past the context.
 
-GPT-2's positions are learned, so a window that moves by one token moves every token to another position, and nothing
-of the cache can stay. When a row has filled its context, it therefore goes on from its last block_size // 2 tokens,
-read anew: one prefill for half a context of tokens. Rows of one batch fill up at different times and slide apart.
+GPT-2's positions are learned: if a window moves by one token, every token gets another position, and the cache becomes
+invalid. So when a row has filled its context, it continues from its last block_size // 2 tokens, with one prefill. Rows
+of a batch fill up and slide at different times.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from nanogpt_jax.inference import generate
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.model import execution, gpt2
 
-CHUNK = 16  # most tokens in one call to the device: text streams a few times a second even from a slow model
+CHUNK = 16  # most tokens in one call to the device; few enough that even a slow model streams
 
 
 def generate_text(
@@ -35,8 +35,8 @@ def generate_text(
 ) -> list[str]:
     """A continuation of each prompt, without the prompt, cut before the first stop string.
 
-    Of a prompt longer than the context the last block_size tokens are used; an empty one begins as a text begins.
-    `on_text(row, piece)` gets the text as it comes; the pieces of a row make up its continuation.
+    If a prompt is longer than the context, its last block_size tokens are used. If it is empty, a new text begins.
+    `on_text(row, piece)` receives text as it is generated; the pieces of a row join to its continuation.
     """
     assert prompts, "nothing to continue"
     assert max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}"
@@ -76,14 +76,14 @@ def generate_text(
 def opening_and_continuation(
     cfg: ModelConfig, params: gpt2.Params, tokenizer: Tokenizer, opening: np.ndarray, seed: int
 ) -> str:
-    """A few tokens of real text [N], up to the end of a document, and 300 tokens that the model goes on with."""
+    """A few tokens of real text [N], up to the end of a document, and a continuation of 300 tokens."""
     ends = np.flatnonzero(opening == tokenizer.end_of_text)
     prompt = tokenizer.decode(opening[: ends[0]] if len(ends) else opening)
     return prompt + generate_text(cfg, params, tokenizer, [prompt], rules=Rules(), max_new_tokens=300, seed=seed)[0]
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids, at least one: an empty prompt is the end of the text before it, or the start of a line."""
+    """Token ids, at least one: an empty prompt becomes end-of-text or, without that token, a newline."""
     ids = tokenizer.encode(prompt).tolist()
     if ids:
         return ids
@@ -96,26 +96,26 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 class _Row:
-    """One text as it grows: tokens in, text out."""
+    """One text in progress: tokens in, text out."""
 
     def __init__(self, ids: list[int], max_new_tokens: int, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.ids = ids  # prompt and output
         self.start = 0  # where its window in the context begins
         self.text = ""
         self.done = False
-        self._settled = 0  # characters of the text that are no part of a stop string, whatever comes
+        self._settled = 0  # characters that cannot be part of a stop string, whatever follows
         self._left = max_new_tokens
         self._tokenizer = tokenizer
         self._stop = stop
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for the next token
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds half a character until the next token
 
     @property
     def cached(self) -> int:
-        """Tokens of its window that are in the cache: all but the one chosen last."""
+        """Number of tokens of its window in the cache: all but the last."""
         return len(self.ids) - 1 - self.start
 
     def add(self, tokens: list[int]) -> str:
-        """Take tokens until the row is done; the text that is certain now and was not before."""
+        """Append tokens until the row is done -> the text that has become certain."""
         before = self._settled
         for token in tokens:
             if self.done:
@@ -132,18 +132,18 @@ class _Row:
         found = [at for s in self._stop if (at := self.text.find(s, self._settled)) >= 0]
         if found:
             self.text, self.done = self.text[: min(found)], True
-        # hold back the longest end of the text that may be the beginning of a stop string
+        # hold back the longest suffix that may begin a stop string
         begun = (n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n]))
         self._settled = len(self.text) - (0 if self.done else max(begun, default=0))
 
 
 def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: int):
-    """What the rows are to be prefilled with: tokens [B, P] padded on the right, lengths [B], seen [B, V] or None.
+    """The input of `prefill`: tokens [B, P] padded on the right, lengths [B], seen [B, V] or None.
 
-    P is at least `least`: what slides later is then prefilled by the same program as the prompt.
+    P is at least `least`, so that later slides use the same program as the prompt.
     """
     for row in rows:
-        if row.cached >= S:  # full: slide. The others keep their windows, so no row feels its neighbours
+        if row.cached >= S:  # full: slide. Others keep their windows, so that rows are independent
             row.start = len(row.ids) - max(1, cfg.block_size // 2)
     windows = [row.ids[-1:] if row.done else row.ids[row.start :] for row in rows]
     lengths = np.array([len(window) for window in windows], np.int32)
@@ -159,11 +159,11 @@ def _windows(cfg: ModelConfig, rules: Rules, rows: list[_Row], S: int, least: in
 
 
 def cache_length(n: int, most: int) -> int:
-    """Room for n positions, at most `most`, and up to an eighth more: every step reads all of it."""
+    """n positions, rounded up by at most an eighth, as every step reads the whole cache; at most `most`."""
     step = max(16, bucket(n, 2 * most) // 16)
     return min(most, -(-n // step) * step)
 
 
 def bucket(n: int, most: int) -> int:
-    """The next power of two, from 16 to `most`: a handful of shapes to compile, whatever the prompts."""
+    """The next power of two, from 16 to `most`, so that few shapes are compiled, whatever the prompts."""
     return min(most, max(16, 1 << (n - 1).bit_length()))

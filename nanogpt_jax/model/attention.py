@@ -5,10 +5,10 @@ softmax of the scores gives weights in (0, 1) that sum to 1, and the output is t
 "El gato persigue al ratón" the causal mask lets *persigue* look at *El*, *gato* and itself, never at *ratón*.
 
 A back-end is a function (q, k, v, *, documents, dropout_rate, dropout_key) over [B, T, H, D] and an entry in BACKENDS.
-Position t looks at 0..t; documents [B, T] int32 may keep each query to the positions with its own number.
+Position t looks at 0..t. With documents [B, T] int32, a query looks only at positions with its own number.
 """
 
-# B batch, T time of the queries, S of the keys where there is a cache, H heads, D head dim
+# B batch, T time of the queries, S of the keys if there is a cache, H heads, D head dim
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from nanogpt_jax.model.dropout import dropout
 from nanogpt_jax.model.kernels import blocked_attention
 
-HEADS = ((0,), (0,))  # of queries, keys and values that have all heads in one row: their common axis
+HEADS = ((0,), (0,))  # the batch axis of lax.dot_general: N, the heads of all sequences
 
 
 def causal_mask(T: int, documents: jax.Array | None = None) -> jax.Array:
@@ -39,22 +39,22 @@ def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None)
 
 
 def reference(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
-    """The equation as it stands. [B, H, T, T] in memory, dropout on the weights."""
+    """The equation, literally: the weights [B, H, T, T] are in memory, and dropout applies to them."""
     weights = attention_weights(q, k, causal_mask(q.shape[1], documents))
     if dropout_key is not None:
         weights = dropout(weights, dropout_rate, dropout_key)
-    # Weights on the left: jnp.einsum puts V there, a product that XLA:CPU has only in a slower form.
+    # Weights on the left: jnp.einsum would put V there, a product that XLA:CPU computes more slowly.
     y = jax.lax.dot_general(weights.astype(v.dtype), v.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1))))
     return y.swapaxes(1, 2)
 
 
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
-    """The equation for few queries and a cache, the heads of all sequences in one row, N = B·H of them.
+    """The equation for few queries and a cache. The heads of all sequences form one axis, N = B·H.
 
-    q [N, T, D], k and v [N, S, D], position [N, T] int32, up to which a query may look -> [N, T, D].
+    q [N, T, D], k and v [N, S, D], position [N, T] int32, the last that a query may look at -> [N, T, D].
 
-    Keys are the left factor and values the right one, and B and H one axis: else XLA:CPU copies all of the cache into
-    another order at every step.
+    With keys as the left factor, values as the right one, and B and H as one axis, XLA:CPU reads the cache in its
+    layout; else it would transpose all of it at every step.
     """
     scores = jax.lax.dot_general(k, q, (((2,), (2,)), HEADS), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     may_look = jnp.arange(k.shape[1]) <= position[:, :, None]
@@ -64,10 +64,10 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax
 
 
 def _on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`attend(q, k, v, documents)`, by each device of the mesh with its own sequences and heads.
+    """`attend(q, k, v, documents)`, called by each device of the mesh for its own sequences and heads.
 
-    For kernels that XLA cannot split over devices: splash's at all, cuDNN's beside an axis that is split by hand, as
-    "data" is with micro-batches (training/step.py).
+    For kernels that XLA cannot split over devices: never splash's, and not cuDNN's beside an axis that is split by
+    hand, as "data" is with micro-batches (training/gradients.py).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
@@ -92,12 +92,12 @@ def _jax_nn(implementation: str) -> Callable[..., jax.Array]:
 
 
 def blocked(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
-    """The same in blocks that stay in a CPU's cache."""
+    """The equation in blocks that stay in a CPU's cache: kernels/blocked_attention.py."""
     return blocked_attention.attend(q, k, v, documents, dropout_rate, dropout_key)
 
 
 def splash(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None, interpret=False) -> jax.Array:
-    """JAX's Pallas kernel for TPUs: blocks in on-chip memory, those behind the mask skipped; weights are never held."""
+    """JAX's Pallas kernel for TPUs: works in on-chip memory, skips masked blocks and never stores the weights."""
     assert dropout_key is None, "splash attention has no dropout; config.validate refuses it"
     if q.shape[1] % 128:  # the kernel's block
         return BACKENDS["xla"](q, k, v, documents=documents)

@@ -1,6 +1,6 @@
 """How a model is computed on this machine: decided here, once, for training, sampling and evaluation.
 
-Nothing here changes what is computed, except its rounding. A setting that leaves no choice is taken as it is.
+Nothing here changes what is computed, except its rounding. An explicit setting is never overridden.
 """
 
 import dataclasses
@@ -10,39 +10,39 @@ from dataclasses import dataclass
 from nanogpt_jax.config import Config, ModelConfig, UserError
 from nanogpt_jax.model import sizes
 
-# ---- every tuned number. Measured in November 2026 on 2 cores of an AMD EPYC (AVX2), "H100" on one of those. What they
-# ---- gain, and what else was tried, is in kernels/README.md.
+# ---- every tuned number. Measured in November 2026 on 2 cores of an AMD EPYC (AVX2), or on an H100 if that is named.
+# ---- kernels/README.md says what each gains, and what else was tried.
 
-BLOCKED_FROM = 256  # positions. Below, attention's scores fit into the cache, and the mask spares little
+BLOCKED_FROM = 256  # positions. Below, attention's scores fit into the cache, and skipping masked ones gains little
 BLOCKS = ((512, 64), (1024, 128))  # (below so many positions, queries in a block of attention)
-LONGEST_BLOCK = 256  # queries, from there on: a shorter block makes a longer program
-PRODUCT_PIECES = 8  # of a matrix that is read for one row; 16 are as good, 4 are not
-SMALL_STEP = 40e9  # FLOPs. Below, a call costs something beside its step
-STEPS_IN_A_CALL = {"cpu": 8, "gpu": 32}  # of small steps; 32 on the H100
-HALVED_BELOW = 400e9  # FLOPs of a step. Above, its products fill two cores by themselves
-RECOMPILE_AFTER, RECOMPILE_LEFT = 10, 60  # seconds that a run has taken, and that are left: compiling takes 3 to 25
+LONGEST_BLOCK = 256  # queries, for longer contexts: shorter blocks make a longer program
+PRODUCT_PIECES = 8  # a matrix-vector product is cut into so many; 16 are as fast, 4 are slower
+SMALL_STEP = 40e9  # FLOPs. Below, the overhead of a call is noticeable
+STEPS_IN_A_CALL = {"cpu": 8, "gpu": 32}  # small steps; the 32 was measured on the H100
+HALVED_BELOW = 400e9  # FLOPs of a step. Above, single products keep two cores busy
+RECOMPILE_AFTER, RECOMPILE_LEFT = 10, 60  # least seconds that have passed, and that remain: compiling takes 3 to 25
 RECOMPILE_TEMPORARY = 2**30  # bytes of a step's temporary memory; above, recompiling gains 1 %
-RECOMPILE_COST = 8  # bytes that compiling takes for a program's lines, squared: 6.2 to 8.5 from 6,000 to 31,000 lines
-RECOMPILE_SHARE = 1 / 3  # of the free memory that it may take
-NATIVE_TEXTS = 15  # texts at once in the C step. For more it is all arithmetic, and XLA's products are as fast
-NATIVE_FROM = 4_000_000  # parameters. The C step gave 0.8 to 1.0 at 0.8 million, 1.9 at 10.7 and 1.4 at 124
-CORE_FLOPS = 50e9  # a second, of a core with AVX2 in large products on a good day: for a note before a slow run
+RECOMPILE_COST = 8  # bytes of memory per (line of the program)²: 6.2 to 8.5 for 6,000 to 31,000 lines
+RECOMPILE_SHARE = 1 / 3  # share of the free memory that compiling may take
+NATIVE_TEXTS = 15  # most texts at once in the C step. With more, arithmetic dominates, and XLA is as fast
+NATIVE_FROM = 4_000_000  # parameters. The C step is 0.8 to 1.0 times as fast at 0.8 million, 1.9 at 10.7, 1.4 at 124
+CORE_FLOPS = 50e9  # FLOP/s of a core with AVX2 in large products, at best: for a note before a slow run
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What was decided, for --print-config and for the step, the loop and generation to read."""
+    """The decisions. --print-config shows them; the step, the loop and generation follow them."""
 
     attention: str  # a key of attention.BACKENDS
     scan_unroll: int  # layers in one turn of the loop over them
     steps_per_dispatch: int  # training steps in one call to the device
-    halves: bool  # the gradients are those of two halves of the batch, side by side
-    recompile: bool  # a long run compiles its step a second time, to a quicker program
-    decode: str  # native: a step of generation is a C function, if a compiler is found; xla
+    halves: bool  # compute gradients of the two halves of a batch side by side
+    recompile: bool  # in a long run, compile the step a second time, to a faster program
+    decode: str  # native: generation steps run in C if a compiler is found; xla
 
 
 def choose(cfg: Config, platform: str, devices: int = 1) -> Execution:
-    """How `cfg` runs on `devices` of a platform, "cpu", "gpu" or "tpu". UserError for what cannot run there."""
+    """How `cfg` runs on `devices` of a platform, "cpu", "gpu" or "tpu". UserError if it cannot run there."""
     model, t = resolve(cfg.model, platform), cfg.train
     flops, one_cpu = sizes.product_flops(cfg), platform == "cpu" and devices == 1
     whole = t.micro_batch in (0, t.batch_size) and not cfg.model.dropout
@@ -57,8 +57,8 @@ def choose(cfg: Config, platform: str, devices: int = 1) -> Execution:
 
 
 def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
-    """`cfg` with what it leaves to choose ("auto", 0) chosen for a platform."""
-    # a scan compiles and starts sooner; unrolled, a step of 124M is 1.07 times as fast on a CPU, and 1.22 on an H100
+    """`cfg` with "auto" and 0 replaced by the choice for this platform."""
+    # a scan compiles faster, unrolled layers run faster
     unroll = cfg.scan_unroll or (1 if platform == "tpu" else cfg.n_layer)
     decode = cfg.decode
     if decode == "auto":
@@ -68,7 +68,7 @@ def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
 
 
 def _attention(cfg: ModelConfig, platform: str) -> str:
-    """The back-end that model.attention means. cuDNN's needs a recent NVIDIA card, so it is tried on a small case."""
+    """The back-end for model.attention. cuDNN's needs a recent NVIDIA card, so a small case is tried first."""
     needs = {"cudnn": "gpu", "splash": "tpu"}
     if needs.get(cfg.attention, platform) != platform:
         raise UserError(

@@ -10,7 +10,7 @@ The parameters are one nested dict, named as OpenAI named them, with the layers 
     h.mlp.c_proj    {kernel [L, 4C, C],      bias [L, C]}
 
 V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `prefill` and `decode_step` take
-the same weights in the layout of generation: `inference.generate.for_decoding(params)`.
+the same weights in the layout for generation: `inference.generate.for_decoding(params)`.
 """
 
 # B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
@@ -36,13 +36,13 @@ INIT_STD = 0.02
 
 
 class Linear(nn.Module):
-    """x [B, ..., *I] -> [B, ..., *O]. Kernel [*I, *O] ~ N(0, std²), in generation transposed; bias zero."""
+    """x [B, ..., *I] -> [B, ..., *O]. Kernel [*I, *O] ~ N(0, std²), transposed for generation; bias zero."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     bias: bool
     std: float = INIT_STD
-    transposed: bool = False  # in generation: few rows, kernel [*O, *I]
+    transposed: bool = False  # for generation: few rows, kernel [*O, *I]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -50,7 +50,9 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
         y = (project_few if self.transposed else project)(x, kernel, len(self.inputs))
         if self.bias:
-            y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)  # gradient: a float32 sum
+            y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(
+                y.dtype
+            )  # its gradient is summed in float32
         return y
 
 
@@ -67,10 +69,10 @@ class LayerNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention. x [B, T, C] -> [B, T, C], and the keys and values [B, T, H, D] it looked at.
+    """Multi-head causal self-attention. x [B, T, C] -> [B, T, C], and its keys and values [B, T, H, D].
 
-    With a cache (k, v [B·H, S, D]) the T new positions of row b are written at start[b] .. start[b] + T - 1, every
-    query looks at its own position and all before it, and the extended cache is returned.
+    With a cache (k, v [B·H, S, D]) row b writes its T new positions at start[b] .. start[b] + T - 1. Every query looks
+    at its own position and all before it. Returns the extended cache.
     """
 
     cfg: ModelConfig
@@ -127,7 +129,9 @@ class Block(nn.Module):
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """GPT-2's initial weights: N(0, 0.02²), the two projections back into the residual stream scaled by 1/√(2L)."""
-    cfg = dataclasses.replace(cfg, attention="reference")  # weights do not depend on it; others refuse the x below
+    cfg = dataclasses.replace(
+        cfg, attention="reference"
+    )  # weights do not depend on it, and other back-ends refuse the x below
     wte_key, wpe_key, h_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, cfg.n_embd))
     return {
@@ -144,15 +148,15 @@ def param_shapes(cfg: ModelConfig) -> Params:
 
 
 def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:
-    """tokens [B, T] int32, position [T] or [B, T] -> [B, T, C]: what the token is plus where it stands."""
+    """tokens [B, T] int32, position [T] or [B, T] -> [B, T, C]: the sum of a token's and a position's embedding."""
     return (params["wte"][tokens] + params["wpe"][position]).astype(cfg.dtype)
 
 
 def separate(cfg: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """tokens [B, T] -> each position's document and its place in it, both [B, T] int32.
+    """tokens [B, T] -> each position's document and its place in that document, both [B, T] int32.
 
-    A document begins with the end-of-text token before it, as a prompt does that is to begin a text; so what a window
-    holds of it is computed as if it stood there alone.
+    A document begins with the end-of-text token before it, as the prompt of a new text does. So the part of a document
+    in a window is computed as if nothing else were there.
     """
     begins, place = tokens == cfg.end_of_text, jnp.arange(tokens.shape[1])
     return jnp.cumsum(begins, axis=1), place - lax.cummax(jnp.where(begins, place, 0), axis=1)
@@ -171,7 +175,7 @@ def head(cfg: ModelConfig, params: Params, x: jax.Array, decoding: bool = False)
 
 
 def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """tokens [B, T] int32 -> [B, T, C], each position's vector after the last block: the word in its context."""
+    """tokens [B, T] int32 -> [B, T, C]: each position's vector after the last block."""
     documents, position = separate(cfg, tokens) if cfg.separate_documents else (None, jnp.arange(tokens.shape[1]))
     x = embed(cfg, params, tokens, position)
     keys, train = None, dropout_key is not None and cfg.dropout > 0
@@ -185,7 +189,7 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
         x, _ = Block(cfg).apply({"params": block}, x, train=train, documents=documents, rngs=rngs)  # pyright: ignore
         return x, None
 
-    # "dots" keeps the results of matrix products and recomputes what is elementwise; "block" keeps only block inputs
+    # "dots" saves matrix products and recomputes elementwise operations; "block" saves only the inputs of blocks
     policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
     if cfg.remat != "none":
         layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=cfg.scan_unroll > 1)
@@ -206,7 +210,7 @@ def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key:
 class Cache(NamedTuple):
     """Keys and values of the positions seen so far."""
 
-    k: list[jax.Array]  # L arrays [B·H, S, D], as attention.cached wants them
+    k: list[jax.Array]  # L arrays [B·H, S, D], the layout of attention.cached
     v: list[jax.Array]
     length: jax.Array  # [B] int32, filled positions in each row
 
@@ -219,7 +223,7 @@ def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:
 
 
 def _extend(cfg: ModelConfig, params: Params, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """tokens [B, T] after what the cache holds -> vectors [B, T, C] and the cache with T more positions a row."""
+    """tokens [B, T] that follow the cached ones -> vectors [B, T, C], and the cache with T more positions a row."""
     T = tokens.shape[1]
     x = embed(cfg, params, tokens, cache.length[:, None] + jnp.arange(T))
     keys, values = [], []
@@ -238,7 +242,7 @@ def _extend_layer(cfg: ModelConfig, block: Params, x: jax.Array, kv: tuple[jax.A
 def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache):
     """Prompts [B, P] int32 of `lengths` [B], padded on the right -> logits [B, V'] after each prompt, and the cache.
 
-    What the padding wrote into the cache lies behind every row's length, where no query looks before it is replaced.
+    Padding writes into the cache beyond a row's length; no query looks there before it is overwritten.
     """
     x, cache = _extend(cfg, params, tokens, cache._replace(length=jnp.zeros_like(lengths)))
     last = x[jnp.arange(len(tokens)), lengths - 1]
@@ -246,9 +250,8 @@ def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Ar
 
 
 def decode_step(cfg: ModelConfig, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """One token through the model, reading and extending the cache.
+    """The model on one more token a row: token [B] int32 -> logits [B, V'] float32 and the extended cache.
 
-    token [B] int32 -> logits [B, V'] float32 and the grown cache.
     Equals forward(...)[:, -1] on the whole prefix (tests/test_generate.py).
     """
     x, cache = _extend(cfg, params, token[:, None], cache)

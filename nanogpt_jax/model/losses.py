@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def without_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits [N, V'] with -inf for the padding of the vocabulary, which can neither win nor learn -> [N, V']."""
+    """Logits [N, V'] with -inf for the padding of the vocabulary, which is never chosen and never learns -> [N, V']."""
     padded = logits.shape[-1]
     return jnp.where(jnp.arange(padded) < vocab_size, logits, -jnp.inf) if padded > vocab_size else logits
 
@@ -16,8 +16,8 @@ def without_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[target]: logits [B, T, V] float32, targets [B, T] int32 -> nats [B, T].
 
-    The gradient is softmax(logits) - onehot(target), and here made in one go. JAX's own would put all of the softmax
-    into memory first and then each target's -1 into that: 1.05 of a step of GPT-2 on an H100.
+    The gradient, softmax(logits) - onehot(target), is computed in one pass. JAX's own would write the whole softmax to
+    memory, and then subtract 1 at each target.
     """
     return _cross_entropy(logits, targets)[0]
 

@@ -1,4 +1,4 @@
-"""How large a model is and what a step costs, in closed form: no array is made and no JAX is needed."""
+"""How large a model is and what a step costs, in closed form: it allocates nothing and needs no JAX."""
 
 # C channels, L layers, N parameters, T positions, B sequences
 
@@ -17,12 +17,12 @@ def n_params(cfg: ModelConfig) -> int:
 def flops_per_token(cfg: ModelConfig) -> float:
     """Floating-point operations a token of a training step: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
 
-    N without the positions, which take no product.
+    N excludes the position embeddings, which are in no product.
     """
     n_products = n_params(cfg) - cfg.block_size * cfg.n_embd
     return 6 * n_products + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
 
 def product_flops(cfg: Config) -> float:
-    """Floating-point operations of a step without those of attention: 6 for each parameter and token."""
+    """Floating-point operations of a step, without attention: 6 for each parameter and token."""
     return 6 * n_params(cfg.model) * cfg.train.batch_size * cfg.model.block_size

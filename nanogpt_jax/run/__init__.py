@@ -1,1 +1,1 @@
-"""The run directory: whose it is, what stands in it, and how it is opened."""
+"""The run directory: who may write there, what it holds, and how it is opened."""

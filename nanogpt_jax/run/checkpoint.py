@@ -1,8 +1,8 @@
 """Checkpoints through orbax: asynchronous, atomic, the newest and the best kept. The only importer of orbax.
 
-RUN/checkpoints/STEP/ holds three items: `params`, so that sampling restores nothing else; `opt_state`; and `meta`,
-JSON with what else a resumption needs. A save writes into a temporary folder that is renamed when it is whole. Before
-that it gets the checksums of all its files, which are compared whenever it is read: tensorstore has none for arrays.
+RUN/checkpoints/STEP/ holds three items: `params`, so that sampling restores nothing else; `opt_state`; and `meta`, JSON
+with whatever else a resumption needs. A save writes into a temporary folder, adds the checksums of all its files, and
+renames it when it is complete. Reading compares the checksums, because tensorstore has none for arrays.
 """
 
 import asyncio
@@ -36,10 +36,10 @@ SEALED = "checksums"  # the key in `meta` of a checkpoint that was saved with ch
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """Silence what orbax says beside our errors, and a leak of tensorstore's. Once a process, before the first manager.
+    """Silence orbax, as our errors say it all, and stop a leak of tensorstore's. Once, before the first manager.
 
-    orbax logs one failed read or write once per array, and every save as a warning. Python prints a traceback for each
-    of its coroutines that was still running when the first one failed.
+    orbax logs a failed read or write once per array, and every save as a warning. Python prints a traceback for each
+    coroutine of orbax's that was still running when the first one failed.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -50,18 +50,18 @@ def _quiet_orbax() -> None:
             show(unraisable)
 
     sys.unraisablehook = show_others
-    # orbax calls this at each save, only to log byte counts; tensorstore (0.1.86) leaks 36 KB a call.
+    # orbax calls this at each save only to log byte counts, and each call leaks memory (tensorstore 0.1.86)
     tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
 class _TemporaryFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """orbax's folder of a save under way, or of one item in it. A step's gets its checksums before its final name."""
+    """orbax's temporary folder of a save, or of one item in it. A step's gets checksums before it is renamed."""
 
     async def finalize(self) -> None:
-        if self.get_final().name.isdecimal():  # a step, whose items are final
+        if self.get_final().name.isdecimal():  # a step, whose items have their final names
             if self._checkpoint_metadata_store:
                 await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
-            done = Path(self.get(), ocp.path.atomicity.COMMIT_SUCCESS_FILE)  # as orbax has it
+            done = Path(self.get(), ocp.path.atomicity.COMMIT_SUCCESS_FILE)  # orbax's own mark
             await asyncio.to_thread(done.touch)
             await asyncio.to_thread(checksums.write, Path(self.get()))
             await asyncio.to_thread(os.rename, self.get(), self.get_final())
@@ -70,7 +70,7 @@ class _TemporaryFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
-    """orbax's manager of a run's checkpoints: the newest `keep` and the best are kept; None: only to read."""
+    """orbax's manager of a run's checkpoints. It keeps the newest `keep` and the best; None: read only."""
     _quiet_orbax()
 
     def score(metrics: dict[str, float]) -> float:
@@ -82,10 +82,10 @@ def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
         preservation_policy=kept,
         best_fn=score,  # without it, orbax writes no metrics to disk, and a resumed run has no best
         read_only=keep is None,
-        lightweight_initialize=keep is None,  # it reads the losses of all checkpoints otherwise
+        lightweight_initialize=keep is None,  # else it reads the losses of all checkpoints
         cleanup_tmp_directories=keep is not None,
         temporary_path_class=_TemporaryFolder,
-        # else, if a folder cannot be made, orbax's threads wait ten minutes for it and keep the process alive
+        # else, if a folder cannot be created, orbax's threads keep the process alive for ten minutes
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     folder = run_dir / "checkpoints"
@@ -96,13 +96,13 @@ def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
 
 
 class Checkpointer:
-    """Saves and restores the state of one run. A context manager: leaving it waits for the save under way."""
+    """Saves and restores the state of one run. A context manager: leaving it waits for a save in progress."""
 
     def __init__(self, run_dir: Path, keep: int):
         self._run_dir = run_dir
         steps = checkpoint_steps(run_dir)
         with _advice(run_dir, _delete_or_start_over):
-            for step in steps:  # orbax reads these at once, and raises its own errors for one that is damaged
+            for step in steps:  # orbax's manager reads these too, and raises its own errors for a damaged one
                 _val_loss(_folder(run_dir, step))
         self._manager = _manager(run_dir, keep)
         self.latest = steps[-1] if steps else None
@@ -114,17 +114,17 @@ class Checkpointer:
         try:
             self._guard(self._manager.close, self.latest)
         except UserError:
-            if kind is None:  # else another error is on its way, and this one often follows from the same
+            if kind is None:  # else another error is being raised, often with the same cause
                 raise
 
     def save(self, step: int, trees: dict[str, Any], meta: dict[str, Any], val_loss: float | None) -> None:
-        """Begin to save; returns as soon as the trees are copied. A step that is already saved is left as it is.
+        """Start a save; returns when the trees are copied. A step that is saved already is not saved again.
 
-        The best checkpoint is the one with the least `val_loss`: whatever loss the run measures its success by.
+        The best checkpoint has the lowest `val_loss`, whatever loss the run measures.
         """
         if step == self.latest:
             return
-        self.wait()  # orbax would wait for the save before, too; so its failure is told as that save's
+        self.wait()  # orbax would wait for the previous save too; here, a failure names that save's step
         saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items = ocp.args.Composite(**saved, meta=ocp.args.JsonSave({**meta, SEALED: True}))
         metrics = None if val_loss is None else {"val_loss": val_loss}
@@ -132,18 +132,18 @@ class Checkpointer:
         self.latest = step
 
     def wait(self) -> None:
-        """Return when everything saved is on disk."""
+        """Block until everything saved is on disk."""
         self._guard(self._manager.wait_until_finished, self.latest)
         if self.latest is not None:
             runs.delete_replaced(self._run_dir)
 
     def saved(self) -> list[Path]:
-        """The folders of all whole checkpoints, in order, when the save under way is done."""
+        """Waits for a save in progress -> the folders of all complete checkpoints, in order."""
         self.wait()
         return [self._run_dir / "checkpoints" / str(step) for step in checkpoint_steps(self._run_dir)]
 
     def _guard(self, call: Callable[[], object], step: int | None) -> None:
-        """Do `call`, a part of saving `step`; UserError if that fails, and what there is of the save is removed."""
+        """Call `call`, a part of saving `step`. If that fails, remove the unfinished save; UserError."""
         try:
             call()
         except (OSError, ValueError, RuntimeError) as e:  # tensorstore reports a full disk as a ValueError
@@ -157,10 +157,10 @@ class Checkpointer:
             ) from None
 
     def restore(self, shapes: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """The step, the trees and the `meta` of the newest whole checkpoint; None if there is none.
+        """The step, the trees and the `meta` of the newest complete checkpoint; None if there is none.
 
-        `shapes`: for each tree the ShapeDtypeStructs that say where its leaves shall lie, wherever they lay when it was
-        saved.
+        `shapes`: for each tree its ShapeDtypeStructs, with the shardings to restore to. Those it was saved with may
+        differ.
         """
         if self.latest is None:
             return None
@@ -174,16 +174,16 @@ class Checkpointer:
 
 
 def save_params(run_dir: Path, params: Any) -> None:
-    """Make a checkpoint at step 0 of parameters alone: to sample from and to start from, not to resume."""
+    """Make a checkpoint at step 0 with parameters alone: for sampling and as a start, not for resuming."""
     with Checkpointer(run_dir, keep=1) as checkpoints:
         checkpoints.save(0, {"params": params}, {"best_val_loss": None}, None)
         checkpoints.wait()
 
 
 def load_params(run_dir: Path, shapes: Any, which: str = "best", command: str = "") -> tuple[Any, int]:
-    """The parameters of a checkpoint, and its step: no optimizer and no data are needed.
+    """The parameters of a checkpoint, and its step. Needs neither an optimizer nor the data.
 
-    `shapes`: ShapeDtypeStructs of all parameters; one that names no sharding comes to the first device.
+    `shapes`: ShapeDtypeStructs of all parameters; those without a sharding are put on the first device.
     `which`: "best" by validation loss (the newest if none was measured), "latest", or a step's number.
     UserError if it cannot be used. It names a command that reads another checkpoint: the one that was typed, or
     `command` with --checkpoint, if that has no such flag.
@@ -193,7 +193,7 @@ def load_params(run_dir: Path, shapes: Any, which: str = "best", command: str = 
 
 
 def load_first_params(run_dir: Path, shapes: Any) -> Any:
-    """The best parameters of another run, to start from. As `load_params`, but for what an error advises."""
+    """The best parameters of another run, to start from. As `load_params`, but with other advice in errors."""
     with _advice(run_dir, _delete, "opt_state"):
         return _load(run_dir, shapes, "best")[0]
 
@@ -229,7 +229,7 @@ def _folder(run_dir: Path, step: int) -> Path:
 
 
 class _Unusable(Exception):
-    """The checkpoint in `folder` cannot be used. `_advice` adds what to do and makes a UserError of it."""
+    """The checkpoint in `folder` cannot be used. `_advice` turns this into a UserError that says what to do."""
 
     def __init__(self, folder: Path, why: str):
         super().__init__(f"checkpoint {folder} {why}")
@@ -237,7 +237,7 @@ class _Unusable(Exception):
 
 
 def _val_loss(folder: Path) -> float:
-    """The validation loss that a checkpoint was saved with; infinite if none was measured. _Unusable if damaged."""
+    """The validation loss of a checkpoint; infinite if none was measured. _Unusable if it is damaged."""
     if wrong := checksums.damage(folder, only="metrics"):
         raise _Unusable(folder, _title(wrong))
     path = folder / "metrics" / "metrics"
@@ -248,7 +248,7 @@ def _val_loss(folder: Path) -> float:
 
 
 def _verify(folder: Path, *unread: str) -> None:
-    """_Unusable if a checkpoint is damaged; a note if nobody can know. `unread`: items that are not to be restored."""
+    """_Unusable if a checkpoint is damaged; a note if it has no checksums. `unread`: items that are not restored."""
     if wrong := _damage(folder, *unread):
         raise _Unusable(folder, _title(wrong))
     if not checksums.exist(folder):
@@ -260,7 +260,7 @@ def _title(wrong: str) -> str:
 
 
 def _damage(folder: Path, *unread: str) -> str:
-    """What is wrong with the files of a checkpoint; "" if nothing is, or nobody can know. `_val_loss` has its own."""
+    """What is wrong with the files of a checkpoint, except its loss (see `_val_loss`); "" if nothing is known."""
     wrong = checksums.damage(folder, leave_out=("metrics", *unread))
     if not wrong and not checksums.exist(folder) and _is_sealed(folder):
         return f"{folder / checksums.NAME} is missing"
@@ -268,7 +268,7 @@ def _damage(folder: Path, *unread: str) -> str:
 
 
 def _is_sealed(folder: Path) -> bool:
-    """Whether a checkpoint says of itself that it was saved with checksums."""
+    """Whether the `meta` of a checkpoint says that it was saved with checksums."""
     try:
         return json.loads((folder / "meta" / "metadata").read_bytes())[SEALED]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -280,7 +280,7 @@ def _restore(manager: ocp.CheckpointManager, folder: Path, items: Any) -> Any:
     step = int(folder.name)
     try:
         restored = manager.restore(step, args=items)
-    except Exception as e:  # orbax raises just that if an array cannot be read
+    except Exception as e:  # orbax raises a bare Exception if an array cannot be read
         if isinstance(e, MemoryError) or "out of memory" in str(e).lower():
             raise
         differs = _misfit(manager, step, items["params"].item)
@@ -298,10 +298,10 @@ def _restore(manager: ocp.CheckpointManager, folder: Path, items: Any) -> Any:
 
 
 def _misfit(manager: ocp.CheckpointManager, step: int, wanted: Any) -> str:
-    """The first parameter whose shape in a checkpoint is not the one that the settings ask for; "" if none is found."""
+    """The first parameter whose shape in a checkpoint differs from that of the settings, in words; "" if none does."""
     try:
         found = _by_name(manager.item_metadata(step)["params"].tree)
-    except Exception:  # damaged, then
+    except Exception:  # it is damaged
         return ""
     wanted = _by_name(wanted)
     for name in wanted | found:
@@ -324,7 +324,7 @@ Advice = Callable[[int, list[int], str], str]  # (unusable step, usable steps, c
 
 @contextlib.contextmanager
 def _advice(run_dir: Path, advise: Advice, *unread: str) -> Iterator[None]:
-    """Make a UserError of an _Unusable checkpoint of the run: why, and what leads on. `unread`: as in `_verify`."""
+    """Turn _Unusable into a UserError with the reason and a way out. `unread`: as in `_verify`."""
 
     def is_usable(step: int) -> bool:
         with contextlib.suppress(_Unusable):
@@ -369,7 +369,7 @@ def _delete_or_start_over(step: int, good: list[int], delete: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong in the end. If it is cut, the system's words for it stand before it."""
+    """The first line of the innermost error. If it is cut, the system's own message precedes it."""
     while error.__cause__:
         error = error.__cause__
     line, whole = messages.first_line(error), messages.first_line(error, sys.maxsize)

@@ -1,7 +1,7 @@
-"""Whether the files of a folder are still what was written: their sizes and CRC-32s, kept in the folder itself.
+"""Checksums of a folder's files, stored in it: sizes and CRC-32s show whether the files are as they were written.
 
-CRC-32 finds every flipped bit and every short burst, misses one in four billion of other damage, and is the quickest
-there is: a gigabyte takes a core a third of a second. It is no protection against somebody who wants to deceive.
+CRC-32 finds every flipped bit and every short burst, misses one in four billion of other errors, and is fast: a core
+does some gigabytes a second. It does not protect against deliberate changes.
 """
 
 import json
@@ -13,12 +13,12 @@ from pathlib import Path
 from nanogpt_jax.host import files
 
 NAME = "checksums.json"
-PART = 64 << 20  # bytes with a checksum of their own, so that threads share a large file
+PART = 64 << 20  # bytes for each checksum, so that threads share a large file
 BLOCK = 1 << 20  # bytes read at a time
 
 
 def write(folder: Path) -> None:
-    """Keep the checksums of all files of `folder` in it. OSError."""
+    """Write the checksums of all files of `folder` into it. OSError if that fails."""
     names = [name for name, kind in files.entries(folder) if kind == "file" and name != NAME]
     found = _measure(folder, {name: os.path.getsize(folder / name) for name in names})
     files.write(folder / NAME, json.dumps({"checksum": _of(found), "files": found}) + "\n")
@@ -29,9 +29,9 @@ def exist(folder: Path) -> bool:
 
 
 def damage(folder: Path, only: str = "", leave_out: tuple[str, ...] = ()) -> str:
-    """What is wrong with the files of `folder`; "" if nothing is. Without checksums: only whether all are files.
+    """What is wrong with the files of `folder`; "" if nothing is. Without checksums, it only checks that all are files.
 
-    `only`: with the files of that folder in it; `leave_out`: with all but the files of these.
+    `only`: check one folder in it; `leave_out`: skip these folders in it.
     """
     path = folder / NAME
     try:
@@ -82,7 +82,7 @@ def _checksum(folder: Path, name: str, start: int) -> int:
         try:
             while block := file.read(min(BLOCK, left)):
                 checksum, left = zlib.crc32(block, checksum), left - len(block)
-        except OSError as e:  # a disk that fails: the system does not say in which file
+        except OSError as e:  # a failing disk: the system does not name the file
             raise OSError(e.errno, e.strerror, str(folder / name)) from None
     return checksum
 

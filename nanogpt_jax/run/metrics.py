@@ -14,11 +14,11 @@ from nanogpt_jax.config import TrainConfig, UserError
 from nanogpt_jax.host import files, terminal
 from nanogpt_jax.run.run_dir import checkpoint_steps, delete_replaced
 
-LINE_SECONDS = 60  # at most, between two lines of progress if there is no bar
+LINE_SECONDS = 60  # between two lines of progress, at most, without a bar
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. One that is damaged is left out, as a crash leaves a last one that is cut short."""
+    """The lines of a metrics.jsonl. Damaged ones are left out: a crash may cut the last one short."""
     rows = []
     for line in files.read(path).splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
@@ -30,7 +30,7 @@ class MetricsLog:
     """Appends to RUN/metrics.jsonl, one JSON object a line, each with its `step`."""
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, step: int):
-        """Lines after `step` are dropped: the steps that they tell of will be taken again."""
+        """Drops lines after `step`: those steps will be taken again."""
         self._run_dir, self._path, self._is_new = run_dir, run_dir / "metrics.jsonl", True
         try:
             kept = [row for row in read_metrics(self._path) if row["step"] <= step]
@@ -42,13 +42,13 @@ class MetricsLog:
         self._wandb = _wandb(run_dir) if cfg.wandb else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """A number that is not finite is null: JSON has no other word for it."""
+        """Append a line. Numbers that are not finite become null, as JSON has no others."""
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, **known}).encode() + b"\n"
         try:
             if os.write(self._file, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as e:  # the next start drops what there is of the line
+        except OSError as e:  # the next start drops the incomplete line
             raise self._failed(e) from None
         if self._is_new:
             delete_replaced(self._run_dir)
@@ -91,7 +91,7 @@ def _wandb(run_dir: Path) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("train.wandb=true needs pip install 'nanogpt-jax[wandb]'") from None
-    # Nothing asks for an account: without one, W&B writes its files into the run directory, for `wandb sync` later.
+    # Needs no account: without one, W&B writes its files into the run directory, for `wandb sync` later.
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     # the directory's name is the run's id, so that a resumed run goes on in the same chart
     return wandb.init(project="nanogpt-jax", id=run_dir.resolve().name, dir=str(run_dir), resume="allow", mode=mode)  # pyright: ignore
@@ -121,13 +121,13 @@ class Progress:
             self._bar.start()
 
     def begin(self) -> None:
-        """The step is compiled: count the time left from now."""
+        """The step is compiled: estimate the time left from now on."""
         self._started = time.monotonic()
         if self._bar:
             self._bar.update(self._task, now="loss ...")
 
     def update(self, step: int, loss: float, tokens_per_second: float, done: int) -> None:
-        """Show a step. Several are read at once: `done` of them had been taken by now."""
+        """Show a step. As several steps are read at once, `done` is the number taken by now."""
         if self._bar:
             self._bar.update(self._task, completed=step, now=f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
         elif step >= self._next_line or time.monotonic() >= self._line_due:
@@ -139,11 +139,11 @@ class Progress:
             self._next_line, self._line_due = step + max(self._steps // 20, 1), time.monotonic() + LINE_SECONDS
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bar."""
+        """Print a line that stays, above the bar."""
         print(_for(sys.stdout, text), flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays, on standard error: it is no result."""
+        """Print a line that stays, on standard error, as it is no result."""
         print(_for(sys.stderr, text), file=sys.stderr)
 
     def close(self) -> None:
@@ -152,5 +152,5 @@ class Progress:
 
 
 def _for(stream: TextIO, text: str) -> str:
-    """`text` as `stream` may have it. While there is a bar, rich prints it, past our filter."""
+    """`text`, escaped if `stream` is a terminal. While there is a bar, rich prints, and bypasses our filter."""
     return terminal.visible(text) if stream.isatty() else text

@@ -1,6 +1,6 @@
 """A finished or running run, opened: the one way in for sampling, evaluation, export and classifiers.
 
-Opening needs no JAX, so that what is missing or damaged is told at once. Only `load` reads parameters.
+Opening needs no JAX, so that missing or damaged files are reported at once. Only `load` reads parameters.
 """
 
 import os
@@ -35,7 +35,7 @@ class Run(Generic[Kind]):
 
 
 def open_run(path: Path, kind: type[Kind] = Config) -> Run[Kind]:
-    """UserError if there is no run of this kind, or no checkpoint in it, or if its files do not fit together."""
+    """Open a run. UserError if it is none of this kind, has no checkpoint, or if its files do not fit together."""
     cfg = config.read_json(existing(path) / "config.json", kind)
     found = tokenizer.load(path / "tokenizer")
     if found.n_vocab > cfg.model.vocab_size:
@@ -60,11 +60,13 @@ def existing(run: Path) -> Path:
 
 
 def newest(folder: Path) -> Path:
-    """The language model that was trained last among the directories in `folder`; one that never was, at the worst."""
+    """The newest language model with a checkpoint in `folder`; runs that were never trained come last."""
 
     def rank(run: Path) -> tuple[bool, float]:
         last = checkpoint_steps(run)[-1]
-        saved = (run / "checkpoints" / str(last)).stat().st_mtime  # a start that fails touches the folder around it
+        saved = (
+            (run / "checkpoints" / str(last)).stat().st_mtime
+        )  # not the run's folder, which a failed start touches too
         return last > 0 or (run / IMPORTED).exists(), saved
 
     found = [p.parent for p in folder.glob("*/config.json") if not p.parent.name.startswith(".")]  # an import under way

@@ -1,4 +1,4 @@
-"""What a run that trains leaves behind, as one open thing: checkpoints, metrics, and the best loss so far."""
+"""What training writes, as one open object: checkpoints, metrics, and the best loss so far."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from nanogpt_jax.run.metrics import MetricsLog
 
 
 class Recording:
-    """A context manager: leaving it waits for the save under way.
+    """A context manager: leaving it waits for a save in progress.
 
-    `step` is where the run stands, 0 for a new one. `best_loss` is the least that it was judged by (None: never), and
-    `stale` counts the evaluations since.
+    `step` is the run's current step, 0 for a new one. `best_loss` is the lowest so far (None: none yet), and `stale`
+    counts the evaluations since.
     """
 
     def __init__(self, directory: Path, cfg: TrainConfig):
@@ -35,12 +35,12 @@ class Recording:
 
     @property
     def log(self) -> MetricsLog:
-        """Begun when it is first asked for: lines after `step` are dropped."""
+        """Opened on first use, which drops the lines after `step`."""
         self._log = self._log or MetricsLog(self.directory, self._cfg, self.step)
         return self._log
 
     def restore(self, shapes: dict[str, Any]) -> dict[str, Any] | None:
-        """The trees of the newest whole checkpoint, laid out as `shapes` says; None if there is none."""
+        """The trees of the newest complete checkpoint, sharded as in `shapes`; None if there is none."""
         found = self.checkpoints.restore(shapes)
         if found is None:
             return None
@@ -49,7 +49,7 @@ class Recording:
         return trees
 
     def judge(self, loss: float) -> bool:
-        """Whether `loss` is the least so far."""
+        """Record `loss` -> whether it is the lowest so far."""
         if self.best_loss is None or not self.best_loss <= loss:  # an old run's may be nan
             self.best_loss, self.stale = loss, 0
             return True
@@ -57,6 +57,6 @@ class Recording:
         return False
 
     def save(self, step: int, trees: dict[str, Any], loss: float | None) -> None:
-        """Begin to save; returns as soon as the trees are copied. The best checkpoint has the least `loss`."""
+        """Start a save; returns when the trees are copied. The best checkpoint has the lowest `loss`."""
         meta = {"step": self.step, "best_val_loss": self.best_loss, "stale": self.stale}
         self.checkpoints.save(step, {k: v for k, v in trees.items() if jax.tree.leaves(v)}, meta, loss)

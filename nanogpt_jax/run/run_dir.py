@@ -1,14 +1,14 @@
-"""The run directory: whose it is, what is in it, and whether a command may write there.
+"""The run directory: what it holds, and whether a command may write there.
 
     RUN/config.json   the settings          RUN/checkpoints/STEP/   orbax
     RUN/data.json     the data's manifest   RUN/tokenizer/          so that sampling needs no data
     RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
-    RUN/import.json   of an imported model, which has no data and is not trained further in place: where it came from
+    RUN/import.json   where an imported model came from; it has no data and is not trained further in place
 
-A run that is started over is set aside in RUN/.overwritten until the new one has begun: until its first line of metrics
-or its first checkpoint. A start that fails before that puts it back; one that is killed leaves that to the next.
+A run that is started over is moved to RUN/.overwritten until the new one has begun: until its first line of metrics or
+its first checkpoint. A start that fails earlier moves it back. If it is killed, the next start does.
 
-A run that must not be touched is refused before XLA starts: nothing here imports jax before that is known.
+A run that must not be touched is refused before XLA starts: nothing here imports jax earlier.
 """
 
 import contextlib
@@ -42,26 +42,26 @@ WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
 BEING_MOVED, SET_ASIDE = parse.REPLACED
-UNFINISHED = ".orbax-checkpoint-tmp"  # how the folder of a save under way ends
-# what earlier versions left when they were killed
+UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of the folder of an unfinished save
+# left by earlier versions that were killed
 OLD_LEFTOVER = re.compile(
     r"(config|data)\.json\.tmp|metrics\.tmp|\.(characters\.txt|ranks\.tiktoken|tokenizer\.json)\.[0-9a-f]{8}\.tmp"
 )
 
 
 class Data(Protocol):
-    """What a run writes down of the data that it trains on; data/prepare.py has a language model's."""
+    """What a run records of its training data; data/prepare.py has the class for language models."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
     def manifest(self) -> dict[str, Any]: ...  # JSON
     @property
-    def fingerprint(self) -> str: ...  # equal if what is trained on is
+    def fingerprint(self) -> str: ...  # equal for equal training data
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Steps with a whole checkpoint, in order. A save cut short has a temporary name and is not among them."""
+    """Steps with a complete checkpoint, in order. An unfinished save has a temporary name and does not count."""
     folder = run_dir / "checkpoints"
     try:
         names = os.listdir(folder)
@@ -75,7 +75,7 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 @contextlib.contextmanager
 def claim(command: Command) -> Iterator[Path]:
-    """The run directory, made and locked for this process, or a UserError that says why it may not be used.
+    """The run directory, created and locked for this process; UserError if it may not be used.
 
     A start that fails before the run has begun leaves everything as it was.
     """
@@ -135,7 +135,7 @@ def _names(run_dir: Path) -> list[str]:
 
 
 def check_name(run_dir: Path) -> None:
-    """UserError for a path that is not UTF-8: tensorstore takes no other, so there could be no checkpoints."""
+    """UserError if a path is not UTF-8: tensorstore accepts no other, so there could be no checkpoints."""
     try:
         str(run_dir.resolve()).encode()
     except UnicodeEncodeError:
@@ -155,14 +155,14 @@ def _check_packages(command: Command) -> None:
     for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         if getattr(command.cfg.train, name):
             spec = importlib.util.find_spec(package)
-            if not (spec and spec.origin):  # a folder of that name has no origin
+            if not (spec and spec.origin):  # a mere folder of that name has no origin
                 where = command.origin[f"train.{name}"]
                 raise UserError(f"train.{name}=true needs pip install 'nanogpt-jax[{name}]' ({where})")
 
 
 def _check_kinds(run_dir: Path) -> None:
-    """UserError if something else stands in the place of a run's own files and folders: above all a link, through
-    which a run from a stranger would have us write elsewhere. The run directory itself may be a link."""
+    """UserError if one of a run's own files or folders is something else: above all a link, through which a run from a
+    stranger would make us write elsewhere. The run directory itself may be a link."""
     wanted = {run_dir / name: "folder" for name in WRITTEN_FOLDERS}
     wanted |= {run_dir / name: "file" for name in (*WRITTEN_FILES, LOCK)}
     for folder in ("tokenizer", "checkpoints"):
@@ -181,7 +181,7 @@ def _check_kinds(run_dir: Path) -> None:
 
 
 def _check_request(command: Command) -> None:
-    """UserError if what is asked of the run directory is impossible."""
+    """UserError if the flags ask for something impossible."""
     run_dir, steps, first = command.run_dir, checkpoint_steps(command.run_dir), Path(command.cfg.train.init_from)
     if command.cfg.train.init_from != "scratch":
         if command.overwrite and os.path.exists(first) and os.path.samefile(first, run_dir):
@@ -216,13 +216,13 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether training has left something: a checkpoint or a line of metrics."""
+    """Whether training has written something: a checkpoint or a line of metrics."""
     path = run_dir / "metrics.jsonl"
     return bool(checkpoint_steps(run_dir)) or (path.is_file() and path.stat().st_size > 0)
 
 
 def delete_replaced(run_dir: Path) -> None:
-    """Delete the run that was set aside. To be called when the one that replaces it has begun."""
+    """Delete the run that was set aside. To be called once its replacement has begun."""
     shutil.rmtree(run_dir / SET_ASIDE, ignore_errors=True)
 
 
@@ -239,9 +239,9 @@ def _set_aside(run_dir: Path) -> None:
 
 
 def _settle(run_dir: Path, is_new: bool) -> None:
-    """End a start, or one that was killed: a run that has begun replaces the one set aside, and nothing stays of one
-    that has not. `is_new`: there was nothing before it."""
-    with contextlib.suppress(OSError):  # a disk that fails now is tried again by the next start
+    """Finish a start that succeeded, failed or was killed. A run that has begun replaces the one set aside; a run that
+    has not is removed, and the old one moved back. `is_new`: the directory is new too."""
+    with contextlib.suppress(OSError):  # if a disk fails now, the next start tries again
         if os.path.lexists(run_dir / SET_ASIDE):
             if has_begun(run_dir):
                 delete_replaced(run_dir)
@@ -257,7 +257,7 @@ def _settle(run_dir: Path, is_new: bool) -> None:
 
 
 def _remove_written(run_dir: Path) -> None:
-    """Remove what a start writes before training begins, and nothing that somebody else may have put there since."""
+    """Remove what a start writes before training begins, and nothing that others may have put there since."""
     for name in (*WRITTEN_FILES, *(f"tokenizer/{name}" for name in tokenizer.FILES)):
         (run_dir / name).unlink(missing_ok=True)
     for folder in [*run_dir.glob(f"checkpoints/*{UNFINISHED}"), run_dir / "tensorboard", run_dir / "wandb"]:
@@ -266,14 +266,14 @@ def _remove_written(run_dir: Path) -> None:
 
 
 def _remove_folders(folders: list[Path]) -> None:
-    """Remove those that are empty."""
+    """Remove the empty ones."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _tidy(run_dir: Path) -> None:
-    """Take away what killed processes have left here; nobody else writes here now."""
+    """Remove what killed processes have left here. To be called with the lock held."""
     for folder in (run_dir, run_dir / "tokenizer"):
         files.remove_all_leftovers(folder)
         with contextlib.suppress(OSError):
@@ -289,7 +289,7 @@ def _tidy(run_dir: Path) -> None:
 
 
 def check_tokenizer(command: Command, data: Data) -> None:
-    """UserError if the data's tokenizer is not the one of the run that training starts from."""
+    """UserError if the data's tokenizer differs from that of the run train.init_from."""
     first, wanted = Path(command.cfg.train.init_from), command.cfg.data.tokenizer
     if command.cfg.train.init_from == "scratch" or command.origin["data.tokenizer"] == str(first):
         return
@@ -301,9 +301,9 @@ def check_tokenizer(command: Command, data: Data) -> None:
 
 
 def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
-    """Check that the run in the directory, if there is one, is this run; else write down what the new run is.
+    """Check that a run in the directory has the same settings and data, or write down those of a new run.
 
-    `cfg` is the command's configuration with the vocabulary size filled in.
+    `cfg` is the command's configuration, completed with the vocabulary size.
     """
     steps = checkpoint_steps(run_dir)
     if steps and not command.overwrite:
@@ -311,7 +311,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
     elif (run_dir / "metrics.jsonl").exists() and not command.overwrite:
         print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
     if steps and (command.overwrite or not finished(run_dir, cfg)):
-        _execution(cfg)  # what is to be replaced is still there
+        _execution(cfg)  # fails before the old run is moved
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
     try:
         if not steps or command.overwrite:
@@ -330,10 +330,10 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> Non
     """UserError if the run in the directory has other settings or other data."""
     before = config.read_json(run_dir / "config.json", type(cfg))
     compared = frozenset(types_of(type(cfg))) - cfg.EXECUTION
-    if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below holds what is in it
+    if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below includes its content
         compared -= {"data.tokenizer"}
     same_data = _fingerprint(run_dir / "data.json") == data.fingerprint
-    if not same_data:  # then these follow from the text
+    if not same_data:  # these follow from the text
         compared -= {key for key in ("model.vocab_size", "model.end_of_text") if command.origin[key] == "default"}
     changed = differences(before, cfg, compared)
     if same_data:  # it may have moved, or be spelt in another way
@@ -357,7 +357,7 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> Non
 
 
 def _execution(cfg: Config) -> Execution:
-    """How `cfg` would run here. UserError if it could not."""
+    """How `cfg` would run here. UserError if it cannot."""
     from nanogpt_jax.distributed.mesh import make_mesh, start
 
     platform = start()
@@ -382,7 +382,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def finished(run_dir: Path, cfg: Config) -> str:
-    """What there is to say of a run that has all the steps already, or more of them; "" of another."""
+    """A message if the run has all its steps already, or more; "" if not."""
     last, steps = max(checkpoint_steps(run_dir), default=-1), cfg.train.steps
     if last > steps:
         return f"{run_dir} is at step {last} already, beyond train.steps={steps}: nothing is left to do"
@@ -390,7 +390,7 @@ def finished(run_dir: Path, cfg: Config) -> str:
 
 
 def standing(run_dir: Path, argv: list[str], name: str = "train") -> str:
-    """What there is of a run whose command `argv` ends before its time, and the command to give then."""
+    """What is saved of a run whose command `argv` is interrupted, and the command to type next."""
     if steps := checkpoint_steps(run_dir):
         again = command_again(argv, name=name)
         return f"the last checkpoint in {run_dir} is step {steps[-1]}\ngo on with the same command: {again}"
@@ -399,21 +399,21 @@ def standing(run_dir: Path, argv: list[str], name: str = "train") -> str:
 
 
 def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
-    """The command that goes on with this run: the one that was typed, with other `steps` if given."""
+    """The command that resumes this run: the one that was typed, with other `steps` if given."""
     more = ["--train.steps", str(min(steps, MOST_STEPS))] if steps else []
     without = ("--resume", "--train.steps") if steps else ("--resume",)
     return config.joined([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), *more)])
 
 
 def afterwards(run_dir: Path, argv: list[str], steps: int) -> str:
-    """What to do with a run that has had its steps: two commands."""
+    """Two commands for a finished run: sample from it, or train longer."""
     longer = command_again(argv, steps=2 * max([steps, *checkpoint_steps(run_dir)]))
     sample = f"{config.program('sample')} {config.word(run_dir)} --num-samples 3"
     return f"next: {sample}\n      or train longer: {longer}"
 
 
 def typed(without: tuple[str, ...] = (), *more: str) -> str:
-    """The command line of this process, edited: for people to type. "" if the process is another program."""
+    """The command line of this process, edited, for people to type. "" if the process is another program."""
     program = Path(sys.argv[0])
     if program.name in command_line.DOORS:
         words = ["python", sys.argv[0]]

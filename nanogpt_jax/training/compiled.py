@@ -1,4 +1,4 @@
-"""The step, compiled; in a long run on one CPU a second time, to a quicker program."""
+"""The step, compiled; in a long run on one CPU a second time, to a faster program."""
 
 import time
 import warnings
@@ -19,13 +19,12 @@ class CompiledStep:
     """A jitted step (state, rows, n), compiled for these arguments.
 
     XLA:CPU reuses buffers in program order; two cores execute in another order and stall on buffers that are still
-    being read. A second program has memory of its own for every array: the same operations, the same bits, 1.0 to 1.4
-    times as fast. XLA cannot store a program with several blocks of temporary memory, so each run compiles it anew, in
-    a thread, while the first program works.
+    being read. A second program allocates a buffer of its own for every array: the same operations, the same bits,
+    often faster. XLA cannot cache a program with several blocks of temporary memory, so each run compiles it anew, in a
+    thread, while the first program runs.
 
-    With Execution.recompile this watches the clock and begins by itself once it pays (execution.RECOMPILE_*). Compiling
-    takes memory too, 0.7 GB for the default model and 3.6 for six layers of 384 channels, so it is left out if that is
-    more than a share of what is free.
+    With Execution.recompile this watches the clock and starts to compile once that pays (execution.RECOMPILE_*). As
+    compiling takes memory too, it does not start if it would take more than a share of what is free.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class CompiledStep:
         self._can_improve = step.how.recompile and self._is_one_cpu
         self._lowered = self._lowered if self._can_improve else None
         self._left, self._taken, self._began = steps_left, 0, time.monotonic()
-        memory.give_back()  # what compiling took, before the step takes memory of its own
+        memory.trim()  # of compiling, before the step allocates its own
 
     def __call__(self, state: TrainState, rows: jax.Array, n: jax.typing.ArrayLike) -> tuple[TrainState, Metrics]:
         if self._can_improve and self._taken:
@@ -62,11 +61,11 @@ class CompiledStep:
 
     @property
     def temporary_memory(self) -> int:
-        """Bytes that a step takes and gives back, on one CPU; 0 elsewhere."""
+        """Bytes that a step allocates and frees, on one CPU; 0 elsewhere."""
         return self._program.memory_analysis().temp_size_in_bytes if self._is_one_cpu else 0
 
     def improve(self, at_once: bool = False) -> None:
-        """Begin to compile the second program, once. `at_once`: wait for it and take it."""
+        """Start to compile the second program, once. `at_once`: wait for it and switch to it."""
         if self._can_improve:
             self._can_improve = False
             self._second = _aside(self._compile_apart)
@@ -75,15 +74,14 @@ class CompiledStep:
                 self.renew()
 
     def renew(self) -> bool:
-        """Take the second program if it is there by now -> whether it was taken."""
+        """Switch to the second program if it is compiled by now -> whether it switched."""
         if not self._second or not self._second.done():
             return False
-        second = (
-            None if self._second.exception() else self._second.result()
-        )  # an XLA without that option: the first only
+        failed = self._second.exception()  # an XLA without that option: keep the first program
+        second = None if failed else self._second.result()
         self._program = second or self._program
         self._second = self._lowered = None
-        memory.give_back()
+        memory.trim()
         return second is not None
 
     def _compile_apart(self) -> Any:
@@ -96,7 +94,7 @@ class CompiledStep:
 
 
 def _aside(work: Callable[[], Any]) -> Future[Any]:
-    """`work` in a thread that nobody waits for when the command has ended."""
+    """Runs `work` in a thread that does not outlive the command."""
     executor = ThreadPoolExecutor(1, runtime.SPARE)
     future = executor.submit(work)
     executor.shutdown(wait=False)

@@ -1,6 +1,6 @@
 """The gradients of a batch: at once, in halves, or a micro-batch at a time. The numbers are the same to rounding."""
 
-# B batch, W int32 numbers of a row, G micro-batches, D groups of rows
+# B batch, W int32 numbers of a row, G micro-batches, R groups of rows
 
 from collections.abc import Callable
 from typing import Any
@@ -44,17 +44,17 @@ def make_gradients(cfg: Config, mesh: Mesh, objective: Objective, how: Execution
 
 
 def _accumulated(of_rows: Gradients, G: int, mesh: Mesh) -> Gradients:
-    """`of_rows` for G micro-batches one after the other: the mean over all is exact."""
+    """`of_rows` for G micro-batches in turn: the loss and the gradients are the exact means over the batch."""
 
     def gradients(params: Params, rows: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Params]:
-        # Row g of micro-batch m is row g*G + m of the batch: each device cuts up the rows that it already holds.
+        # Row r of micro-batch m is row r*G + m of the batch: each device cuts up the rows that it already holds.
         rows = rows.reshape(len(rows) // G, G, -1).swapaxes(0, 1)
         rows = lax.with_sharding_constraint(rows, shard(mesh, P(None, *BATCH)))
         keys = None if key is None else jax.random.split(key, G)
-        # D groups of rows add up their own gradients, which meet once, behind the loop, and not once a micro-batch. (A
-        # dropout mask numbers the rows of all groups, so there they go together. So they do if all three axes of the
-        # mesh split: XLA ends the process when one of those is to be split by hand, "Check failed" in its partitioner.)
-        D = mesh.shape["data"] if key is None and 1 in mesh.shape.values() else 1
+        # R groups of rows sum their own gradients, which are added once, after the loop, and not once a micro-batch.
+        # With dropout there is one group, because a mask indexes the rows of the whole batch. So there is if all three
+        # axes of the mesh split: splitting one by hand then ends the process, "Check failed" in XLA's partitioner.
+        R = mesh.shape["data"] if key is None and 1 in mesh.shape.values() else 1
 
         def total(params: Params, rows: jax.Array, keys: jax.Array | None):
             def add(total, scanned):
@@ -62,13 +62,13 @@ def _accumulated(of_rows: Gradients, G: int, mesh: Mesh) -> Gradients:
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jnp.float32(0), params))
             sums, _ = lax.scan(add, zeros, (rows, keys))
-            return jax.tree.map(lambda x: x[None], sums)  # [1, ...]; over D groups [D, ...]
+            return jax.tree.map(lambda x: x[None], sums)  # [1, ...]; over R groups [R, ...]
 
-        if D > 1:
+        if R > 1:
             split = (P(), P(None, "data"), P())
             total = jax.shard_map(
                 total, mesh=mesh, axis_names={"data"}, in_specs=split, out_specs=P("data"), check_vma=False
             )
-        return jax.tree.map(lambda x: x.sum(0) / (G * D), total(params, rows, keys))
+        return jax.tree.map(lambda x: x.sum(0) / (G * R), total(params, rows, keys))
 
     return gradients

@@ -19,7 +19,7 @@ from nanogpt_jax.training.task import Objective, Scores, Task
 
 
 def next_token(cfg: ModelConfig) -> Objective:
-    """Rows of T+1 tokens: inputs, and the targets one to the right."""
+    """Rows of T+1 tokens: inputs, and as targets the same tokens shifted by one."""
     init, loss = functools.partial(gpt2.init_params, cfg), functools.partial(mean_loss, cfg)
     return Objective(init, loss, cfg.block_size + 1)
 

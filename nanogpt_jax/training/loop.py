@@ -35,7 +35,7 @@ from nanogpt_jax.training.task import Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: at which step, after how long, by which signal if by one, and the last validation metrics."""
+    """How a run ended: the step, the seconds, the signal if there was one, and the last validation metrics."""
 
     step: int
     seconds: float
@@ -56,9 +56,9 @@ def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -
 
 
 def start_state(cfg: Config, tx: optax.GradientTransformation, task: Task, mesh: Mesh, run: Recording) -> TrainState:
-    """The state of the run's newest whole checkpoint, laid out on `mesh` whatever it was saved on; else a fresh one.
+    """The state of the run's newest complete checkpoint, laid out on `mesh`; without one, a new state.
 
-    A fresh one has the best weights of the run train.init_from, if one is named: read now, and never again.
+    A new state has the best weights of the run train.init_from, if one is named. They are read now, and never again.
     """
     shapes = state_shapes(tx, task, mesh)
     trees = run.restore({"params": shapes.params, "opt_state": shapes.opt_state})
@@ -80,7 +80,7 @@ def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator
 
 
 def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest) -> Outcome:
-    """Train from `state` to cfg.train.steps. The state is donated; what it became is in the last checkpoint."""
+    """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one."""
     t, start, clock = cfg.train, run.step, time.monotonic()
     progress = Progress(start, t.steps)
     reader = _Reader(cfg, task, run, progress)
@@ -101,7 +101,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
                     progress.note(note)
                 reader.begin()
             if program.renew():
-                progress.note(f"step {at}: a second, quicker program of the step takes over")
+                progress.note(f"step {at}: a second, faster program of the step takes over")
             state, metrics = program(state, rows, np.int32(n))
             reader.add(first, n, metrics)
             at = first + n
@@ -109,7 +109,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
             is_last, is_best, loss = at == t.steps, False, None
             if is_last or (t.eval_every and at % t.eval_every == 0):
                 reader.drain()
-                memory.give_back()
+                memory.trim()
                 with reader.paused():
                     scores = task.evaluate(state.params)
                 reader.check(at, {f"validation {name}": value for name, value in scores.items()})
@@ -156,7 +156,7 @@ def _slow(cfg: Config) -> str:
 
 
 def _large(cfg: Config, program: CompiledStep) -> str:
-    """A note if a step takes more memory than is free: the system may end the process without a word."""
+    """A note if a step takes more memory than is free: the system may kill the process without a message."""
     needs, free = program.temporary_memory / 1e9, memory.free() / 1e9
     if not needs > free > 0:
         return ""
@@ -174,7 +174,7 @@ def are_finite(tree: Any) -> jax.Array:
 
 
 def not_finite(cfg: Config, start: int, step: int, saved: list[Path], what: str) -> UserError:
-    """The error for a run that has diverged by `step`. It names the checkpoints that there are."""
+    """The error for a run that has diverged by `step`. It names the remaining checkpoints."""
     o = cfg.optim
     remedy = (
         f"try a lower optim.learning_rate than {o.learning_rate:g}, or more optim.warmup_steps than {o.warmup_steps}"
@@ -190,7 +190,7 @@ def not_finite(cfg: Config, start: int, step: int, saved: list[Path], what: str)
 
 
 class _Reader:
-    """Reads the metrics of a call when it is done, at the latest while the device works on the next one."""
+    """Reads the metrics of each call: as soon as they are ready, at the latest during the next call."""
 
     def __init__(self, cfg: Config, task: Task, run: Recording, progress: Progress):
         self._cfg, self._tokens, self._run, self._progress = cfg, task.tokens_per_step, run, progress
@@ -199,7 +199,7 @@ class _Reader:
         self._counted = 0  # steps since the clock was read
 
     def begin(self) -> None:
-        """Start the clocks anew: what compiling took says nothing of the speed or the time left."""
+        """Restart the clocks, so that compile time does not count in the speed or the time left."""
         self._clock = time.monotonic()
         self._progress.begin()
 
@@ -214,24 +214,24 @@ class _Reader:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in here does not count in the speed."""
+        """Time spent in here does not count in the speed."""
         began = time.monotonic()
         yield
         self._clock += time.monotonic() - began
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """UserError if one of `values`, what was measured at `step`, is not finite."""
+        """UserError if one of `values`, measured at `step`, is not finite."""
         for name, value in values.items():
             if not math.isfinite(value):
                 raise self._diverged(step, f"the {name} is {value}")
 
     def save(self, state: TrainState, step: int, loss: float | None) -> None:
-        """Save a state that is finite: a step's loss and gradients tell nothing of what its update made."""
+        """Save the state if it is finite. A finite loss and gradient do not mean that the update was finite."""
         self.drain()
         for name, tree in (("parameters", state.params), ("optimizer's state", state.opt_state)):
             if not are_finite(tree):
                 raise self._diverged(step, f"there are nan or inf in the {name}")
-        memory.give_back()
+        memory.trim()
         self._run.save(step, {"params": state.params, "opt_state": state.opt_state}, loss)
 
     def _diverged(self, step: int, what: str) -> UserError:

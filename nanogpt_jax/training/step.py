@@ -1,6 +1,6 @@
 """The heart: state and rows in, state and metrics out.
 
-`update` says what a step is, and is pure. `make_train_step` says where it lies and how many go in a call.
+`update` is one step, and pure. `make_train_step` places it on the mesh and puts several into one call.
 """
 
 # B batch, W int32 numbers of a row (T+1 for a language model), K steps in a call
@@ -40,7 +40,7 @@ class TrainState:
 def update(
     tx: optax.GradientTransformation, gradients: Gradients, state: TrainState, rows: jax.Array, key: jax.Array | None
 ) -> tuple[TrainState, Metrics]:
-    """One step on rows [B, W]. Pure, and it asks for no device: `jax.vmap` takes it over a leading axis of states.
+    """One step on rows [B, W]. Pure and independent of devices: `jax.vmap` maps it over a leading axis of states.
 
     Metrics, [] float32: loss (nats a token, before the update), grad_norm (before clipping).
     """
@@ -56,7 +56,7 @@ def first_state(
 ) -> TrainState:
     """The state at step 0. Weights depend on the seed alone.
 
-    Or they are `given`, of which a shorter context takes the first `positions`; what is not among them stays fresh.
+    `given` weights replace them; a shorter context takes their first `positions`. Those that `given` lacks are new.
     """
     params = objective.init(jax.random.key(seed))
     if given is not None:
@@ -65,14 +65,14 @@ def first_state(
 
 
 def state_shapes(tx: optax.GradientTransformation, objective: Objective, mesh: Mesh) -> TrainState:
-    """A state of jax.ShapeDtypeStructs that say where each leaf lies on `mesh`."""
+    """A state of jax.ShapeDtypeStructs, with the sharding of each leaf on `mesh`."""
     return laid_out(mesh, jax.eval_shape(lambda: first_state(tx, objective, 0)))
 
 
 def init_state(
     cfg: Config, tx: optax.GradientTransformation, objective: Objective, mesh: Mesh, given: Params | None = None
 ) -> TrainState:
-    """`first_state`, born sharded: no device ever holds more than its part."""
+    """`first_state`, created sharded: no device ever holds more than its part."""
     layout = jax.tree.map(lambda x: x.sharding, state_shapes(tx, objective, mesh))
     born = functools.partial(first_state, tx, objective, cfg.train.seed, positions=cfg.model.block_size)
     return jax.jit(lambda given: born(given=given), out_shardings=layout)(given)
@@ -82,9 +82,9 @@ def init_state(
 class TrainStep:
     """`jitted` (state, rows [K, B, W] int32, n <= K) -> the state n steps later, and metrics of [K] float32 each.
 
-    The loop's length n is a run-time value, so one program serves a full call, the last short one and a single step,
-    and every step is computed by the same instructions wherever a run was cut: that makes resuming exact. The state is
-    donated.
+    The loop's length n is a run-time value, so one program serves full calls, the last short one and single steps.
+    Every step is computed by the same instructions, wherever a run was interrupted: that makes resuming exact. The
+    state is donated.
     """
 
     jitted: Any
@@ -95,12 +95,12 @@ class TrainStep:
 def make_train_step(
     cfg: Config, tx: optax.GradientTransformation, mesh: Mesh, objective: Objective, how: Execution
 ) -> TrainStep:
-    """`update`, where it lies on `mesh`, and how many of them go in a call."""
+    """`update`, placed on `mesh`, with how.steps_per_dispatch steps in a call."""
     K, t = how.steps_per_dispatch, cfg.train
     gradients, schedule = make_gradients(cfg, mesh, objective, how), make_schedule(cfg.optim, t.steps)
     layout = jax.tree.map(lambda x: x.sharding, state_shapes(tx, objective, mesh))
     rows_layout = shard(mesh, P(None, *BATCH))
-    dropout_key = jax.random.key(t.seed ^ 0xD409)  # apart from the key of the initial weights
+    dropout_key = jax.random.key(t.seed ^ 0xD409)  # differs from the key of the initial weights
 
     def one_step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(dropout_key, state.step) if cfg.model.dropout else None
@@ -115,7 +115,7 @@ def make_train_step(
         out_shardings=(layout, shard(mesh)),
     )
     def train_step(state: TrainState, rows: jax.Array, n: jax.Array):
-        if K == 1:  # nothing to loop over, and a loop would make a GPU ask the host whether to go on
+        if K == 1:  # no loop, in which a GPU would ask the host whether to go on
             state, metrics = one_step(state, rows[0])
             return state, jax.tree.map(lambda x: x[None], metrics)
 

@@ -1,4 +1,4 @@
-"""What training asks about a kind of model. A language model is one value of it, and a classifier another."""
+"""What training needs to know of a kind of model. The language model is one `Task`, the classifier another."""
 
 # B batch, W int32 numbers of a row
 
@@ -15,20 +15,20 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step asks: first weights, and the loss of a batch."""
+    """What a step needs: initial weights, and the loss of a batch."""
 
-    init: Callable[[jax.Array], Params]  # key -> first weights
+    init: Callable[[jax.Array], Params]  # key -> initial weights
     loss: Callable[[Params, jax.Array, jax.Array | None], jax.Array]  # params, rows [B, W], dropout key -> nats []
     row_length: int  # W
 
 
 @dataclass(frozen=True)
 class Task(Objective):
-    """What a run asks besides: batches, and how good the model is by now."""
+    """What a run needs besides: batches and evaluation."""
 
     batch: Callable[[np.ndarray], np.ndarray]  # steps [n] -> rows [n, B, W] int32
     evaluate: Callable[[Params], Scores]  # of the whole validation split
     summary: str  # the scores in words, for str.format
-    criterion: Callable[[Scores], float]  # what the best checkpoint has least of
+    criterion: Callable[[Scores], float]  # lowest for the best checkpoint
     tokens_per_step: float
-    patience: int = 0  # evaluations without a better one after which the run ends; 0: never
+    patience: int = 0  # end the run after so many evaluations without a better one; 0: never

@@ -1,1 +1,1 @@
-"""What makes a CPU's step fast, behind the names that gpt2.py, attention.py and step.py import. See README.md."""
+"""Fast kernels for CPUs. gpt2.py, attention.py and training/ import nothing but their names. See README.md."""

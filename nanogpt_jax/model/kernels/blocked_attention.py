@@ -1,14 +1,14 @@
-"""Causal attention in blocks that stay in a CPU's cache, with a backward pass of its own.
+"""Causal attention in blocks that stay in a CPU's cache, with its own backward pass.
 
     forward    S = Q·Kᵀ/√d_k    P = exp(S - m) / l    O = P·V        m, l: each row's maximum and sum of exponentials
-    backward   P = exp(S - (m + log l))               from S again: only O and m + log l are kept, never P
+    backward   P = exp(S - (m + log l))               recomputed from S: only O and m + log l are saved
                dV = Pᵀ·dO       dP = dO·Vᵀ            dS = P ∘ (dP - rowsum(dO ∘ O))
                dQ = dS·K/√d_k   dK = dSᵀ·Q/√d_k
 
 These are the gradients of softmax(QKᵀ/√d_k)V, as in FlashAttention (Dao et al. 2022, algorithm 4). Only the order is
-ours: each device takes one head of one sequence after another, and a block of queries at a time against the keys that
-they may see. So only the scores of one block are ever in memory, its products are plain ones of two matrices, and more
-than a third of them are never formed. With dropout, P is multiplied by the mask before it meets V and dO·Vᵀ.
+ours: each device takes one head after another, and one block of queries at a time with the keys that they may see. So
+only the scores of one block are in memory, every product is of two plain matrices, and blocks behind the mask are never
+computed. With dropout, P and dO·Vᵀ are multiplied by the mask.
 """
 
 # B batch, T time, H heads, D head dim; N heads at a time, M times; queries start .. end see the keys before `end`
@@ -26,14 +26,14 @@ from nanogpt_jax.model import dropout
 
 
 def block_length(T: int) -> int:
-    """Queries at a time: fewer waste less of the diagonal, but make a longer program, which takes longer to load."""
+    """Queries in a block. Smaller blocks waste less work on the diagonal, but make a longer program."""
     return 64 if T < 512 else 128 if T < 1024 else 256
 
 
 def attend(q, k, v, documents: jax.Array | None = None, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
     """q, k, v [B, T, H, D], documents [B, T] -> [B, T, H, D].
 
-    With a key, dropout at `rate` on the weights: the reference's masks.
+    With a key, dropout at `rate` on the weights, by the same masks as attention.reference.
     """
     words = None if key is None else dropout.words(key)
     return _attend(rate, q, k, v, documents, words)
@@ -67,7 +67,7 @@ def _forward(rate: float, q, k, v, documents: jax.Array | None, words: jax.Array
 def _backward(rate: float, saved, g: jax.Array):
     q, k, v, out, log_sum, documents, words = saved
     shape, scale = g.shape, g.shape[-1] ** -0.5
-    # else XLA:CPU computes all that leads to g again in each use
+    # else XLA:CPU recomputes everything that leads to g in each use
     g = _split(lax.optimization_barrier(g))
 
     def head(number, q, k, v, out, log_sum, g):
@@ -97,12 +97,12 @@ def _spans(T: int) -> list[tuple[int, int]]:
 
 
 def _row(documents: jax.Array | None, number: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
-    """[T]: the documents of the sequence that a head is of."""
+    """[T]: the documents of the sequence to which a head belongs."""
     return None if documents is None else documents[number // shape[2]]
 
 
 def _scores(q: jax.Array, k: jax.Array, start: int, end: int, documents: jax.Array | None) -> jax.Array:
-    """[end - start, end] float32; the least number there is where a query may not look."""
+    """[end - start, end] float32; the least float32 at masked positions."""
     may_look = jnp.arange(end) <= jnp.arange(start, end)[:, None]
     if documents is not None:
         may_look &= documents[:end] == documents[start:end, None]
@@ -110,7 +110,7 @@ def _scores(q: jax.Array, k: jax.Array, start: int, end: int, documents: jax.Arr
 
 
 def _drop(rate: float, words: jax.Array | None, x: jax.Array, number: jax.Array, start: int, T: int) -> jax.Array:
-    """x [t, s] of a head, its queries from `start`, with the mask that they have in the whole [B, H, T, T]."""
+    """x [t, s] of a head with dropout: rows from query `start` on, masked as in the whole [B, H, T, T]."""
     if words is None:
         return x
     first = number * jnp.uint32(T * T) + jnp.uint32(start * T)
@@ -121,18 +121,18 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-# ---- which heads go together: one on one device, where the products are then plain; else one of each device ---------
+# ---- which heads are computed together: one on one device, which makes products plain; else one of each device ------
 
 
 def _together(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Of how many sequences, and of how many of their heads: one of each part into which the mesh splits B and H."""
+    """Sequences and heads that go together, as counts: one of each part into which the mesh splits B and H."""
     mesh, (B, _, H, _) = jax.sharding.get_abstract_mesh(), shape
     ways = {axis: 1 if axis in mesh.manual_axes else size for axis, size in mesh.shape.items()}
     return math.gcd(B, ways.get("data", 1) * ways.get("fsdp", 1)), math.gcd(H, ways.get("tensor", 1))
 
 
 def _map(head: Callable[..., Any], *heads: jax.Array) -> Any:
-    """`head` of each one of [M, N, ...], N at a time."""
+    """Applies `head` to each of [M, N, ...], N at a time."""
     if heads[0].shape[1] > 1:
         return lax.map(lambda some: jax.vmap(head)(*some), heads)
     mapped = lax.map(lambda one: head(*one), tuple(x[:, 0] for x in heads))
@@ -140,7 +140,7 @@ def _map(head: Callable[..., Any], *heads: jax.Array) -> Any:
 
 
 def _numbers(shape: tuple[int, ...]) -> jax.Array:
-    """[M, N] uint32: the number of each head in [B, H]."""
+    """[M, N] uint32: the index of each head in [B, H]."""
     B, _, H, _ = shape
     return _split(jnp.arange(B * H, dtype=jnp.uint32).reshape(B, 1, H, 1))[..., 0, 0]
 

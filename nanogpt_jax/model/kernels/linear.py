@@ -1,8 +1,7 @@
 """The linear layer, with a backward pass that XLA:CPU computes well.
 
-Standard gradients; only what is saved for them, and when they run, is ours. XLA:CPU would turn dW = xᵀ·g into a
-product with a transposed copy of g, and compute everything elementwise that leads to g again inside that strided copy.
-A barrier makes each array exist once, in order.
+Standard gradients; only what is saved for them, and when they run, is ours. For dW = xᵀ·g, XLA:CPU would transpose g,
+and recompute the elementwise operations before g inside that strided copy. A barrier computes each array once.
 """
 
 # N rows, I inputs, O outputs
@@ -16,11 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-PIECES = 8  # of a matrix that is read for one row; 16 are as good on two cores, 4 are not
+PIECES = 8  # a matrix-vector product is cut into so many; on two cores 16 are as fast, 4 are slower
 
 
 def materialize(*xs: Any) -> tuple[Any, ...]:
-    """`xs`, arrays or None. On a CPU they are computed here, once, and not again in each of their uses."""
+    """`xs`, arrays or None. A CPU computes them here, once, and does not recompute them in each use."""
     return lax.platform_dependent(*xs, cpu=lambda *xs: lax.optimization_barrier(xs), default=lambda *xs: xs)
 
 
@@ -38,9 +37,9 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple, dtype: jax.typing.DTypeLik
 
 
 def transposed_copy(x: jax.Array) -> jax.Array:
-    """xᵀ for x [N, I]; on one CPU a transposed buffer, made in one piece.
+    """xᵀ for x [N, I]; on one CPU a transposed buffer, written in one pass.
 
-    XLA:CPU would transpose inside whatever uses the copy, which takes three to six times as long.
+    Else XLA:CPU would transpose inside whatever uses the copy, which is several times slower.
     """
 
     def copy(x: jax.Array) -> jax.Array:
@@ -58,15 +57,15 @@ def _forward(x: jax.Array, kernel: jax.Array):
 def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
     x, kernel = saved
     x, g = materialize(x, g)
-    # Flat: XLA:CPU has no such product with several output axes, and would transpose w for its own.
+    # Flat: for several output axes XLA:CPU has no fast product, and would transpose w.
     g, w = g.reshape(len(g), -1), kernel.reshape(len(kernel), -1).astype(g.dtype)
-    # dW is summed over N in float32, whatever the compute dtype. The narrower factor is the one that is transposed. If
-    # both are alike that is g: the head wants its dW transposed (wte), which then costs only two small copies.
+    # dW is summed over N in float32, whatever the compute dtype. Transpose the narrower factor. If both are equally
+    # wide, transpose g: the head needs dW transposed (wte), which then costs only two small copies.
     is_tall = w.shape[0] >= w.shape[1]
     narrow, wide = (g, x) if is_tall else (x, g)
     dkernel = _dot(transposed_copy(narrow), wide, ((1,), (0,)), kernel.dtype)
     if is_tall or g.dtype != kernel.dtype:
-        # If dW is transposed next, XLA:CPU would swap the factors: slower, and not there for bfloat16.
+        # Else XLA:CPU would swap the factors if dW is transposed next: slower, and unsupported for bfloat16.
         (dkernel,) = materialize(dkernel)
     dkernel = transposed_copy(dkernel) if is_tall else dkernel
     return _dot(g, w, ((1,), (1,))), dkernel.reshape(kernel.shape)
@@ -85,8 +84,8 @@ def project(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
 def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
     """`project` for few rows, as in generation: x [..., *I], kernel [*O, *I] -> [..., *O]. Forward only, in x's dtype.
 
-    W is the left factor, read row by row: if it is the right one, XLA:CPU copies all of it into another layout every
-    time. For one row it is cut into pieces, a batch of products: XLA splits one product so that a core waits.
+    W is the left factor and is read row by row. As the right factor, XLA:CPU would copy it into another layout every
+    time. For one row, W is cut into a batch of products, as XLA splits a single one unevenly over the cores.
     """
     lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
     x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)

@@ -1,4 +1,6 @@
-"""Layer norm and GELU, with backward passes that keep little: an input and two numbers a row, an input and an output.
+"""Layer norm and GELU, with backward passes that need little memory.
+
+Layer norm saves its input and two numbers a row, GELU its input and its output.
 
 Standard gradients; only what is saved for them, and when they run, is ours.
 """
@@ -23,8 +25,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Ar
 
     Computed in float32; the variance is a mean of squared distances, since E[x²] - E[x]² cancels badly.
 
-    Flat, [N, C] like the linear layers' input. The last operation takes two arrays of that size: XLA:CPU computes such
-    an operation once, and one of a single array again in each of its uses.
+    Flat, [N, C] like the linear layers' input. The last operation takes two arrays of that size, because XLA:CPU
+    computes such an operation once, but recomputes an operation on a single array in each use.
     """
     return _layer_norm(x, scale, bias)[0]
 
@@ -42,7 +44,7 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None):
 def _layer_norm_backward(saved, g: jax.Array):
     x, mean, per_std, scale, bias = saved
     x, g = materialize(x, g)
-    x, mean, per_std = lax.optimization_barrier((x, mean, per_std))  # a GPU would compute the two from x again
+    x, mean, per_std = lax.optimization_barrier((x, mean, per_std))  # else a GPU would recompute the two from x
     normed = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) - mean) * per_std
     wide = g.astype(jnp.float32).reshape(normed.shape)
     scaled = wide * scale
@@ -59,7 +61,7 @@ def gelu(x: jax.Array) -> jax.Array:
     """x/2 · (1 + tanh(u)) with u = √(2/π) (x + 0.044715 x³), of each entry: [...] -> [...] in the dtype of x.
 
     GPT-2's form of the Gaussian error linear unit (Hendrycks and Gimpel 2016), computed in float32. It is written as
-    x / (1 + e^-2u), which is equal: XLA:CPU computes a division once, and products again in each use.
+    x / (1 + e^-2u), which is equal, because XLA:CPU computes a division once, but recomputes products in each use.
     """
     wide = x.astype(jnp.float32)
     return (wide / (1 + jnp.exp(-_twice_u(wide)))).astype(x.dtype)
@@ -71,11 +73,11 @@ def _twice_u(x: jax.Array) -> jax.Array:
 
 def _gelu(x: jax.Array):
     y = gelu(x)
-    return y, (x, y if x.dtype == jnp.float32 else None)  # kept anyway, as the input of the next linear layer
+    return y, (x, y if x.dtype == jnp.float32 else None)  # in memory anyway, as the input of the next linear layer
 
 
 def _gelu_backward(saved: tuple[jax.Array, jax.Array | None], g: jax.Array):
-    """dy/dx = s + x·s·(1 - s)·2u', s = 1 / (1 + e^-2u), which is y/x; 16-bit numbers are too coarse for that."""
+    """dy/dx = s + x·s·(1 - s)·2u', s = 1 / (1 + e^-2u), which is y/x; 16-bit y is too coarse for that."""
     x, y, g = materialize(*saved, g)
     wide = x.astype(jnp.float32)
     s = jax.nn.sigmoid(_twice_u(wide)) if y is None else jnp.where(abs(wide) < 1e-9, 0.5, y / wide)
