@@ -45,9 +45,7 @@ def _extend(cfg: ModelConfig, params: gpt2.Params, tokens: jax.Array, cache: Cac
 
 
 @functools.partial(jax.jit, static_argnames="cfg", inline=True)  # traced once, not L times
-def _extend_layer(
-    cfg: ModelConfig, block: gpt2.Params, x: jax.Array, kv: tuple[jax.Array, jax.Array], length: jax.Array
-):
+def _extend_layer(cfg: ModelConfig, block: gpt2.Params, x: jax.Array, kv: KeysValues, length: jax.Array):
     return gpt2.Block(cfg).apply({"params": block}, x, kv, length)
 
 
