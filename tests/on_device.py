@@ -20,7 +20,7 @@ import numpy as np
 from nanogpt_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from nanogpt_jax.distributed.mesh import make_mesh, start
 from nanogpt_jax.inference import generate
-from nanogpt_jax.model import attention, execution, gpt2
+from nanogpt_jax.model import attention, decoding, execution, gpt2
 from nanogpt_jax.training.language_model import mean_loss, next_token
 from nanogpt_jax.training.optim import make_optimizer
 from nanogpt_jax.training.step import init_state, make_train_step
@@ -89,10 +89,10 @@ def check_model(platform: str) -> None:
             ours = jax.jit(jax.grad(functools.partial(mean_loss, cfg)))(params, tokens)
             report(f"{name}: gradients", error(ours, gradient), 3 * most)
             for B in 1, 2:
-                laid, cache = generate.for_decoding(cfg, params), gpt2.init_cache(cfg, B, MODEL.block_size)
+                laid, cache = generate.for_decoding(cfg, params), decoding.init_cache(cfg, B, MODEL.block_size)
                 rows, lengths = np.arange(B), np.array([100, 120][:B], np.int32)
-                _, cache = jax.jit(functools.partial(gpt2.prefill, cfg))(laid, tokens[:B, :120], lengths, cache)
-                after, _ = jax.jit(functools.partial(gpt2.decode_step, cfg))(laid, tokens[rows, lengths], cache)
+                _, cache = jax.jit(functools.partial(decoding.prefill, cfg))(laid, tokens[:B, :120], lengths, cache)
+                after, _ = jax.jit(functools.partial(decoding.decode_step, cfg))(laid, tokens[rows, lengths], cache)
                 report(f"{name}: decoding {B}", error(after[:, : MODEL.vocab_size], expected[rows, lengths]), most)
 
 

@@ -756,7 +756,7 @@ def test_wrong_files(here, name, content, message):
 WRONG_COMMANDS = [
     ("misspelt", "trian", "classify trian is none of train, eval, predict\n       did you mean train?"),
     ("no such source", "train --data.source gone.csv", "cannot read data.source=gone.csv: No such file"),
-    ("no such data set", "train --data.source hf:nobody/nothing", "cannot read data.source=hf:nobody/nothing (data.split=train)"),
+    ("no such data set", "train --data.source hf:nobody/nothing", "data.source=hf:nobody/nothing (data.split=train) cannot be opened"),
     ("unknown setting", "train --clasify.freeze true", "unknown setting clasify.freeze (command line)\n       did you mean classify.freeze?"),
     ("a setting of train.py", "train --data.dir x", "unknown setting data.dir (command line)"),
     ("not a choice", "train --classify.class-weights balance", "not one of none, balanced"),

@@ -24,7 +24,7 @@ from nanogpt_jax.data.tokenizer import CharTokenizer, Tokenizer
 from nanogpt_jax.inference import generate, native, sampler
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.inference.sampler import generate_text
-from nanogpt_jax.model import execution, gpt2
+from nanogpt_jax.model import decoding, execution, gpt2
 
 quick = settings(max_examples=30, deadline=None)
 LETTERS = CharTokenizer.make("\n abcdefghijklmnopqrstuvwxyz")
@@ -78,9 +78,9 @@ def test_cached_decode_equals_the_full_forward_at_every_position(params, B):
     lengths = np.array([1, 5, 11][:B], np.int32)
     apart = generate.for_decoding(CFG, params)
     prompts = np.where(np.arange(12) < lengths[:, None], tokens[:, :12], 3)  # whatever stands in the padding
-    prefill = jax.jit(gpt2.prefill, static_argnums=0)
-    logits, cache = prefill(CFG, apart, prompts, lengths, gpt2.init_cache(CFG, B, CFG.block_size))
-    step = jax.jit(gpt2.decode_step, static_argnums=0)
+    prefill = jax.jit(decoding.prefill, static_argnums=0)
+    logits, cache = prefill(CFG, apart, prompts, lengths, decoding.init_cache(CFG, B, CFG.block_size))
+    step = jax.jit(decoding.decode_step, static_argnums=0)
     for _ in range(CFG.block_size):
         at = np.asarray(cache.length) - 1
         for b in np.flatnonzero(at < CFG.block_size):  # shorter rows go on when the longest is full
@@ -94,9 +94,9 @@ def test_python_looks_through_a_layer_once(params, monkeypatch):
     seen = []
     plain = gpt2.attention.cached
     monkeypatch.setattr(gpt2.attention, "cached", lambda q, *rest: seen.append(q.shape) or plain(q, *rest))
-    cache = gpt2.init_cache(CFG, 7, CFG.block_size)  # 7 texts in no other test: traces are kept
+    cache = decoding.init_cache(CFG, 7, CFG.block_size)  # 7 texts in no other test: traces are kept
     apart, tokens = generate.for_decoding(CFG, params), np.zeros(7, np.int32)
-    jax.jit(gpt2.decode_step, static_argnums=0).lower(CFG, apart, tokens, cache)
+    jax.jit(decoding.decode_step, static_argnums=0).lower(CFG, apart, tokens, cache)
     assert seen == [(14, 1, 8)]
 
 
@@ -146,7 +146,9 @@ def test_after_a_slide_the_logits_are_those_of_the_rows_own_window(params, monke
     windows, prefill = [], generate.prefill
 
     def recorded(cfg, rules, apart, tokens, lengths, *rest, **more):
-        logits, _ = gpt2.prefill(cfg, apart, tokens, lengths, gpt2.init_cache(cfg, len(tokens), more["cache_length"]))
+        logits, _ = decoding.prefill(
+            cfg, apart, tokens, lengths, decoding.init_cache(cfg, len(tokens), more["cache_length"])
+        )
         windows.append([(row[:n].tolist(), np.asarray(x)) for row, n, x in zip(tokens, lengths, logits, strict=True)])
         return prefill(cfg, rules, apart, tokens, lengths, *rest, **more)
 
@@ -364,11 +366,11 @@ def test_end_of_text_ends_a_row_and_the_last_row_ends_the_work(gpt2_tokenizer, m
 in_c = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: every step is XLA's here")
 
 
-def cache_of(cfg: ModelConfig, lengths: np.ndarray, S: int) -> gpt2.Cache:
+def cache_of(cfg: ModelConfig, lengths: np.ndarray, S: int) -> decoding.Cache:
     rng = np.random.default_rng(1)
     shape = (len(lengths) * cfg.n_head, S, cfg.head_dim)
     k, v = ([jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(cfg.n_layer)] for _ in "kv")
-    return gpt2.Cache(k, v, jnp.asarray(lengths))
+    return decoding.Cache(k, v, jnp.asarray(lengths))
 
 
 @in_c
@@ -388,7 +390,7 @@ def test_the_step_in_c_is_the_models(data, heads, S, vocab_size, bias):
     assert native.takes(cfg, len(lengths))
     params, cache = generate.for_decoding(cfg, random_params(cfg)), cache_of(cfg, lengths, S)
     token = np.arange(len(lengths), dtype=np.int32) % vocab_size
-    expected = jax.jit(gpt2.decode_step, static_argnums=0)(cfg, params, token, cache)
+    expected = jax.jit(decoding.decode_step, static_argnums=0)(cfg, params, token, cache)
     ours = jax.jit(native.decode_step, static_argnums=0)(cfg, params, token, cache)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1, H * D / 16), rtol=1e-5)
@@ -417,7 +419,7 @@ def test_threads_share_a_step_after_they_slept_and_beside_a_model_that_needs_one
     steps = []
     for cfg in (WIDE, CFG, WIDE):
         params, cache = generate.for_decoding(cfg, random_params(cfg)), cache_of(cfg, lengths, 16)
-        expected, step = (jax.jit(f.decode_step, static_argnums=0) for f in (gpt2, native))
+        expected, step = (jax.jit(f.decode_step, static_argnums=0) for f in (decoding, native))
         for _ in range(10):
             time.sleep(0.003)  # a helper falls asleep after one millisecond
             steps.append((step(cfg, params, lengths, cache)[0], expected(cfg, params, lengths, cache)[0]))

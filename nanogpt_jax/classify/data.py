@@ -25,11 +25,11 @@ import numpy as np
 from nanogpt_jax.classify.rows import Example, Label, Rows, contradictions, label_notes, labels_of, plain
 from nanogpt_jax.classify.settings import ClassifierConfig, LabelledConfig
 from nanogpt_jax.config import UserError, suggestion
-from nanogpt_jax.data import batches, records, tables, text_file, tokenizer
+from nanogpt_jax.data import batches, hub, records, tables, text_file, tokenizer
 from nanogpt_jax.data.shell import Source
 from nanogpt_jax.data.tables import Row
 from nanogpt_jax.data.tokenizer import Tokenizer
-from nanogpt_jax.host.messages import first_line, listed, printable
+from nanogpt_jax.host.messages import listed, printable
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,12 @@ def _name_of(names: list[str] | None, label: Any) -> Any:
 
 
 def _datasets(what: str, source: str, split: str, labels: str) -> tuple[Iterator[Row], Callable[[Any], Any]]:
-    """A data set by name, through Hugging Face's library, which downloads it if necessary."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it raises whatever it would print
+    """A data set by name, downloaded if necessary."""
     name, _, config = source.removeprefix("hf:").partition(":")
-    try:
-        data = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, RuntimeError, LookupError, DatasetsError) as e:
-        raise UserError(f"cannot read {what} (data.split={split}): {first_line(e, 300)}") from None
-    feature = data.features.get(labels)  # pyright: ignore
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    return enumerate(data, start=1), functools.partial(_name_of, names)  # pyright: ignore
+    what = f"{what} (data.split={split})"
+    data = hub.open_dataset(what, name, config, split=split, instead="a local .jsonl, .csv or .parquet file")
+    names = getattr(data.features.get(labels), "names", None)  # of a ClassLabel
+    return enumerate(data, start=1), functools.partial(_name_of, names)
 
 
 def _column(what: str, line: int, record: dict[str, Any], setting: str, name: str) -> Any:

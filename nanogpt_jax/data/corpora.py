@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanogpt_jax.config import UserError, quoted, suggestion
-from nanogpt_jax.data import records, tables, text_file
+from nanogpt_jax.data import hub, records, tables, text_file
 from nanogpt_jax.data.text_file import OnProgress
-from nanogpt_jax.host import files, messages
+from nanogpt_jax.host import files
 
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -37,10 +37,6 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 SMALL = 64 << 20  # bytes; smaller files are identified by content, larger ones take too long to read at each start
 
 Block = tuple[str, bool]  # text, and whether a document ends after it
-
-
-class SourceFailed(UserError):
-    """The source has become unreachable; what was read so far is valid."""
 
 
 @dataclass(frozen=True)
@@ -285,40 +281,15 @@ def from_hub(source: str, field: str) -> Corpus:
             if rows:
                 on_progress(number / rows)
 
-    local = [(str(f), s.st_size, s.st_mtime_ns) for f in sorted(Path(name).rglob("*")) if (s := f.stat())]
+    local = [(str(f), s.st_size, s.st_mtime_ns) for f in sorted(Path(name).rglob("*")) if (s := f.lstat())]
     identity = sha256_of_json(["hf", name, config, field, local])
     return Corpus(_safe(Path(name).name), identity, {"source": source, "field": field}, True, blocks)
 
 
 def _open_stream(source: str, name: str, config: str) -> tuple[Any, int | None]:
-    """The rows of the split "train", and their number if known. Asks the hub first, for at most 10 s: without a
-    network, `datasets` itself would try for half a minute."""
-    import datasets
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    revision = None
-    if Path(name).is_dir():
-        name = str(Path(name).resolve())  # else `datasets` takes a folder called json for the format
-    else:
-        try:
-            revision = huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
-        except OfflineModeIsEnabled:
-            pass  # `datasets` may have it in its cache
-        except (HfHubHTTPError, huggingface_hub.errors.HFValidationError) as e:
-            reason = messages.first_line(e, 300)
-            raise UserError(f"data.source={source} is not a data set that the hub offers: {reason}") from None
-        except Exception as e:  # the HTTP library's own
-            raise SourceFailed(
-                f"data.source={source} cannot be reached: {type(e).__name__}: {e}\n"
-                "       connect to the network, or give local .parquet or .jsonl files"
-            ) from None
-    try:
-        stream = datasets.load_dataset(name, config or None, split="train", streaming=True, revision=revision)
-    except Exception as e:  # from the libraries of the file formats
-        text = " ".join(str(e).split())
-        raise UserError(f"data.source={source} cannot be opened: {text[:500]}") from None
-    assert isinstance(stream, datasets.IterableDataset)
+    """The rows of the split "train", and how many they are if that is known."""
+    files = "local .parquet or .jsonl files"
+    stream = hub.open_dataset(f"data.source={source}", name, config, split="train", streaming=True, instead=files)
     split = (stream.info.splits or {}).get("train")
     return stream, split.num_examples if split else None
 
@@ -331,7 +302,7 @@ def _reachable(source: str, stream: Any) -> Iterator[dict[str, Any]]:
         except StopIteration:
             return
         except Exception as e:  # the network's or a file's, from many libraries
-            raise SourceFailed(
+            raise hub.SourceFailed(
                 f"data.source={source} broke off: {type(e).__name__}: {' '.join(str(e).split())[:500]}"
             ) from e
         yield row

@@ -29,7 +29,7 @@ import filelock
 import numpy as np
 
 from nanogpt_jax.config import DataConfig, UserError
-from nanogpt_jax.data import corpora, text_file, tokenizer
+from nanogpt_jax.data import corpora, hub, text_file, tokenizer
 from nanogpt_jax.data.batches import Mixture
 from nanogpt_jax.data.corpora import Block, Corpus, OnProgress, sha256_of_json
 from nanogpt_jax.data.tokenizer import Tokenizer
@@ -189,7 +189,7 @@ def _cleaned_up(partial: Path, lock: Path) -> Iterator[None]:
         yield
     except BaseException as e:
         n = len(list(partial.glob("*.shard")))
-        if n == 0 or (isinstance(e, UserError) and not isinstance(e, corpora.SourceFailed)):
+        if n == 0 or (isinstance(e, UserError) and not isinstance(e, hub.SourceFailed)):
             shutil.rmtree(partial, ignore_errors=True)
             lock.unlink(missing_ok=True)
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_jax.config import UserError
-from nanogpt_jax.data import records
+from nanogpt_jax.data import hub, records
 from nanogpt_jax.evaluation.likelihood import Model, encode_pair, log_likelihoods
 from nanogpt_jax.evaluation.loss import Track, silent
 
@@ -131,22 +131,13 @@ def _file_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
     name, config, split, *more = (*source.removeprefix("hf:").split(":"), "", "")
     if not name or any(more):
         raise UserError(f"{source} must have the form hf:NAME[:CONFIG[:SPLIT]]")
-    try:
-        found = datasets.load_dataset(name, config or None)
-    except Exception as e:  # from the libraries of the hub and the file formats
-        raise UserError(
-            f"{source} cannot be opened: {' '.join(str(e).split())[:300]}\n"
-            "       connect to the network, or give a local .jsonl file"
-        ) from None
-    assert isinstance(found, datasets.DatasetDict)
+    found = hub.open_dataset(source, name, config, instead="a local .jsonl file")
     splits = [split] if split else ["validation", "test", "train"]
     taken = next((s for s in splits if s in found), None)
     if taken is None:
         raise UserError(f"{source}: no split {split}; it has {', '.join(map(str, found))}")
     for number, row in enumerate(found[taken], start=1):
-        yield f"{source} ({taken}), row {number}", dict(row)  # pyright: ignore
+        yield f"{source} ({taken}), row {number}", dict(row)

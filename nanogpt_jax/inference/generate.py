@@ -16,7 +16,7 @@ from jax import lax
 
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.inference import native
-from nanogpt_jax.model import gpt2
+from nanogpt_jax.model import decoding, gpt2
 
 # axes of a kernel's inputs
 KERNEL_INPUTS = {"c_attn": 1, "attn/c_proj": 2, "c_fc": 1, "mlp/c_proj": 1}
@@ -78,7 +78,7 @@ class State(NamedTuple):
     """The state of generation between two calls."""
 
     token: jax.Array  # [B] int32, the token chosen last; not in the cache yet
-    cache: gpt2.Cache
+    cache: decoding.Cache
     seen: jax.Array | None  # [B, V] bool, with a repetition penalty
 
 
@@ -109,8 +109,8 @@ def prefill(cfg: ModelConfig, rules: Rules, params, tokens, lengths, seen, seed,
 
     `count`: tokens that the rows have generated before; `cache_length` >= P: positions to allocate in the cache.
     """
-    cache = gpt2.init_cache(cfg, len(tokens), cache_length)
-    logits, cache = gpt2.prefill(cfg, params, tokens, lengths, cache)
+    cache = decoding.init_cache(cfg, len(tokens), cache_length)
+    logits, cache = decoding.prefill(cfg, params, tokens, lengths, cache)
     state = _next(rules, logits, cache, seen, row_keys(seed, len(tokens)), count)
     return state.token[:, None], state
 
@@ -128,7 +128,7 @@ def decode(cfg: ModelConfig, rules: Rules, params, state: State, seed, count, st
         state = _next(rules, logits, cache, state.seen, keys, count + i)
         return state, tokens.at[:, i].set(state.token)
 
-    decode_step = native.decode_step if native.takes(cfg, len(state.token)) else gpt2.decode_step
+    decode_step = native.decode_step if native.takes(cfg, len(state.token)) else decoding.decode_step
     keys = row_keys(seed, len(state.token))
     tokens = jnp.zeros((len(keys), chunk), jnp.int32)
     state, tokens = lax.fori_loop(0, steps, step, (state, tokens))

@@ -2,8 +2,8 @@
 
 For a few texts, such a step does little more than read every weight once. XLA:CPU runs many products and small programs
 one after the other; here, each core reads its own share of all weights, with few barriers. JAX's foreign function
-interface calls it inside jitted programs. Up to rounding it equals gpt2.decode_step, which runs everywhere else, except
-for rows that have overrun their cache: those write garbage to another place.
+interface calls it inside jitted programs. Up to rounding it equals decoding.decode_step, which runs everywhere else,
+except for rows that have overrun their cache: those write garbage to another place.
 """
 
 # B batch, C channels, V padded vocabulary
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.host import files, runtime
-from nanogpt_jax.model import gpt2
+from nanogpt_jax.model import decoding, gpt2
 from nanogpt_jax.model.execution import NATIVE_TEXTS
 from nanogpt_jax.model.losses import without_padding
 
@@ -43,8 +43,8 @@ def takes(cfg: ModelConfig, B: int) -> bool:
     return cfg.decode == "native" and fits and _registered()
 
 
-def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: gpt2.Cache):
-    """gpt2.decode_step of B <= NATIVE_TEXTS texts: token [B] int32 -> logits [B, V] float32 and the extended cache."""
+def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: decoding.Cache):
+    """decoding.decode_step of B <= NATIVE_TEXTS texts: token [B] int32 -> logits [B, V] float32, the extended cache."""
     x = gpt2.embed(cfg, params, token[:, None], cache.length[:, None])[:, 0]
     C = x.shape[1]
 
@@ -67,7 +67,7 @@ def decode_step(cfg: ModelConfig, params: gpt2.Params, token: jax.Array, cache: 
         arrays += [*norm(block["ln_2"]), *linear(mlp["c_fc"], 4 * C), *linear(mlp["c_proj"], C)]
     assert all(array.dtype == jnp.float32 for array in arrays if array is not cache.length), "it reads float32 alone"
     logits, *kv = jax.ffi.ffi_call(NAME, results, input_output_aliases=written)(*arrays)
-    return without_padding(logits, cfg.vocab_size), gpt2.Cache(kv[::2], kv[1::2], cache.length + 1)
+    return without_padding(logits, cfg.vocab_size), decoding.Cache(kv[::2], kv[1::2], cache.length + 1)
 
 
 def _registered() -> bool:

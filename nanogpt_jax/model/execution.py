@@ -23,6 +23,7 @@ HALVED_BELOW = 400e9  # FLOPs of a step. Above, single products keep two cores b
 RECOMPILE_AFTER, RECOMPILE_LEFT = 10, 60  # least seconds that have passed, and that remain: compiling takes 3 to 25
 RECOMPILE_TEMPORARY = 2**30  # bytes of a step's temporary memory; above, recompiling gains 1 %
 RECOMPILE_COST = 8  # bytes of memory per (line of the program)²: 6.2 to 8.5 for 6,000 to 31,000 lines
+RECOMPILE_TOLD = 1e9  # bytes from which that memory is told before it is taken
 RECOMPILE_SHARE = 1 / 3  # share of the free memory that compiling may take
 NATIVE_TEXTS = 15  # most texts at once in the C step. With more, arithmetic dominates, and XLA is as fast
 NATIVE_FROM = 4_000_000  # parameters. The C step is 0.8 to 1.0 times as fast at 0.8 million, 1.9 at 10.7, 1.4 at 124

@@ -9,15 +9,14 @@ The parameters are one nested dict, named as OpenAI named them, with the layers 
     h.mlp.c_fc      {kernel [L, C, 4C],      bias [L, 4C]}
     h.mlp.c_proj    {kernel [L, 4C, C],      bias [L, C]}
 
-V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). `prefill` and `decode_step` take
-the same weights in the layout for generation: `inference.generate.for_decoding(params)`.
+V' is the vocabulary padded to a multiple of 128. The output head is wte again (tied). Generation
+uses the same blocks with a cache: decoding.py.
 """
 
 # B batch, T time, C channels (n_embd), H heads, D head dim, V vocab, L layers, S cache length
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -202,57 +201,3 @@ def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key:
     assert cfg.block_size >= T, f"{T} tokens do not fit into a context of {cfg.block_size}"
     x = hidden(cfg, params, tokens, dropout_key)
     return head(cfg, params, x.reshape(B * T, cfg.n_embd)).reshape(B, T, -1)
-
-
-# ---- generation: the same blocks, with a cache ----------------------------------------------------------------------
-
-
-class Cache(NamedTuple):
-    """Keys and values of the positions seen so far."""
-
-    k: list[jax.Array]  # L arrays [B·H, S, D], the layout of attention.cached
-    v: list[jax.Array]
-    length: jax.Array  # [B] int32, filled positions in each row
-
-
-def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:
-    """An empty cache for `length` positions, at most block_size."""
-    shape = (batch_size * cfg.n_head, length, cfg.head_dim)
-    empty = [jnp.zeros(shape, cfg.dtype) for _ in range(cfg.n_layer)]
-    return Cache(empty, list(empty), jnp.zeros(batch_size, jnp.int32))
-
-
-def _extend(cfg: ModelConfig, params: Params, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """tokens [B, T] that follow the cached ones -> vectors [B, T, C], and the cache with T more positions a row."""
-    T = tokens.shape[1]
-    x = embed(cfg, params, tokens, cache.length[:, None] + jnp.arange(T))
-    keys, values = [], []
-    for block, k, v in zip(params["h"], cache.k, cache.v, strict=True):
-        x, (k, v) = _extend_layer(cfg, block, x, (k, v), cache.length)
-        keys.append(k)
-        values.append(v)
-    return x, Cache(keys, values, cache.length + T)
-
-
-@functools.partial(jax.jit, static_argnames="cfg", inline=True)  # traced once, not L times
-def _extend_layer(cfg: ModelConfig, block: Params, x: jax.Array, kv: tuple[jax.Array, jax.Array], length: jax.Array):
-    return Block(cfg).apply({"params": block}, x, kv, length)
-
-
-def prefill(cfg: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache):
-    """Prompts [B, P] int32 of `lengths` [B], padded on the right -> logits [B, V'] after each prompt, and the cache.
-
-    Padding writes into the cache beyond a row's length; no query looks there before it is overwritten.
-    """
-    x, cache = _extend(cfg, params, tokens, cache._replace(length=jnp.zeros_like(lengths)))
-    last = x[jnp.arange(len(tokens)), lengths - 1]
-    return head(cfg, params, last, decoding=True), cache._replace(length=lengths)
-
-
-def decode_step(cfg: ModelConfig, params: Params, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The model on one more token a row: token [B] int32 -> logits [B, V'] float32 and the extended cache.
-
-    Equals forward(...)[:, -1] on the whole prefix (tests/test_generate.py).
-    """
-    x, cache = _extend(cfg, params, token[:, None], cache)
-    return head(cfg, params, x[:, 0], decoding=True), cache

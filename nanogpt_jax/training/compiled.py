@@ -43,6 +43,7 @@ class CompiledStep:
             pass
         self._program: Any = compiling.result() if compiling.done() else None
         self._second: Future[Any] | None = None
+        self._price = 0  # bytes that compiling it takes, until that was told
         device, *others = jax.tree.leaves(state)[0].devices()
         self._is_one_cpu = device.platform == "cpu" and not others
         self._can_improve = step.how.recompile and self._is_one_cpu
@@ -73,6 +74,16 @@ class CompiledStep:
                 wait([self._second])
                 self.renew()
 
+    def news(self) -> str:
+        """What a person should know by now: that the second program is being compiled, or takes over. Else ""."""
+        if self._price > execution.RECOMPILE_TOLD:
+            gigabytes, self._price = self._price / 1e9, 0
+            return (
+                f"a faster program of the step is being compiled, in about {gigabytes:.1f} GB of memory; "
+                "train.recompile=off does without"
+            )
+        return "a second, faster program of the step takes over" if self.renew() else ""
+
     def renew(self) -> bool:
         """Switch to the second program if it is compiled by now -> whether it switched."""
         if not self._second or not self._second.done():
@@ -89,6 +100,7 @@ class CompiledStep:
         too_much = cost > memory.free() * execution.RECOMPILE_SHARE
         if self.temporary_memory > execution.RECOMPILE_TEMPORARY or too_much:
             return None
+        self._price = cost
         warnings.filterwarnings("ignore", r"(?s)Error writing persistent compilation cache.*Multiple temp buffer")
         return self._lowered.compile(compiler_options={"xla_multiheap_size_constraint_per_heap": 1})  # bytes
 

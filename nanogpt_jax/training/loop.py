@@ -100,8 +100,8 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
                 if note := _large(cfg, program):
                     progress.note(note)
                 reader.begin()
-            if program.renew():
-                progress.note(f"step {at}: a second, faster program of the step takes over")
+            if news := program.news():
+                progress.note(f"step {at}: {news}")
             state, metrics = program(state, rows, np.int32(n))
             reader.add(first, n, metrics)
             at = first + n
