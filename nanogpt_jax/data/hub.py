@@ -1,4 +1,4 @@
-"""Data sets by name, `hf:NAME`: of the Hugging Face hub, or a folder on this machine. The one way they are opened."""
+"""Opens data sets by name, `hf:NAME`: of the Hugging Face hub, or a local folder."""
 
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ class SourceFailed(UserError):
 def open_dataset(
     what: str, name: str, config: str = "", *, split: str | None = None, streaming: bool = False, instead: str
 ) -> Any:
-    """What `datasets.load_dataset` gives. `what` names it in an error, and `instead` says which local files would do.
+    """The result of `datasets.load_dataset`. Errors name the data set `what`, and `instead`, local files that would do.
 
-    Asks the hub once, for 10 s at most: `datasets` alone would try for half a minute without a network. It runs no code
-    of others. SourceFailed if the hub cannot be reached, else UserError.
+    Asks the hub first, for at most 10 s: without a network, `datasets` itself would try for half a minute. Runs no code
+    of others. SourceFailed if the hub cannot be reached, UserError for everything else.
     """
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would print, it raises too
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it raises whatever it would print
     advice = f"connect to the network, or give {instead}"
     revision = None
     if Path(name).is_dir():

@@ -1,6 +1,6 @@
 """Generation with GPT-2: the blocks of gpt2.py with a cache of keys and values, as pure functions.
 
-`params` are in the layout of generation, `inference.generate.for_decoding(params)`.
+`params` are in the layout for generation: `inference.generate.for_decoding(params)`.
 """
 
 # B batch, T time, C channels, H heads, D head dim, V' padded vocabulary, P padded prompt length, S cache length

@@ -43,7 +43,7 @@ class CompiledStep:
             pass
         self._program: Any = compiling.result() if compiling.done() else None
         self._second: Future[Any] | None = None
-        self._price = 0  # bytes that compiling it takes, until that was told
+        self._price = 0  # bytes that compiling it takes; 0 once announced
         device, *others = jax.tree.leaves(state)[0].devices()
         self._is_one_cpu = device.platform == "cpu" and not others
         self._can_improve = step.how.recompile and self._is_one_cpu
@@ -75,7 +75,7 @@ class CompiledStep:
                 self.renew()
 
     def news(self) -> str:
-        """What a person should know by now: that the second program is being compiled, or takes over. Else ""."""
+        """A message if the second program has begun to compile or takes over; else "". Switches to it."""
         if self._price > execution.RECOMPILE_TOLD:
             gigabytes, self._price = self._price / 1e9, 0
             return (
