@@ -75,7 +75,7 @@ class CompiledStep:
                 self.renew()
 
     def news(self) -> str:
-        """A message if the second program has begun to compile or takes over; else "". Switches to it."""
+        """Switch to the second program if it is compiled -> a message if that or its compilation is new, else ""."""
         if self._price > execution.RECOMPILE_TOLD:
             gigabytes, self._price = self._price / 1e9, 0
             return (
