@@ -893,7 +893,7 @@ def test_help_names_every_setting(capsys):
     assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", page), "a setting without a comment"
     told = " ".join(page.split())
     assert "the column with the label: a string or a whole number (default: label)" in told  # its own
-    assert "evaluations on the validation texts; 0: once an epoch (default: 0)" in told  # another than a language model's
+    assert "evaluations on the validation texts; 0: once an epoch (default: 0)" in told  # not a language model's
     assert "the dropout (default: 1337)" in told  # the same
     page = page.replace("-", "_")
     assert all(key in page for key in types_of(ClassifierConfig))
