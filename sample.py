@@ -1,6 +1,6 @@
 """Write text with a trained model: `python sample.py [RUN] [--prompt TEXT] [--FLAG VALUE ...]`, see `--help`.
 
-Text goes to stdout as it comes, notes and errors to stderr.
+Text goes to stdout while it is generated, notes and errors to stderr.
 """
 
 import sys
@@ -23,14 +23,14 @@ def main(argv: list[str]) -> int:
     cfg, tokenizer = run.cfg, run.tokenizer
     if prompt is None:  # a char model begins an empty prompt with end-of-text or a newline, if its vocabulary has one
         prompt = "" if tokenizer.name == "char" else "\n"
-    n, context = len(tokenizer.encode(prompt)), cfg.model.block_size  # encode: words that the vocabulary lacks
+    n, context = len(tokenizer.encode(prompt)), cfg.model.block_size  # UserError if the vocabulary lacks a character
     if n > context:
         print(f"note: of the prompt's {n} tokens the model sees the last {context}, its context", file=sys.stderr)
 
     if asked.num_samples > 1 and asked.temperature == 0:
         print("note: at temperature 0 all samples are alike", file=sys.stderr)
 
-    from nanogpt_jax.distributed.mesh import start  # jax takes seconds, so only now
+    from nanogpt_jax.distributed.mesh import start  # importing jax takes seconds
     from nanogpt_jax.inference.generate import Rules
     from nanogpt_jax.inference.sampler import generate_text
 

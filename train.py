@@ -1,6 +1,6 @@
 """Train a GPT-2: `python train.py [CONFIG.toml] [--SECTION.NAME VALUE ...]`, see `--help`.
 
-The whole run, top to bottom. The same command again goes on where the run stopped.
+The whole run, top to bottom. The same command again resumes the run.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         print(run_dir.describe(command))
         return 0
     with (
-        run_dir.claim(command) as run,  # locked: nobody else writes here
+        run_dir.claim(command) as run,  # locked, so that nobody else writes here
         nullcontext(open_data(command.cfg.data)) as data,  # prepared on first use; Ctrl-C ends that at once
         stop_on_signals(lambda: run_dir.standing(run, argv)) as stop,
     ):
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def train(cfg, directory, data, stop):
-    """Settings to a trained model in the run directory -> how it ended, and a sample of its text."""
+    """Train in the run directory -> how the run ended, and a sample of its text."""
     from nanogpt_jax.distributed.mesh import make_mesh, start
     from nanogpt_jax.inference.sampler import opening_and_continuation
     from nanogpt_jax.model import execution, gpt2
@@ -59,14 +59,14 @@ def train(cfg, directory, data, stop):
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
 
-    platform, mesh = start(), make_mesh(cfg.mesh)  # JAX's devices: it takes seconds, so only now
-    how = execution.choose(cfg, platform, mesh.size)  # how it runs here: decided once
+    platform, mesh = start(), make_mesh(cfg.mesh)  # starts JAX's devices, which takes seconds
+    how = execution.choose(cfg, platform, mesh.size)  # how it runs on this machine
     cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
     task = language_model(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = start_state(cfg, tx, task, mesh, run)  # born sharded, or the newest whole checkpoint
+        state = start_state(cfg, tx, task, mesh, run)  # new, or the newest complete checkpoint
         print(headline(cfg, directory, data, mesh, run.step), flush=True)
         outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:

@@ -1,4 +1,4 @@
-"""The bench, in processes of its own as a person starts it, and how the cost of a token grows."""
+"""The bench, run as a command in its own processes, and the cost of a token as a model grows."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def test_the_bench_measures_and_writes_what_it_shows(work, rounds, flags, tmp_pa
     assert len(result["rounds"]) == rounds
     assert result["tokens_per_second"] == sorted(result["rounds"])[rounds // 2] > 0
     assert f"{result['tokens_per_second']:,.1f}" in done.stdout
-    assert ("one round alone" in done.stdout) == (rounds == 1)
+    assert ("a single round" in done.stdout) == (rounds == 1)
     assert result["times_as_fast"] == 1
     assert result["first_step_seconds"] > 0
     assert result["peak_memory_bytes"] > 10e6
@@ -101,7 +101,7 @@ def test_the_exponent_of_a_power_law_is_found():
     ("flags", "message"),
     [
         ("--picturs x", "did you mean --picture?"),
-        ("foo", "foo is no flag"),
+        ("foo", "foo is not a flag"),
         ("--model.n-head 0", "model.n_head=0 must be at least 1"),
         ("--json nowhere/x.json", "--json=nowhere/x.json: there is no directory nowhere"),
         ("--picture nowhere/x.svg", "--picture=nowhere/x.svg: there is no directory nowhere"),

@@ -625,7 +625,7 @@ def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_and_ends_early_as_the_whole_one(at, monkeypatch, capsys):
-    """With a rate that ruins the model: what is best comes soon, and two evaluations later the run ends."""
+    """A learning rate that ruins the model: the best checkpoint comes early, and the run ends two evaluations later."""
     flags = "--optim.learning-rate 30 --optim.schedule constant --classify.epochs 9 --classify.patience 2".split()
     flags += "--classify.monitor macro-f1 --train.eval-every 5 --train.save-every 3".split()
     flags += "--model.dropout 0.1 --classify.class-weights balanced".split()
@@ -761,14 +761,14 @@ WRONG_COMMANDS = [
     ("a setting of train.py", "train --data.dir x", "unknown setting data.dir (command line)"),
     ("not a choice", "train --classify.class-weights balance", "not one of none, balanced"),
     ("nothing to train on", "train --data.test-fraction 0.9", "data.test_fraction=0.9 and data.val_fraction=0.1 leave no training texts"),
-    ("frozen noise", "train --classify.freeze true", "classify.freeze=True would train a head on weights that nobody has trained"),
+    ("frozen noise", "train --classify.freeze true", "classify.freeze=True would train a head on untrained weights"),
     ("another number of labels", "train --data.source a.jsonl --classify.n-labels 5 --run-dir new", "classify.n_labels=5 (command line), but the data has 2 labels"),
     ("another size than its beginning", "train --train.init-from runs/lm --model.n-embd 64", "model.n_embd=64 (command line), but train.init_from=runs/lm (command line) has model.n_embd=16"),
     ("another tokenizer than its beginning", "train --train.init-from runs/lm --data.tokenizer gpt2", "data.tokenizer=gpt2 (command line) is another tokenizer than that of train.init_from=runs/lm"),
     ("a longer context than its beginning", "train --train.init-from runs/lm --model.block-size 64", "model.block_size=64 (command line), but train.init_from=runs/lm (command line) has model.block_size=48"),
     ("a beginning without weights", "train --train.init-from runs/none", "train.init_from=runs/none has no checkpoint yet"),
     ("a classifier as a beginning", "train --train.init-from runs/c", "runs/c is a classifier, not a language model"),
-    ("nowhere to begin", "train --train.init-from gone", "train.init_from=gone is no run directory"),
+    ("nowhere to begin", "train --train.init-from gone", "train.init_from=gone is not a run directory"),
     ("a language model's directory", "train --data.source a.jsonl --run-dir runs/lm", "runs/lm is a language model, not a classifier"),
     ("eval of nothing", "eval", "classify eval needs the directory of a run"),
     ("eval of a language model", "eval runs/lm", "runs/lm is a language model, not a classifier"),
@@ -855,7 +855,7 @@ def test_a_classifier_is_no_language_model(at, capsys, clean_env):
 
 
 def test_prose_and_code_are_told_apart():
-    """Real text that every machine has: a small model learns in seconds what is Python and what speaks about it."""
+    """Real text that every machine has: a small model learns in seconds to separate Python from prose about it."""
     cfg = config.merge(
         ClassifierConfig(),
         {

@@ -144,7 +144,7 @@ WRONG_DATA = [
     ("documents without a token between them", "--data.source text.txt --model.separate-documents true", ["model.separate_documents needs an end-of-text token", "command line"]),
     ("run directory is a file", "--data.source text.txt --run-dir text.txt", ["is a file"]),
     ("nothing to resume", "--data.source text.txt --run-dir runs/new --resume must", ["has no checkpoint"]),
-    ("somebody's directory", "--data.source text.txt --run-dir home", ["holds other files", "is no run"]),
+    ("somebody's directory", "--data.source text.txt --run-dir home", ["holds other files", "is not a run"]),
     ("somebody's directory, overwrite", "--data.source text.txt --run-dir home --overwrite", ["holds other files"]),
     ("another program's config.json", "--data.source text.txt --run-dir model --overwrite", ["unknown setting", "model/config.json"]),
     ("a run stands there", "--data.source text.txt --run-dir runs/done --resume never", ["holds a run", "--overwrite"]),
@@ -652,7 +652,7 @@ def fail(error: BaseException) -> Callable[[Path], None]:
 
 @pytest.fixture
 def done(tmp_path, monkeypatch):
-    """A run with a checkpoint, of which only the folder is there, in a directory of its own."""
+    """A run in its own directory, with a checkpoint that is only a folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_dir, "_execution", lambda _: None)
     attempt("--run-dir", "done", begin=True)

@@ -512,7 +512,7 @@ WRONG_COMMANDS = [
     ("not UTF-8", "runs/a --data latin1.txt", ["latin1.txt is not UTF-8 text"]),
     ("one token", "runs/a --data one.txt", ["--data=one.txt has 1 tokens; at least 2 are needed"]),
     ("unknown characters", "runs/a --data quiz.txt", ["--data=quiz.txt cannot be read with the tokenizer of runs/a: character '?' at position 7"]),
-    ("data gone", "moved", ["the data of moved cannot be had: data.source=gone.txt", "to measure it on another text: --data FILE"]),
+    ("data gone", "moved", ["the data of moved is unavailable: data.source=gone.txt", "to measure it on another text: --data FILE"]),
     ("data changed", "changed", ["the data of changed has changed", "bring the old text back; to measure it on another text: --data FILE"]),
     ("data unknown", "imported", ["imported does not say what it was trained on: data.json is missing", "--data FILE"]),
     ("data.json damaged", "damaged", ["data.json is damaged", "--data FILE"]),
@@ -524,7 +524,7 @@ WRONG_COMMANDS = [
     ("broken task", "runs/a --lm-eval own_broken --include-path broken", ["--lm-eval=own_broken cannot be loaded", "gone.jsonl"]),
     ("two runs for lm-eval", "runs/a runs/b --lm-eval x", ["--lm-eval measures one run at a time"]),
     ("include without task", "runs/a --include-path .", ["name a task too"]),
-    ("include nothing", "runs/a --lm-eval x --include-path gone", ["--include-path=gone is no directory"]),
+    ("include nothing", "runs/a --lm-eval x --include-path gone", ["--include-path=gone is not a directory"]),
     ("json nowhere", "runs/a --json gone/x.json", ["--json=gone/x.json: there is no directory gone"]),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Files that are whole and never fall on somebody else's; streams that end nothing; what JAX is told."""
+"""Atomic files that never overwrite somebody else's; streams that end nothing; the environment of JAX."""
 
 import contextlib
 import os
@@ -152,7 +152,7 @@ sys.exit(cli.guarded(main, []))"""
 
 
 def command(body: str, streams: str, **environment: str) -> subprocess.CompletedProcess:
-    """A command whose main is `body`, with its streams as the shell is told."""
+    """A command whose main is `body`, with the shell's redirections."""
     words = ["sh", "-c", f'exec "$0" -c "$1" {streams}', sys.executable, PROGRAM.format(body)]
     return subprocess.run(
         words, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
@@ -180,7 +180,7 @@ def test_a_stream_that_is_closed_full_or_poor_gives_no_traceback(streams, enviro
 
 
 def with_terminal(body: str, watch: bool = True) -> tuple[int, str]:
-    """The code of such a command on a terminal, and what is seen there; without `watch` the terminal goes away."""
+    """The exit code of such a command on a terminal, and its output; without `watch` the terminal goes away."""
     leader, follower = os.openpty()
     words = [sys.executable, "-c", PROGRAM.format(body)]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=follower, stderr=follower)

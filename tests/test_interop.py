@@ -1,4 +1,4 @@
-"""GPT-2's weights in and out: bit for bit, with their tokenizers; training that starts from them; what is refused."""
+"""GPT-2's weights in and out: bit for bit, with their tokenizers; training that starts from them; errors."""
 
 import contextlib
 import functools
@@ -282,7 +282,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(kind, data):
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_no_token_is_lost_in_an_export(kind):
-    """By its id, each is the same bytes there; and by its bytes, where they are text, the same id."""
+    """Each id has the same bytes there, and bytes that are text have the same id."""
     ours, exported = PAIRS[kind]
     byte_of = {symbol: byte for byte, symbol in tokenizers.byte_symbols().items()}
     assert exported.get_vocab_size() == ours.n_vocab
@@ -605,22 +605,22 @@ WRONG_MODELS = [
     ("pickled", pickled, ["pytorch_model.bin is a pickled file", "runs whatever code", "save_pretrained"]),
     ("nothing in it", without("model.safetensors"), ["has no model.safetensors"]),
     ("no config.json", without("config.json"), ["has no config.json"]),
-    ("config.json is no JSON", lambda f: (f / "config.json").write_text("{"), ["config.json is no JSON"]),
+    ("config.json is no JSON", lambda f: (f / "config.json").write_text("{"), ["config.json is not JSON"]),
     ("a llama", edit("config.json", model_type="llama"), ["model_type='llama'", "only GPT-2"]),
     ("quantized", edit("config.json", quantization_config={}), ["quantized"]),
     ("erf GELU", edit("config.json", activation_function="gelu"), ["activation_function='gelu'", "gelu_new"]),
     ("scaled by layer", edit("config.json", scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx=True"]),
     ("another epsilon", edit("config.json", layer_norm_epsilon=1e-6), ["layer_norm_epsilon=1e-06"]),
     ("another width", edit("config.json", n_inner=99), ["n_inner=99"]),
-    ("heads", edit("config.json", n_head=3), ["n_embd=20 is no multiple of n_head=3"]),
+    ("heads", edit("config.json", n_head=3), ["n_embd=20 is not a multiple of n_head=3"]),
     ("no number", edit("config.json", n_layer="three"), ["n_layer='three' must be a whole number"]),
     ("cut short", cut, ["model.safetensors is cut short"]),
     ("a shard is missing", shard_missing, ["model-00002-of-00002.safetensors is missing"]),
     ("index leads out", lambda f: (f / "model.safetensors").unlink() or (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), ["no weight_map"]),
     ("tensor missing", tensors(lambda t: t.pop("h.1.mlp.c_fc.bias")), ["tensor h.1.mlp.c_fc.bias is missing"]),
     ("more layers", edit("config.json", n_layer=5), ["tensors h.3.ln_1.weight and 23 more are missing", "n_layer=5"]),
-    ("fewer layers", edit("config.json", n_layer=2), ["h.2.", "is no tensor of a GPT-2 of n_layer=2"]),
-    ("classifier", tensors(lambda t: t.update({"score.weight": t["wpe.weight"]})), ["score.weight is no tensor"]),
+    ("fewer layers", edit("config.json", n_layer=2), ["h.2.", "is not a tensor of a GPT-2 of n_layer=2"]),
+    ("classifier", tensors(lambda t: t.update({"score.weight": t["wpe.weight"]})), ["score.weight is not a tensor"]),
     ("shape", edit("config.json", n_positions=20), ["wpe.weight is [19, 20]", "asks for [20, 20]", "n_positions=20"]),
     ("untied head", tensors(lambda t: t.update({"lm_head.weight": t["wte.weight"] * 2})), ["untied head"]),
     ("whole numbers", tensors(lambda t: t.update({"wpe.weight": t["wpe.weight"].astype(np.int32)})), ["wpe.weight is int32", "only float32"]),
@@ -633,7 +633,7 @@ WRONG_MODELS = [
     ("a byte is missing", tokenizer_json(lambda t: t["model"]["vocab"].pop("!")), ["1 of the 256 bytes have no token"]),
     ("merges in another order", tokenizer_json(lambda t: t["model"]["merges"].reverse()), ["in the order of their ids"]),
     ("no end of text", tokenizer_json(lambda t: t.update(added_tokens=[])), ["it has no <|endoftext|>"]),
-    ("half a character", characters({"\ud800": 99}), ["it is no tokenizer of characters"]),
+    ("half a character", characters({"\ud800": 99}), ["it is not a tokenizer of characters"]),
     ("characters out of order", characters({" ": 1, ".": 0}), ["in the order of their code points"]),
     ("too deep", lambda f: (f / "tokenizer.json").write_text("[" * 200_000), ["tokenizer.json is damaged"]),
     ("damaged tokenizer", lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json is damaged"]),
@@ -646,9 +646,9 @@ WRONG_MODELS = [
     ("half a layer", edit("config.json", n_layer=2.5), ["n_layer=2.5 must be a whole number"]),
     ("a number of no size", edit("config.json", n_embd=math.inf), ["n_embd=None must be a whole number"]),
     ("a huge header", header("{}", 2**62), ["model.safetensors is cut short"]),
-    ("huge shapes", header(f'{{"wte.weight": {{"dtype": "F32", "shape": [{10**15}, {10**15}], "data_offsets": [0, 0]}}}}'), ["is cut short or no safetensors file"]),
-    ("a deep header", header('{"a":' * 9000), ["is cut short or no safetensors file"]),
-    ("an empty file", written("model.safetensors", ""), ["is cut short or no safetensors file"]),
+    ("huge shapes", header(f'{{"wte.weight": {{"dtype": "F32", "shape": [{10**15}, {10**15}], "data_offsets": [0, 0]}}}}'), ["is cut short or not a safetensors file"]),
+    ("a deep header", header('{"a":' * 9000), ["is cut short or not a safetensors file"]),
+    ("an empty file", written("model.safetensors", ""), ["is cut short or not a safetensors file"]),
     # settings
     ("another name for heads", edit("config.json", num_attention_heads=4), ["n_head=5, but num_attention_heads=4"]),
     ("code of its own", edit("config.json", auto_map={"AutoModel": "m.M"}), ["auto_map"]),
@@ -656,7 +656,7 @@ WRONG_MODELS = [
     ("a long setting", edit("config.json", activation_function=LONG), ["activation_function='xxx"]),
     ("deep settings", deep("config.json", '"model_type": "gpt2", '), ["config.json is damaged", "more than 100 deep"]),
     ("open lists", written("config.json", "[" * 100_000), ["config.json is damaged"]),
-    ("no UTF-8", written("config.json", b"\xff\xfe\xfd{"), ["config.json is no JSON"]),
+    ("no UTF-8", written("config.json", b"\xff\xfe\xfd{"), ["config.json is not JSON"]),
     ("a folder of that name", instead("config.json", Path.mkdir), ["config.json is a directory"]),
     # where the weights are
     ("a deep index", index('{"a":' * 3000), ["index.json is damaged"]),
@@ -664,7 +664,7 @@ WRONG_MODELS = [
     ("index leads away", index('{"a": "/etc/x.safetensors"}'), ["no weight_map"]),
     ("index with a zero byte", index('{"a": "a\\u0000.safetensors"}'), ["no weight_map"]),
     ("index of half a character", index('{"a": "\\ud800.safetensors"}'), ["no weight_map"]),
-    ("a pipe", instead("model.safetensors", os.mkfifo), ["model.safetensors is no file"]),
+    ("a pipe", instead("model.safetensors", os.mkfifo), ["model.safetensors is not a file"]),
     ("a link to nothing", instead("tokenizer.json", lambda path: path.symlink_to("gone")), ["tokenizer.json leads nowhere"]),
     ("an adapter", adapter("adapter_model.safetensors"), ["holds an adapter of 'gpt2'", "merge_and_unload", "python -c '"]),
     ("an adapter by another name", adapter("model.safetensors"), ["holds an adapter"]),
@@ -674,7 +674,7 @@ WRONG_MODELS = [
     ("twice", tensors(lambda t: t.update({"module.wpe.weight": t["wpe.weight"]})), ["wpe.weight", "module.wpe.weight", "are both wpe.weight"]),
     ("another prefix", tensors(lambda t: [t.__setitem__("model." + n, t.pop(n)) for n in list(t)]), ["tensors wte.weight and 39 more are missing", "it has 'model.h."]),
     ("a layer of no number", tensors(lambda t: t.__setitem__(f"h.{'9' * 5000}.ln_1.bias", t.pop("h.1.ln_1.bias"))), ["tensor h.1.ln_1.bias is missing"]),
-    ("a long name", tensors(lambda t: t.update({LONG: t["wpe.weight"]})), ["xxx... is no tensor"]),
+    ("a long name", tensors(lambda t: t.update({LONG: t["wpe.weight"]})), ["xxx... is not a tensor"]),
     # tokens that are looked for in a text before all else
     ("padding", added({"id": 300, "content": "[PAD]", "special": True}), ["added_tokens has the added token '[PAD]'"]),
     ("a long word", added({"id": 300, "content": LONG, "special": False}), ["has the added token 'xxx"]),
@@ -687,7 +687,7 @@ WRONG_MODELS = [
     ("more beside", written("special_tokens_map.json", '{"additional_special_tokens": ["<a>"]}'), ["additional_special_tokens has"]),
     ("decoded beside", edit("tokenizer_config.json", added_tokens_decoder={"299": END, "300": {"content": "<b>"}}), ["added_tokens_decoder has the added token '<b>'"]),
     ("another id beside", edit("tokenizer_config.json", added_tokens_decoder={"7": END}), ["not one and the same"]),
-    ("a list beside", edit("tokenizer_config.json", added_tokens_decoder=[7]), ["added_tokens_decoder is no object"]),
+    ("a list beside", edit("tokenizer_config.json", added_tokens_decoder=[7]), ["added_tokens_decoder is not an object"]),
     ("a beginning of text", edit("tokenizer_config.json", add_bos_token=True), ["add_bos_token is true"]),
     ("another kind", edit("tokenizer_config.json", tokenizer_class="RobertaTokenizerFast"), ["tokenizer_class is 'RobertaTokenizerFast'"]),
     ("deep beside", deep("tokenizer_config.json"), ["tokenizer_config.json is damaged"]),
@@ -708,7 +708,7 @@ WRONG_MODELS = [
     ("a long token", tokenizer_json(lambda t: t["model"]["vocab"].update({LONG: 300})), ["1 have none"]),
     ("no end beside", pair_of_files(lambda v: v.pop("<|endoftext|>")), ["vocab.json: it has no <|endoftext|>"]),
     ("three in a line", pair_of_files(lambda v: None, b"#version: 0.2\na b c\n"), ["merges.txt: merge 0, 'a b c'"]),
-    ("merges of no text", pair_of_files(lambda v: None, b"\xff\xfe"), ["merges.txt is damaged: it is no UTF-8 text"]),
+    ("merges of no text", pair_of_files(lambda v: None, b"\xff\xfe"), ["merges.txt is damaged: it is not UTF-8 text"]),
     ("a deep vocabulary", lambda f: (without("tokenizer.json")(f), deep("vocab.json")(f)), ["vocab.json is damaged"]),
 ]  # fmt: skip
 
@@ -733,11 +733,11 @@ WRONG_COMMANDS = [
     ("no such directory", "import-hf ./gone new", ["no file or directory ./gone"]),
     ("hub without network", "import-hf gpt2 new", ["no file or directory gpt2", "cannot be downloaded"]),
     ("pickled file", "import-hf model.bin new", ["model.bin is a pickled file"]),
-    ("another file", "import-hf text.txt new", ["text.txt is no .safetensors file"]),
+    ("another file", "import-hf text.txt new", ["text.txt is not a .safetensors file"]),
     ("one word", "import-hf hf", ["import-hf takes MODEL RUN, but got hf"]),
     ("misspelt flag", "import-hf hf new --tokeniser x", ["unknown flag --tokeniser", "did you mean --tokenizer?"]),
     ("run exists", "import-hf hf run", ["run exists and is not empty"]),
-    ("run is a file", "import-hf hf text.txt", ["text.txt is no directory"]),
+    ("run is a file", "import-hf hf text.txt", ["text.txt is not a directory"]),
     ("no such tokenizer", "import-hf hf new --tokenizer home", ["--tokenizer=home has neither tokenizer.json"]),
     ("tokenizer too large", "import-hf hf new --tokenizer gpt2", ["has 50257 tokens, the model only 300"]),
     ("no run", "export-hf gone new", ["no run gone"]),
@@ -752,7 +752,7 @@ WRONG_COMMANDS = [
     ("a device", "export-hf run null.gguf --overwrite", ["null.gguf is a device or a pipe"]),
     ("a name without end", f"import-hf {'x' * 300} new", ["no file or directory xxx"]),
     ("a file of an adapter", "import-hf adapter_model.safetensors new", ["holds an adapter"]),
-    ("a file", "export-hf run text.txt", ["text.txt is no directory"]),
+    ("a file", "export-hf run text.txt", ["text.txt is not a directory"]),
     ("gguf exists", "export-hf run old.gguf", ["old.gguf exists", "--overwrite"]),
     ("no checkpoint", "export-hf run new --checkpoint 7", ["run has no checkpoint 7; it has 0"]),
 ]
@@ -914,7 +914,7 @@ def test_overwrite_leaves_what_is_no_file(place, tmp_path, capsys, make):
     (tmp_path / "out").mkdir()
     make(tmp_path / "out/merges.txt")
     assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 2
-    assert "out/merges.txt is no file" in capsys.readouterr().err
+    assert "out/merges.txt is not a file" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["merges.txt"]
 
 
@@ -1067,7 +1067,7 @@ def test_what_is_frozen_stays_to_the_bit_whatever_the_optimizer(name):
 
 
 WRONG_STARTS = [
-    ("no run", "--init-from gone", ["train.init_from=gone is no run directory (command line)", "import-hf"]),
+    ("no run", "--init-from gone", ["train.init_from=gone is not a run directory (command line)", "import-hf"]),
     ("misspelt run", "--init-from rum", ["did you mean run?"]),
     ("another width", "--init-from run --model.n-embd 32 --model.n-head 4", ["model.n_head=4 (command line)", "train.init_from=run (command line) has model.n_head=5"]),
     ("without biases", "--init-from run --model.bias false", ["model.bias=False (command line)", "has model.bias=True"]),

@@ -240,7 +240,7 @@ def attention_case(draw):
 
 
 def the_equation(q, k, v, see):
-    """softmax(QKᵀ/√d_k)V in float64; see [B or 1, 1, T, S], where a query may look."""
+    """softmax(QKᵀ/√d_k)V in float64; see [B or 1, 1, T, S]: whether a query may look there."""
     scores = np.einsum("bthd,bshd->bhts", q, k, dtype="float64") / np.sqrt(q.shape[-1])
     return np.einsum("bhts,bshd->bthd", gpt2_numpy.softmax(np.where(see, scores, -np.inf)), v)
 

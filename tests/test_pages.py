@@ -1,4 +1,4 @@
-"""The pages: short where people come in, true about the files, and every command in them is one that runs."""
+"""The pages: the front page is short, files exist as they say, and every command in them is valid."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""Any text in: every form of source, any number of threads, any interruption, the same tokens; and what is refused."""
+"""Any text in: every form of source, any number of threads, any interruption, the same tokens; and errors."""
 
 import contextlib
 import csv
@@ -538,7 +538,7 @@ def test_sources_take_their_turns_in_exact_proportion(weights: list[int], turn: 
 
 
 def numbered(*lengths: int) -> batches.Mixture:
-    """Sources whose tokens say where they stand: source i has the tokens from 10,000 i on."""
+    """Sources whose tokens show their place: source i has the tokens from 10,000 i on."""
     parts = tuple(np.arange(10_000 * i, 10_000 * i + n, dtype=np.uint32) for i, n in enumerate(lengths))
     return batches.Mixture(tuple("abc"[: len(parts)]), parts, (3, 1, 2)[: len(parts)])
 

@@ -825,7 +825,7 @@ def test_one_number_among_many_is_found(bad):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """saved() is a run of its own, with checkpoints 10 and 20, and its settings."""
+    """saved() makes a separate run with checkpoints 10 and 20, and returns its settings."""
     original = tmp_path_factory.mktemp("saved") / "run"
     cfg = replace(TINY, model=replace(TINY.model, n_layer=1, n_embd=8))
     cfg = replace(cfg, train=replace(cfg.train, steps=20))

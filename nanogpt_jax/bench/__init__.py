@@ -1,1 +1,1 @@
-"""How fast this machine trains and generates, beside PyTorch if asked. `rm -r` this room: nothing misses it."""
+"""How fast this machine trains and generates, optionally beside PyTorch. To remove it, `rm -r` this room."""

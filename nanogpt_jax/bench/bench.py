@@ -1,9 +1,9 @@
-"""How fast this machine trains and samples: `nanogpt-jax bench [train|decode|data]`, beside PyTorch if asked.
+"""How fast this machine trains and samples: `nanogpt-jax bench [train|decode|data]`, optionally beside PyTorch.
 
-Each engine lives in a process of its own, which sleeps while another is measured: nobody shares a thread pool. A round
-measures every engine once, in turn, so that what else the machine does hits all alike; medians over rounds are shown.
-Start-up and compilation are reported apart. Shares are of what a large matrix product and a large matrix times a vector
-reach in the same round.
+Each engine has its own process, which sleeps while another is measured, so that they share no thread pool. A round
+measures every engine once, in turn, so that other load on the machine affects all alike. Figures are medians over
+rounds. Start-up and compilation are reported separately. Shares are relative to a large matrix product, and to a large
+matrix-vector product, in the same round.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ data: tokens/s of making batches on the host"""
 
 @dataclass(frozen=True)
 class Options(command_line.Options):
-    rounds: int = flag("N", "times that every engine is measured, in turn", 5, must=COUNT)
+    rounds: int = flag("N", "measurements of every engine, in turn", 5, must=COUNT)
     seconds: int = flag(
-        "S", "least length of a measurement, whole seconds; it ends with the step it is in", 2, must=COUNT
+        "S", "least length of a measurement in whole seconds; the current step is finished", 2, must=COUNT
     )
     versus: Literal["torch"] | None = flag(
         "",
-        "the same work in PyTorch beside it: eager and compiled for train (both with AdamW, whatever the "
+        "do the same work in PyTorch too: eager and compiled for train (both with AdamW, whatever the "
         "configuration), transformers' generate for decode",
     )
-    json: str | None = flag("FILE", "the results for a program to read")
-    batch: int | None = flag("N", "of decode: texts at once (default: 1)", must=COUNT)
-    prompt: int | None = flag("N", "of decode: tokens given (default: 16, or half of model.block_size)", must=COUNT)
-    new: int | None = flag(
-        "N", "of decode: tokens generated (default: 256, or as many as there is room for)", must=COUNT
+    json: str | None = flag("FILE", "write the results as JSON")
+    batch: int | None = flag("N", "texts at once, for decode (default: 1)", must=COUNT)
+    prompt: int | None = flag(
+        "N", "tokens of the prompt, for decode (default: 16, or half of model.block_size)", must=COUNT
     )
+    new: int | None = flag("N", "tokens generated, for decode (default: 256, or as many as fit)", must=COUNT)
 
 
 COMMAND = CommandLine(
@@ -59,7 +59,7 @@ COMMAND = CommandLine(
     {"[train|decode|data]": WORKS, "[CONFIG.toml]": "a config file, or the name of a shipped one, as for train.py"},
     kind=Config,
 )
-PEER = "nanogpt_jax.bench.torch_peer"  # imported where it is asked for
+PEER = "nanogpt_jax.bench.torch_peer"  # imported only for --versus
 PEERS = {"train": ("torch", "torch.compile"), "decode": ("transformers",), "data": ()}
 
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     workers: dict[str, _Worker] = {}
     try:
         started = {}
-        for name in engines:  # one after the other: the time to the first step counts from here
+        for name in engines:  # in turn: the time to the first step starts here
             print(f"starting {name} ...", file=sys.stderr)
             workers[name] = _Worker({**order, "engine": name})
             started[name] = workers[name].ask("start")
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
 
 
 def read(argv: list[str]) -> tuple[str, Config, Options]:
-    """The kind of work, the settings, and our own options, checked and with their sizes filled in."""
+    """The kind of work, the settings, and our own options, checked and completed."""
     options = COMMAND.read(argv)
     works = [word for word in options.words if word in PEERS]
     work = works[0] if works else "train"
@@ -130,7 +130,7 @@ def read(argv: list[str]) -> tuple[str, Config, Options]:
 
 
 def _vocab_size(tokenizer: str) -> int:
-    """Without the text: what tiny Shakespeare, OpenAI's vocabulary, a number or a stored tokenizer has."""
+    """The vocabulary size, without the text: that of tiny Shakespeare, GPT-2, bpe:N or a stored tokenizer."""
     kind, _, size = tokenizer.partition(":")
     if kind in ("char", "gpt2", "bpe"):
         return {"char": 65, "gpt2": 50257, "bpe": int(size or 0)}[kind]
@@ -145,7 +145,7 @@ class _Worker:
     def __init__(self, order: dict[str, Any]):
         self._name = order["engine"]
         order = {**order, "began": time.time()}
-        # one card for all of them: no engine takes three quarters of its memory ahead
+        # all engines share a GPU: none may allocate three quarters of its memory in advance
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ} if order.get("versus") else None
         command = [sys.executable, "-m", "nanogpt_jax.bench.bench", json.dumps(order)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
@@ -154,7 +154,7 @@ class _Worker:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the process has ended; what it said last tells why
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; its last words say why
             stdin.write(question + "\n")
             stdin.flush()
         answer = stdout.readline()
@@ -173,11 +173,11 @@ class _Worker:
 
 def _result(name: str, started: dict[str, dict], rounds: dict[str, list[dict[str, float]]], ended: dict) -> dict:
     speeds = [r["tokens_per_second"] for r in rounds[name]]
-    ours = rounds["jax"]  # which also has the machine's limits
+    ours = rounds["jax"]  # it also measures the machine's limits
     flops, read = started[name]["flops_per_token"], started[name]["bytes_per_token"]
 
     def median(of: Callable[[float, dict[str, float]], float]) -> float:
-        """Of each round, so that a slow minute of the machine counts on both sides."""
+        """The median over rounds of a ratio within each, so that a slow minute affects both sides."""
         return statistics.median(of(*pair) for pair in zip(speeds, ours, strict=True))
 
     return {
@@ -217,7 +217,7 @@ def _table(cfg: Config, work: str, options: Options, results: list[dict[str, Any
         share = results[0]["share_of_bandwidth"]
         lines.append(f"\nours reads its weights, and what its cache holds, at {share:.0%} of the measured bandwidth")
     if len(results[0]["rounds"]) == 1:
-        lines.append("\none round alone may be off by a factor of two; --rounds 5 shows medians")
+        lines.append("\na single round may be off by a factor of two; --rounds 5 shows medians")
     return "\n".join(lines)
 
 
@@ -226,7 +226,7 @@ def _table(cfg: Config, work: str, options: Options, results: list[dict[str, Any
 
 def _work(order: dict[str, Any]) -> None:
     """Answer the parent's questions, one JSON line each, until it asks for the end."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    out, sys.stdout = sys.stdout, sys.stderr  # so that libraries do not print into the answers
     values = parse.flatten(order["cfg"], "bench")
     cfg = config.merge(Config(), values, "bench")
     engines: dict[tuple[str, str], Callable[..., Any]] = {
@@ -251,7 +251,7 @@ def _work(order: dict[str, Any]) -> None:
                 tokens, began = 0, time.perf_counter()
                 while (seconds := time.perf_counter() - began) < float(order["seconds"]):
                     tokens += run()
-                peak_memory = peak_memory or _peak_memory(order["engine"])  # without the arrays of the limits
+                peak_memory = peak_memory or _peak_memory(order["engine"])  # before the arrays of the limits
                 answer = {"tokens_per_second": tokens / seconds}
                 if order["engine"] == "jax":
                     answer |= _limits()
@@ -269,7 +269,7 @@ def _work(order: dict[str, Any]) -> None:
 
 
 def _peak_memory(engine: str) -> int:
-    """Bytes: of the device where it counts them, else of this process."""
+    """Peak memory in bytes: of the device if it counts them, else of this process."""
     if engine == "jax":
         import jax
 
@@ -292,9 +292,9 @@ def _device() -> str:
 
 
 def _limits() -> dict[str, float]:
-    """What the machine can do at most, measured here and now: floating-point operations and bytes read a second.
+    """The machine's peak, measured now: FLOP/s, and bytes read a second.
 
-    A card's of random numbers: it computes faster, and draws less power, where all are alike.
+    On a GPU with random numbers, because it computes faster on equal ones, drawing less power.
     """
     import jax
     import jax.numpy as jnp
@@ -312,7 +312,7 @@ def _limits() -> dict[str, float]:
     big, vector = numbers((rows, 8192), jnp.float32), jnp.ones(8192)
     product = jax.jit(jnp.matmul)
     peak = 2 * n**3 / _quickest(lambda: product(a, a).block_until_ready())
-    bandwidth = big.nbytes / _quickest(lambda: product(big, vector).block_until_ready())  # nothing but reading
+    bandwidth = big.nbytes / _quickest(lambda: product(big, vector).block_until_ready())  # dominated by reading
     return {"peak_flops": peak, "bandwidth": bandwidth}
 
 
@@ -351,7 +351,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     def run() -> int:
         nonlocal state, runs
         if runs == 1:
-            program.improve(at_once=True)  # as a long run would; it does not count in the time to the first step
+            program.improve(at_once=True)  # as in a long run; not counted in the time to the first step
         state, metrics = program(state, tokens, np.int32(K))
         jax.block_until_ready(metrics["loss"])
         runs += 1
@@ -375,7 +375,7 @@ def _torch_train(cfg: Config, order: dict[str, Any]):
 
 
 def _decode_facts(cfg: Config, order: dict[str, Any]) -> dict[str, float]:
-    """A step reads every weight once for the whole batch, and of each text's cache what is filled by then."""
+    """A step reads every weight once for the whole batch, and the filled part of each text's cache."""
     m, B, P, new = cfg.model, *(int(order[name]) for name in ("batch", "prompt", "new"))
     N = sizes.n_params(m) - m.block_size * m.n_embd
     cached = 2 * m.n_layer * m.n_embd * (P + new / 2)  # keys and values
@@ -404,7 +404,7 @@ def _jax_decode(cfg: Config, order: dict[str, Any]):
         for done in range(1, new, 16):
             n = np.int32(min(16, new - done))
             drawn, state = generate.decode(cfg.model, rules, params, state, seed, np.int32(done), n, chunk=16)
-            jax.device_get(drawn)  # as a stream of text would
+            jax.device_get(drawn)  # as streaming text would
         return B * new
 
     return run, {**_decode_facts(cfg, order), "device": _device()}

@@ -1,7 +1,7 @@
 """How the cost of a token grows with layers, width, context and batch on this machine, beside 6 N + 12 L C T.
 
-Each point is a run of `nanogpt-jax bench`. One setting changes at a time, by a factor of 16; a straight line through
-the logarithms gives the exponent, for what was measured and for the operations that were counted alike.
+Each point is a run of `nanogpt-jax bench`. One setting changes at a time, by a factor of 16. A straight line through
+the logarithms gives the exponents of the measured cost and of the counted operations.
 """
 
 import json
@@ -21,10 +21,10 @@ from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 @dataclass(frozen=True)
 class Options(command_line.Options):
     picture: str | None = flag(
-        "FILE", "draw it (needs pip install 'nanogpt-jax[plot]'); the ending is the format: .svg, .png, .pdf"
+        "FILE", "draw the results (needs pip install 'nanogpt-jax[plot]'); the suffix is the format: .svg, .png, .pdf"
     )
-    json: str | None = flag("FILE", "the points for a program to read")
-    rounds: int = flag("N", "measurements of each point, of which the median counts", 3, must=COUNT)
+    json: str | None = flag("FILE", "write the points as JSON")
+    rounds: int = flag("N", "measurements of each point; the median counts", 3, must=COUNT)
 
 
 COMMAND = CommandLine(
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         return 0
     asked = read(argv)
     if asked.picture:
-        _pyplot()  # missing now is better than missing after minutes
+        _pyplot()  # fails now, and not after minutes
     points = {axis: [_measure(axis, value, asked.settings, asked.rounds) for value in AXES[axis]] for axis in AXES}
     print(f"{'':<20}{'measured':>10}{'counted':>10}   exponents of the cost of a token")
     fits = {}
@@ -67,7 +67,7 @@ def read(argv: list[str]) -> Options:
     """Our own options and the settings of train.py, checked."""
     asked = COMMAND.read(argv)
     if asked.words:
-        raise UserError(f"{asked.words[0]} is no flag\n       see nanogpt-jax scaling --help")
+        raise UserError(f"{asked.words[0]} is not a flag\n       see nanogpt-jax scaling --help")
     for name, place in (("--picture", asked.picture), ("--json", asked.json)):
         if place is not None:
             cli.check_file(name, place)
@@ -116,7 +116,7 @@ def _drawn(points: dict[str, list[dict[str, Any]]], fits: dict[str, list[float]]
     for axis, (name, row) in zip(axes, points.items(), strict=True):
         values, cost = [p["value"] for p in row], [p["seconds_per_token"] * 1e6 for p in row]
         middle = len(row) // 2
-        # the counted operations at the speed of the middle point: what the cost would be at a constant speed
+        # the cost at a constant speed, that of the middle point
         counted = [cost[middle] * p["flops_per_token"] / row[middle]["flops_per_token"] for p in row]
         axis.loglog(values, cost, "o-", label=f"measured, exponent {fits[name][0]:.2f}")
         axis.loglog(values, counted, "--", label=f"6N + 12LCT, {fits[name][1]:.2f}")

@@ -1,7 +1,7 @@
-"""GPT-2 in PyTorch, for `bench --versus torch`: what a user would otherwise run. Nothing else uses it.
+"""GPT-2 in PyTorch, only for `bench --versus torch`: what a user would otherwise run.
 
-Same shapes, same initial distribution, same AdamW, same clipping, same micro-batches as ours; attention is PyTorch's
-fused one. On an NVIDIA card as nanoGPT runs it: float32 products in TF32, as JAX's are there, AdamW in one kernel.
+Same shapes, initial distribution, AdamW, clipping and micro-batches as ours; attention is PyTorch's fused one. On an
+NVIDIA GPU as in nanoGPT: float32 products in TF32, as in JAX, and AdamW in one kernel.
 """
 
 # B batch, T time, C channels, H heads, D head dim, V vocabulary
@@ -57,7 +57,7 @@ class GPT2(nn.Module):
 
 
 def device() -> torch.device:
-    """The NVIDIA card where there is one, else the CPU."""
+    """The NVIDIA GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.set_float32_matmul_precision("high")
@@ -65,7 +65,7 @@ def device() -> torch.device:
 
 
 def peak_memory() -> int:
-    """Bytes that PyTorch held at most on the card; 0 without one."""
+    """Peak memory in bytes that PyTorch held on the GPU; 0 without one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
@@ -73,7 +73,7 @@ def make_step(cfg: Config, compiled: bool) -> Callable[[np.ndarray], float]:
     """tokens [B, T+1] int64 -> the loss, after one AdamW update."""
     torch.manual_seed(cfg.train.seed)
     place = device()
-    padded = place.type == "cuda"  # 50257 rows are slow on a card; nanoGPT too pads them
+    padded = place.type == "cuda"  # 50257 rows are slow on a GPU; nanoGPT pads them too
     model = GPT2(cfg.model, cfg.model.padded_vocab_size if padded else cfg.model.vocab_size).to(place)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]

@@ -1,4 +1,4 @@
-"""What a classifier has to beat: TF-IDF of words and pairs of words, and logistic regression. Needs scikit-learn."""
+"""The baseline for a classifier: TF-IDF of words and pairs of words, and logistic regression. Needs scikit-learn."""
 
 # N texts, Y labels
 
@@ -10,7 +10,7 @@ from nanogpt_jax.classify.data import Texts
 
 
 def log_probabilities(train: Texts, texts: Texts, class_weights: str) -> np.ndarray:
-    """[N, Y] of `texts`, learned from `train`; class_weights: none or balanced."""
+    """Log-probabilities [N, Y] of `texts`, learned from `train`; class_weights: none or balanced."""
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
     regression = LogisticRegression(
         C=10, max_iter=1000, class_weight="balanced" if class_weights == "balanced" else None

@@ -1,8 +1,8 @@
 """Labelled texts: read, split and tokenized, for a classifier.
 
-A source is a file of rows (see data/records.py), `hf:NAME[:CONFIG]` for Hugging Face's `datasets` (a folder on this
-machine, too), or a name in SOURCES. It is read anew at each start and kept in memory: labelled texts are few.
-rows.py says which rows can be used.
+A source is a file of rows (see data/records.py), `hf:NAME[:CONFIG]` for Hugging Face's `datasets` (NAME may be a local
+folder), or a name in SOURCES. Each start reads all of it into memory, as labelled texts are few. rows.py decides which
+rows are usable.
 """
 
 # N texts, M tokens of all of them, W width of a padded row
@@ -34,18 +34,18 @@ from nanogpt_jax.host.messages import listed, printable
 
 @dataclass(frozen=True)
 class Texts:
-    """Some labelled texts as tokens."""
+    """Labelled texts as tokens."""
 
     texts: list[str]
-    labels: np.ndarray  # [N] int32, their place in the list of labels
-    tokens: np.ndarray  # [M] int32, of one text after the other
-    starts: np.ndarray  # [N + 1], where each begins
+    labels: np.ndarray  # [N] int32, indices into the list of labels
+    tokens: np.ndarray  # [M] int32, of all texts, concatenated
+    starts: np.ndarray  # [N + 1], the start of each text in `tokens`
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def rows(self, which: np.ndarray, width: int) -> np.ndarray:
-        """which [...] -> int32 [..., W+2]: tokens padded on the right with 0, their number, and the label."""
+        """Indices [...] -> int32 [..., W+2]: a text's tokens padded on the right with 0, their number, the label."""
         start = self.starts[which]
         length, at = self.starts[which + 1] - start, np.arange(width)
         index = np.minimum(start[..., None] + at, len(self.tokens) - 1)
@@ -62,24 +62,24 @@ class Texts:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """A source, split: what `run/run_dir.py` needs to know of a run's data, and the texts."""
+    """A source, split, with all that `run/run_dir.py` records of a run's data."""
 
     tokenizer: Tokenizer
     labels: list[Label]
     splits: dict[str, Texts]  # train, val, test
     width: int  # of the padded rows
-    notes: list[str]  # what a person should know before training on it
+    notes: list[str]  # for the user, before training on it
     manifest: dict[str, Any]
-    fingerprint: str  # equal if the tokens, the labels and the split are
+    fingerprint: str  # equal for equal tokens, labels and split
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.source") -> list[Example]:
-    """The examples of cfg.source, in its order. Adds to `notes` what a person should know of them.
+    """The examples of cfg.source, in its order. Appends remarks for the user to `notes`.
 
-    UserError names the lines of what cannot be used; `flag` is the one that gave the source.
+    UserError names the lines of unusable rows; `flag` is the one that gave the source.
     """
     if cfg.source in SOURCES:
         return SOURCES[cfg.source]()
@@ -87,7 +87,7 @@ def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.
     texts, labels = ("data.text_column", "data.label_column") if "." in flag else ("--text-column", "--label-column")
     table, name_of = _open(rows.what, cfg.source, cfg.split, [cfg.text_column, cfg.label_column])
     for line, record in table:
-        if not rows.seen:  # of later rows, one without the column has no text or no label
+        if not rows.seen:  # a later row without the column has no text or no label
             _column(rows.what, line, record, texts, cfg.text_column)
             _column(rows.what, line, record, labels, cfg.label_column)
         text = rows.text(line, record.get(cfg.text_column))
@@ -100,7 +100,7 @@ def read(cfg: LabelledConfig, notes: list[str] | None = None, flag: str = "data.
 
 
 def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
-    """The lines and texts of a file, without labels: a column of rows, or else a text a line. Unchecked: `Rows`."""
+    """(line, text) of a file without labels: a column of its rows, else a text a line. `Rows` checks them later."""
     what, place = str(path), Path(os.path.expanduser(path))
     if records.suffix(path) not in records.ROWS:
         return _text_lines(place, what)
@@ -109,7 +109,7 @@ def read_texts(path: Path, column: str) -> list[tuple[int, Any]]:
 
 
 def lines_of(content: bytes, what: str) -> list[tuple[int, Any]]:
-    """The lines and texts of standard input, one a line. Unchecked: `Rows`."""
+    """(line, text) of standard input, a text a line. `Rows` checks them later."""
     return _text_lines(io.BytesIO(content), what)
 
 
@@ -118,7 +118,7 @@ def _text_lines(source: Source, what: str) -> list[tuple[int, Any]]:
 
 
 def _open(what: str, source: str, split: str, columns: Sequence[str]) -> tuple[Iterator[Row], Callable[[Any], Any]]:
-    """The rows of a source, and what gives its labels, in the last of the columns, their names."""
+    """The rows of a source, and a function from its labels, in the last column, to their names."""
     if source.startswith("hf:"):
         return _datasets(what, source, split, columns[-1])
     path = Path(os.path.expanduser(source))
@@ -167,7 +167,7 @@ def python_examples() -> list[Example]:
     blocks = (p for path in modules for p in path.read_text("utf-8", errors="replace").split("\n\n"))
     code = (p for p in blocks if len(p.strip()) >= 40)
     found = [(text, "prose") for text in itertools.islice(prose, 1000)]
-    found += [(text, "code") for text in itertools.islice(code, 0, 10_000, 10)]  # from more modules than the first
+    found += [(text, "code") for text in itertools.islice(code, 0, 10_000, 10)]  # not only from the first modules
     return [Example(text, kind, number) for number, (text, kind) in enumerate(found, start=1)]
 
 
@@ -180,9 +180,9 @@ SOURCES: dict[str, Callable[[], list[Example]]] = {"python": python_examples}
 def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None, run: dict[str, Any] | None = None) -> LabelledData:
     """The texts of cfg.data, split and tokenized.
 
-    The tokenizer is `known`, or else that of data.tokenizer, which may be made for the training texts.
+    The tokenizer is `known`, else that of data.tokenizer, which may be made from the training texts.
 
-    `run` is the manifest of a run that goes on: its labels keep their order, and its texts their split, although an
+    `run` is the manifest of a run that is resumed: its labels keep their order, and its texts their split, even if an
     earlier version made them by other rules.
     """
     what = f"data.source={cfg.data.source}"
@@ -223,9 +223,9 @@ def open_data(cfg: ClassifierConfig, known: Tokenizer | None = None, run: dict[s
 def split(examples: list[Example], cfg: LabelledConfig, by_text: bool = True) -> dict[str, list[Example]]:
     """{"train", "val", "test"}, each with the same share of every label.
 
-    Texts of a label are ordered by their hash and cut, so that the split depends on nothing but the texts, and copies
-    of one text fall on the same side. If a text has several labels, its rarest label decides for all. Not `by_text`,
-    each label's copies are split apart from those of others, as earlier versions did.
+    The texts of a label are sorted by their hash and cut. So the split depends only on the texts, and copies of a text
+    stay together. If a text has several labels, its rarest label decides. Without `by_text`, copies with different
+    labels are split separately, as in earlier versions.
     """
     keys = [hashlib.sha256(e.text.encode("utf-8", "surrogatepass")).hexdigest() for e in examples]
     if not by_text:
@@ -254,7 +254,7 @@ def split(examples: list[Example], cfg: LabelledConfig, by_text: bool = True) ->
 
 
 def _sizes(n: int, cfg: LabelledConfig) -> tuple[int, int, int]:
-    """How many of a label's n texts to test, to validate and to train on."""
+    """How many of a label's n texts to use for testing, validation and training."""
     test, val = (max(1, round(n * f)) if f else 0 for f in (cfg.test_fraction, cfg.val_fraction))
     return test, val, n - test - val
 
@@ -276,19 +276,19 @@ def _too_few(few: dict[str, int], n_labels: int, cfg: LabelledConfig) -> str:
 
 
 class Encoder:
-    """Texts to tokens as a run does it: no more than its context, no character that its tokenizer lacks."""
+    """Encodes texts as a run does: cut to its context, without characters that its tokenizer lacks."""
 
     def __init__(self, tok: Tokenizer, block_size: int, keep: str):
         self._tok, self._block_size, self._keep = tok, block_size, keep
         ids = [i for i in range(tok.n_vocab) if i != tok.end_of_text]
         self._known = set(tok.decode(ids)) if tok.name == "char" else None
-        self.cut = self.seen = 0  # texts longer than the context, and all
+        self.cut = self.seen = 0  # number of texts that were cut, and of all
         self.dropped: Counter[str] = Counter()
 
     def tokens(self, texts: Sequence[str], name: Callable[[int], str], what: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [M] int32 of all texts, and where each begins [N+1].
+        """Tokens [M] int32 of all texts, and the start of each [N+1].
 
-        UserError if a text has no tokens; `name` says which text of `what` it is.
+        UserError if a text has no tokens; `name(i)` is the name of text i of `what`.
         """
         found = [self._encode(text) for text in texts]
         if empty := [name(i) for i, ids in enumerate(found) if not len(ids)]:
@@ -309,7 +309,7 @@ class Encoder:
         return ids[: self._block_size] if self._keep == "first" else ids[-self._block_size :]
 
     def encode(self, examples: list[Example], labels: list[Label], what: str = "data.source") -> Texts:
-        """UserError for labels that are none of `labels`."""
+        """The examples as `Texts`. UserError if a label is none of `labels`."""
         place = {str(label): i for i, label in enumerate(labels)}
         if unknown := Counter(str(e.label) for e in examples if str(e.label) not in place):
             line = next(e.line for e in examples if str(e.label) in unknown)
@@ -327,7 +327,7 @@ class Encoder:
         return Texts(texts, np.array([place[str(e.label)] for e in examples], np.int32), tokens, starts)
 
     def notes(self) -> list[str]:
-        """What was left out, for people."""
+        """Remarks for the user on what was left out."""
         notes = []
         if self.cut:
             end = "first" if self._keep == "first" else "last"
@@ -342,6 +342,6 @@ class Encoder:
 
 
 def width_for(parts: Any, block_size: int) -> int:
-    """The width of rows for these texts: the longest's, a multiple of 64 if the context allows."""
+    """The width of rows for these texts: that of the longest, rounded up to a multiple of 64 if the context allows."""
     longest = max(int(np.diff(s.starts).max(initial=1)) for s in parts)
     return min(block_size, -(-longest // 64) * 64)

@@ -1,7 +1,7 @@
-"""GPT-2 with a head over the last token, as Radford et al. (2018) fine-tune it: text in, a label's logits out.
+"""GPT-2 with a head over the last token, as in Radford et al. (2018): text in, logits of the labels out.
 
-The parameters are gpt2.py's and `head` {kernel [C, Y], bias [Y]}. The causal mask lets the last token alone look at
-the whole text, so its vector after `ln_f` is what the head reads; and no token looks at the padding behind it.
+The parameters are gpt2.py's and `head` {kernel [C, Y], bias [Y]}. Under the causal mask, only the last token looks at
+the whole text, so the head reads its vector after `ln_f`; and no token looks at the padding after it.
 """
 
 # B batch, W width of the padded texts, C channels, Y labels
@@ -26,7 +26,7 @@ def logits(
 ) -> jax.Array:
     """tokens [B, W] int32 of `lengths` [B] >= 1, padded on the right with anything -> logits [B, Y] float32.
 
-    Dropout is on where a key is given. With `freeze` the gradient ends at the head, and the body has no dropout.
+    With a key, dropout is on. With `freeze` the gradient ends at the head, and the body has no dropout.
     """
     x = gpt2.hidden(cfg, params, tokens, None if freeze else dropout_key)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, C]

@@ -1,4 +1,4 @@
-"""A classifier's run, opened to ask it. No jax before its parameters are read: what is damaged is told at once."""
+"""A classifier's run, opened for predictions. Imports jax only to read parameters, so that errors come at once."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from nanogpt_jax.run.opened import open_run
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """What a run has written down of its data. UserError if that is not there or damaged."""
+    """The manifest of a run's data. UserError if it is missing or damaged."""
     path = run / "data.json"
     try:
         manifest = json.loads(files.read(path))
@@ -31,7 +31,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 
 class Classifier:
-    """A run, opened: settings, tokenizer, labels and parameters. UserError if it is none or damaged."""
+    """An opened run: settings, tokenizer, labels and parameters. UserError if it is not a classifier, or damaged."""
 
     def __init__(self, run: Path, checkpoint: str):
         self._opened, self._checkpoint = open_run(run, ClassifierConfig), checkpoint
@@ -44,7 +44,7 @@ class Classifier:
             )
 
     def load(self) -> None:
-        """The parameters: takes seconds, so only when all else is known to be right."""
+        """Read the parameters. Takes seconds, so call it when everything else is checked."""
         import jax
 
         from nanogpt_jax.classify.task import param_shapes

@@ -1,4 +1,4 @@
-"""The rows of a labelled source: which can be used, which labels they have, and what a person should know of them."""
+"""The rows of a labelled source: which are usable, their labels, and remarks for the user."""
 
 import math
 import re
@@ -24,20 +24,20 @@ class Example(NamedTuple):
 
 
 class Rows:
-    """The rows of a source as they are read: the text and the label of each, and what is wrong with which of them.
+    """Takes the rows of a source as they are read: the text and the label of each, and what is wrong with it.
 
-    Rows without text are skipped, with a note. All others that cannot be used are named in one error.
+    Rows without text are skipped, with a note. All other unusable rows are named in one error.
     """
 
     def __init__(self, what: str):
         self.what, self.seen = what, 0
         self._blank: list[int] = []  # lines
         self._null: list[int] = []
-        self._wrong: dict[str, tuple[str, list[int]]] = {}  # by kind: the message of the first, and the lines of all
-        self._types: dict[str, set[str]] = defaultdict(set)  # of what became the same label
+        self._wrong: dict[str, tuple[str, list[int]]] = {}  # kind of error -> message of the first, lines of all
+        self._types: dict[str, set[str]] = defaultdict(set)  # label -> the types of values that became it
 
     def text(self, line: int, text: Any) -> str:
-        """The text, or "" if it cannot be used."""
+        """The text, or "" if it is unusable."""
         self.seen += 1
         if _is_null(text):
             self._null.append(line)
@@ -75,7 +75,7 @@ class Rows:
         self._wrong.setdefault(kind, (message, []))[1].append(line)
 
     def check(self) -> None:
-        """UserError if rows cannot be used, or if there are none."""
+        """UserError if rows are unusable, or if there are none."""
         said = []
         for message, lines in self._wrong.values():
             said.append(f"{self.what}, line {lines[0]}: {message}")
@@ -95,7 +95,7 @@ class Rows:
         return " or ".join(["blank"] * bool(self._blank) + ["missing (null, NA)"] * bool(self._null))
 
     def notes(self) -> list[str]:
-        """What a person should know of the rows, if `check` lets them pass."""
+        """Remarks for the user on the rows, if `check` accepts them."""
         notes = []
         if lines := sorted(self._blank + self._null):
             which = "a row is" if len(lines) == 1 else f"{len(lines):,} rows are"
@@ -112,12 +112,12 @@ TYPES = {bool: "true or false", int: "numbers", float: "numbers", str: "text"}
 
 
 def _is_null(value: Any) -> bool:
-    """None and NaN: what `datasets` and pandas make of an empty cell, null or NA."""
+    """Whether `value` is None or NaN, to which `datasets` and pandas convert empty cells, null and NA."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def usable(what: str, rows: list[tuple[int, Any]]) -> tuple[list[tuple[int, str]], list[str]]:
-    """(line, text) of all `rows`, and the notes on them. The text of a row to skip is "". UserError as `Rows.check`."""
+    """(line, text) of all `rows`, and the notes on them. Rows to skip have text "". UserError as in `Rows.check`."""
     found = Rows(what)
     texts = [(line, found.text(line, text)) for line, text in rows]
     found.check()
@@ -125,7 +125,7 @@ def usable(what: str, rows: list[tuple[int, Any]]) -> tuple[list[tuple[int, str]
 
 
 def _places(lines: Sequence[int]) -> str:
-    """Where some rows stand: lines 1, 2 and 3; of many, the first ten."""
+    """The lines of rows, in words: lines 1, 2 and 3; of many, the first ten."""
     return f"line{'s' * (len(lines) > 1)} {listed(lines)}"
 
 
@@ -151,14 +151,14 @@ NUMBER = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{1,100})?")
 
 
 def plain(name: str) -> str:
-    """What a person takes a label for: without case, invisible characters and more than one space."""
+    """A label as a person reads it: without case, invisible characters and repeated spaces."""
     seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) not in ("Cf", "Cc"))
     text = " ".join(seen.casefold().split())
     return str(Fraction(text)) if NUMBER.fullmatch(text) else text
 
 
 def label_notes(examples: list[Example]) -> list[str]:
-    """Notes on labels that a person takes for one, or for none. They are neither merged nor left out."""
+    """Remarks on labels that look like one, or like none at all. They are neither merged nor left out."""
     counts = Counter(str(e.label) for e in examples)
     groups: dict[str, list[str]] = defaultdict(list)
     for name in sorted(counts):
@@ -184,7 +184,7 @@ ABSENT = ("nan", "na", "n/a", "null", "<na>")
 
 
 def contradictions(examples: list[Example]) -> list[str]:
-    """A note on texts that stand with several labels."""
+    """A remark on texts with several labels."""
     first: dict[str, Example] = {}
     several: dict[str, dict[str, Example]] = {}  # text, label -> its first example
     for e in examples:

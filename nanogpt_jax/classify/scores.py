@@ -1,4 +1,4 @@
-"""How often a classifier is right: accuracy, F1, the confusion matrix. Plain numpy."""
+"""Accuracy, F1 and the confusion matrix of a classifier, in numpy."""
 
 # N texts, Y labels
 
@@ -8,12 +8,12 @@ SUMMARY = "loss {loss:.4f}, accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}"  #
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_labels: int) -> np.ndarray:
-    """labels, predicted [N] -> counts [Y, Y] int64: rows are the labels, columns what was predicted."""
+    """labels, predicted [N] -> counts [Y, Y] int64: rows are labels, columns predictions."""
     return np.bincount(labels.astype(np.int64) * n_labels + predicted, minlength=n_labels**2).reshape(n_labels, -1)
 
 
 def precision_recall_f1(confusion: np.ndarray) -> np.ndarray:
-    """[Y, 3]; 0 where nothing is to be divided. F1 = 2 · right / (labelled + predicted)."""
+    """[Y, 3]; 0 in place of 0/0. F1 = 2 · right / (labelled + predicted)."""
     right, labelled, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     scores = [right / np.maximum(n, 1) for n in (predicted, labelled)] + [
         2 * right / np.maximum(labelled + predicted, 1)
@@ -22,7 +22,7 @@ def precision_recall_f1(confusion: np.ndarray) -> np.ndarray:
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-    """The mean of the labels' F1, a rare label's as much as a common one's; over those that occur or were predicted."""
+    """The unweighted mean of the labels' F1, over labels that occur or were predicted."""
     occurs = confusion.sum(0) + confusion.sum(1) > 0
     return float(precision_recall_f1(confusion)[occurs, 2].mean())
 

@@ -1,4 +1,4 @@
-"""The settings of a classifier: a language model's, with its own data, one section more, and other defaults."""
+"""The settings of a classifier: those of a language model with other data, one more section and other defaults."""
 
 # ClassifierConfig.data is another class than Config.data:
 # pyright: reportIncompatibleVariableOverride=false
@@ -16,13 +16,13 @@ from nanogpt_jax.config.validate import MOST_STEPS
 @dataclass(frozen=True)
 class LabelledConfig:
     source: str = "python"  # a .jsonl, .json, .csv, .tsv or .parquet file, hf:NAME[:CONFIG], or python: prose or code
-    split: str = "train"  # of hf:NAME, the split that is taken
-    text_column: str = "text"  # where the text stands
-    label_column: str = "label"  # where the label stands: a string or a whole number
+    split: str = "train"  # the split of hf:NAME
+    text_column: str = "text"  # the column with the text
+    label_column: str = "label"  # the column with the label: a string or a whole number
     keep: Literal["first", "last"] = "first"  # which model.block_size tokens of a longer text are read
     tokenizer: str = "char"  # char, gpt2, bpe:8192 (learned from the texts), or a folder that holds a tokenizer
-    val_fraction: float = 0.1  # share of each label kept to choose the checkpoint by
-    test_fraction: float = 0.1  # share of each label kept for `classify eval`
+    val_fraction: float = 0.1  # share of each label for validation
+    test_fraction: float = 0.1  # share of each label for `classify eval`
 
     @property
     def title(self) -> str:
@@ -31,11 +31,11 @@ class LabelledConfig:
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    freeze: bool = False  # train the head alone, on the language model as it is
+    freeze: bool = False  # train the head only, not the language model
     class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare label weighs more, n / (n_labels * n_label)
     epochs: int = 5  # passes over the training texts
-    monitor: Literal["loss", "macro-f1"] = "loss"  # what the best checkpoint is best by, on the validation texts
-    patience: int = 0  # evaluations without a better one after which the run ends; 0: it goes on to the last step
+    monitor: Literal["loss", "macro-f1"] = "loss"  # decides the best checkpoint, on the validation texts
+    patience: int = 0  # end the run after so many evaluations without a better one; 0: never
     n_labels: int = 0  # number of labels; 0: as many as the data has
 
 
@@ -44,7 +44,7 @@ class ClassifierTrainConfig(TrainConfig):
     steps: int = 0  # optimizer steps; 0: classify.epochs passes
     batch_size: int = 16  # texts a step, over all devices and micro-batches
     micro_batch: int = 0  # texts at a time (gradients accumulate); 0: the whole batch
-    eval_every: int = 0  # steps between looks at the validation texts; 0: once an epoch
+    eval_every: int = 0  # steps between evaluations on the validation texts; 0: once an epoch
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class ClassifierConfig(Config):
 
     COMMAND: ClassVar[str] = "classify train"
     ABOUT: ClassVar[str] = (
-        "Trains GPT-2 with a head over the last token's hidden state to name the label of a text. The flags mean what "
-        "they mean to train.py; the defaults are for a few thousand labelled texts."
+        "Trains GPT-2 with a head over the last token's hidden state to predict the label of a text. The flags mean "
+        "the same as in train.py; the defaults are for a few thousand labelled texts."
     )
     RUN: ClassVar[str] = "classifier"
     OTHER: ClassVar[str] = (
@@ -85,13 +85,13 @@ class ClassifierConfig(Config):
         check(
             not (c.freeze and t.init_from == "scratch"),
             "classify.freeze",
-            "would train a head on weights that nobody has trained",
+            "would train a head on untrained weights",
             "set train.init_from to a language model's run",
         )
 
 
 def with_labels(cfg: ClassifierConfig, n_labels: int, n_texts: int, origin: Origin) -> ClassifierConfig:
-    """`cfg` with the number of labels, and an epoch's length in steps, filled in."""
+    """`cfg`, completed with the number of labels and the number of steps in an epoch."""
     if cfg.classify.n_labels not in (0, n_labels):
         raise UserError(
             f"classify.n_labels={cfg.classify.n_labels} ({origin['classify.n_labels']}), but the data has {n_labels} "

@@ -1,4 +1,4 @@
-"""A confusion matrix for people: as a table, and as a picture."""
+"""A confusion matrix as a table and as a picture."""
 
 # Y labels
 
@@ -29,9 +29,9 @@ def table(confusion: np.ndarray, labels: list[Label]) -> str:
 def picture(plt: Any, confusion: np.ndarray, labels: list[Label], kind: str) -> bytes:
     """confusion [Y, Y], drawn with matplotlib's `plt` as a file of the kind "svg", "png", "pdf" ..."""
     Y = len(labels)
-    # between two $ matplotlib reads mathematics
+    # matplotlib reads text between two $ as mathematics
     names = [printable(label)[:24].replace("$", r"\$") for label in labels]
-    side = 0.6 * min(Y, 60)  # more labels stand closer: a picture of thousands of inches takes all memory
+    side = 0.6 * min(Y, 60)  # inches; with more labels, the cells shrink, to bound memory
     figure, axis = plt.subplots(figsize=(2.5 + side, 2 + side), layout="constrained")
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)

@@ -1,4 +1,4 @@
-"""A classifier, as a task of training: the twin of training/language_model.py."""
+"""A classifier as a task of training, as training/language_model.py is for language models."""
 
 # N texts, B batch, W width of the padded texts, Y labels
 
@@ -29,7 +29,7 @@ Predict = Callable[[Params, np.ndarray], jax.Array]
 
 
 def classifier(cfg: ClassifierConfig, mesh: Mesh, data: LabelledData) -> Task:
-    """The labels of `data`. The best checkpoint has the least classify.monitor over the whole validation split."""
+    """Predicting the labels of `data`. classify.monitor on the validation split decides the best checkpoint."""
     t, c, train = cfg.train, cfg.classify, data.splits["train"]
     predict, at_once = predict_step(cfg.model, mesh), texts_at_once(cfg, mesh)
     return Task(
@@ -44,7 +44,7 @@ def classifier(cfg: ClassifierConfig, mesh: Mesh, data: LabelledData) -> Task:
 
 
 def objective(cfg: ClassifierConfig, width: int, weights: np.ndarray) -> Objective:
-    """First weights, and the loss of rows [B, W+2]; weights [Y] of the labels."""
+    """Initial weights, and the loss of rows [B, W+2]; weights [Y] of the labels."""
     init = functools.partial(head.init_params, cfg.model, cfg.classify.n_labels)
     loss = functools.partial(head.mean_loss, cfg.model, weights=weights, freeze=cfg.classify.freeze)
     return Objective(init, loss, width + 2)
@@ -56,13 +56,13 @@ def param_shapes(cfg: ClassifierConfig) -> Params:
 
 
 def class_weights(labels: np.ndarray, n_labels: int, kind: str) -> np.ndarray:
-    """[Y] float32. balanced: N / (Y · N_label): each label weighs the same in all, and a text 1 on average."""
+    """[Y] float32. balanced: N / (Y · N_label), so that all labels weigh the same, and texts weigh 1 on average."""
     counts = np.bincount(labels, minlength=n_labels)
     return np.asarray(len(labels) / (n_labels * counts) if kind == "balanced" else np.ones(n_labels), np.float32)
 
 
 def head_alone(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` for the head; all other parameters stay as they are, and need no moments."""
+    """`tx` for the head only; other parameters do not change, and need no moments."""
 
     def part(path: tuple, _leaf: object) -> str:
         return "head" if path_name(path).startswith("head/") else "body"
@@ -88,7 +88,7 @@ def predict_step(cfg: ModelConfig, mesh: Mesh) -> Predict:
 
 
 def texts_at_once(cfg: ClassifierConfig, mesh: Mesh) -> int:
-    """B of an evaluation while training: a micro-batch or 32, whichever is more, in whole parts for the devices."""
+    """B of an evaluation during training: a micro-batch or 32, whichever is more, rounded up for the devices."""
     ways = batch_ways(mesh)
     return -(-max(cfg.train.micro_batch or cfg.train.batch_size, 32) // ways) * ways
 
@@ -96,7 +96,7 @@ def texts_at_once(cfg: ClassifierConfig, mesh: Mesh) -> int:
 def log_probabilities(
     predict: Predict, params: Params, texts: Texts, width: int, batch_size: int, bar: bool = False
 ) -> np.ndarray:
-    """[N, Y] float32, in batches of one shape. With `bar`, progress on a terminal's standard error."""
+    """[N, Y] float32, in batches of one shape. With `bar`, shows progress on standard error if that is a terminal."""
     watched = starts = range(0, len(texts), batch_size)
     if bar and sys.stderr.isatty():
         watched = track(starts, "texts", console=terminal.console(), transient=True)
@@ -111,7 +111,7 @@ def evaluate(predict: Predict, params: Params, texts: Texts, width: int, batch_s
     return scores.scores(log_probabilities(predict, params, texts, width, batch_size), texts.labels)
 
 
-# ---- what is said of it ---------------------------------------------------------------------------------------------
+# ---- words for it ----------------------------------------------------------------------------------------------------
 
 
 def headline(cfg: ClassifierConfig, run: Path, data: LabelledData, mesh: Mesh, step: int) -> str:

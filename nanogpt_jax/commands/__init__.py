@@ -1,1 +1,1 @@
-"""What a person types: `nanogpt-jax COMMAND`. A command imports what it likes, except another command."""
+"""What a person types: `nanogpt-jax COMMAND`. A command may import every room, but no other command."""

@@ -1,4 +1,4 @@
-"""`nanogpt-jax classify train|eval|predict`: name the label of a text with GPT-2 and a head over its last token."""
+"""`nanogpt-jax classify train|eval|predict`: predict the label of a text with GPT-2 and a head over its last token."""
 
 import json
 import sys
@@ -32,26 +32,26 @@ class EvalOptions(command_line.Options):
     source: str | None = flag(
         "SOURCE", "other texts: a .jsonl, .json, .csv, .tsv or .parquet file, or hf:NAME[:CONFIG] (default: its own)"
     )
-    split: str | None = flag("NAME", "of hf:NAME, the split that is taken (default: test)")
-    text_column: str | None = flag("NAME", "where the text stands in SOURCE (default: as in training)")
-    label_column: str | None = flag("NAME", "where the label stands in SOURCE (default: as in training)")
+    split: str | None = flag("NAME", "the split of hf:NAME (default: test)")
+    text_column: str | None = flag("NAME", "the column with the text in SOURCE (default: as in training)")
+    label_column: str | None = flag("NAME", "the column with the label in SOURCE (default: as in training)")
     checkpoint: str = flag("WHICH", "best, latest or a step", "best")
     picture: str | None = flag(
         "FILE", "draw the confusion matrix (needs pip install 'nanogpt-jax[plot]'): .svg, .png, .pdf"
     )
     baseline: bool = flag(
         "",
-        "beside it, TF-IDF and logistic regression, trained on the run's training texts (needs pip install "
+        "compare with TF-IDF and logistic regression, trained on the run's training texts (needs pip install "
         "'nanogpt-jax[baseline]')",
         False,
     )
-    json: bool = flag("", "one JSON object instead of tables", False)
+    json: bool = flag("", "print one JSON object instead of tables", False)
 
 
 @dataclass(frozen=True)
 class PredictOptions(command_line.Options):
     file: str | None = flag("FILE", "a text a line; or a column of a .jsonl, .json, .csv, .tsv or .parquet file")
-    text_column: str | None = flag("NAME", "which column (default: as in training)")
+    text_column: str | None = flag("NAME", "the column with the texts (default: as in training)")
     checkpoint: str = flag("WHICH", "best, latest or a step", "best")
     json: bool = flag("", "JSON lines with the probability of every label; of a file, with the text's line, too", False)
 
@@ -69,7 +69,7 @@ PREDICT = CommandLine(
     "Prints the likeliest label and its probability, a line for each text. Without TEXT or --file it reads standard "
     "input, a text a line. A blank line or a row without text is skipped: an empty line stands in its place, so that "
     "the first line stays that of the first text.",
-    {"RUN": "the directory of a classifier", "[TEXT ...]": "texts; behind --, whatever they begin with"},
+    {"RUN": "the directory of a classifier", "[TEXT ...]": "texts; after --, they may begin with dashes"},
 )
 
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     name, *rest = argv
     if name not in commands:
         raise UserError(f"classify {name} is none of train, eval, predict{config.suggestion(name, commands)}")
-    end = rest.index("--") if name == "predict" and "--" in rest else len(rest)  # behind it are texts
+    end = rest.index("--") if name == "predict" and "--" in rest else len(rest)  # texts follow it
     if cli.asks_for_help(rest[:end]):
         print({"train": lambda: config.help_text(ClassifierConfig), "eval": EVAL.help, "predict": PREDICT.help}[name]())
         return 0
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
 
 
 def read(argv: list[str]) -> Command | EvalOptions | PredictOptions:
-    """What `train` is to do, or what `eval` or `predict` is asked; UserError for what cannot be meant. No jax here."""
+    """What `train` is to do, or what `eval` or `predict` is asked; UserError if that is invalid. No jax here."""
     name, *rest = argv
     if name == "train":
         return config.load(rest, ClassifierConfig)
@@ -100,7 +100,7 @@ def read(argv: list[str]) -> Command | EvalOptions | PredictOptions:
 
 
 def read_eval(argv: list[str]) -> EvalOptions:
-    """UserError if the command line cannot be meant."""
+    """UserError if the command line is invalid."""
     asked = _of_a_run(EVAL, argv)
     if len(asked.words) > 1:
         raise UserError(f"one run at a time, but got {asked.words[0]} and {asked.words[1]}")
@@ -111,13 +111,13 @@ def read_eval(argv: list[str]) -> EvalOptions:
 
 
 def read_predict(argv: list[str]) -> PredictOptions:
-    """UserError if the command line cannot be meant. Its words are the run and the texts."""
+    """UserError if the command line is invalid. Its words are the run and the texts."""
     asked = _of_a_run(PREDICT, argv)
     texts = asked.words[1:]
     if texts and asked.file is not None:
         raise UserError(f"texts and --file={asked.file} exclude each other; leave one out")
     if any(not text.strip() for text in texts):
-        raise UserError("one of the texts is empty, and nothing can be told from that")
+        raise UserError("one of the texts is empty; remove it")
     if broken := [text for text in texts if labelled_rows.SURROGATE.search(text)]:
         raise UserError(f"the text {broken[0]!r:.60} is not UTF-8")
     return asked
@@ -193,7 +193,7 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
         return outcome, None, {}
     then = f"{config.program('classify')} eval {config.word(directory)}"
     params, best = load_params(directory, classification.param_shapes(cfg), command=then)
-    alone = classification.predict_step(cfg.model, make_mesh(config.MeshConfig()))  # as eval and predict take it
+    alone = classification.predict_step(cfg.model, make_mesh(config.MeshConfig()))  # as in eval and predict
     at_once = classification.texts_at_once(cfg, mesh)
     return outcome, best, classification.evaluate(alone, params, data.splits["val"], data.width, at_once)
 

@@ -1,4 +1,4 @@
-"""nanogpt-jax eval: how good a run is on a whole text or on items with an answer, and which of two runs is better."""
+"""nanogpt-jax eval: measures a run on a whole text or on items with an answer, or compares two runs."""
 
 import contextlib
 import functools
@@ -25,18 +25,18 @@ from nanogpt_jax.evaluation.statistics import Estimate
 from nanogpt_jax.host import files, terminal
 from nanogpt_jax.run.opened import Run, newest, open_run
 
-CLEAR = 2.0  # standard errors from which on a difference is called one
+CLEAR = 2.0  # standard errors from which on a difference is called clear
 
 
 @dataclass(frozen=True)
 class Options(command_line.Options):
     data: str | None = flag(
         "SOURCE",
-        "any text that train.py takes, read with the run's tokenizer (default: what the run was trained on)",
+        "any source that train.py takes, read with the run's tokenizer (default: the data of the run)",
         heading="The loss of a whole text: nats a token, perplexity and bits per byte, each with its standard error:",
     )
     field: str | None = flag(
-        "NAME", "where rows of .jsonl, .csv, .parquet and the hub keep the text of --data (default: text)"
+        "NAME", "the column with the text of --data, in rows of .jsonl, .csv, .parquet and the hub (default: text)"
     )
     split: Literal["val", "train"] | None = flag("", "which part of the run's own data (default: val)")
     stride: int = flag(
@@ -48,7 +48,7 @@ class Options(command_line.Options):
     )
     batch_size: int = flag(
         "N",
-        "windows that each device is handed at a time; no figure depends on it (default: by their length)",
+        "windows in a call for each device; no figure depends on it (default: by their length)",
         0,
         must=COUNT,
     )
@@ -62,10 +62,10 @@ class Options(command_line.Options):
         "TASKS", "tasks of lm-evaluation-harness, with commas (needs pip install 'nanogpt-jax[lm-eval]')"
     )
     include_path: str | None = flag(
-        "DIR", "where lm-eval looks for tasks of your own; they may name Python code, which it runs"
+        "DIR", "where lm-eval looks for your own tasks; they may name Python code, which it runs"
     )
     checkpoint: str = flag("WHICH", "best, latest or a step", "best", heading="With either:")
-    json: str | None = flag("FILE", "all figures, with every digit")
+    json: str | None = flag("FILE", "write all figures, with every digit, as JSON")
 
     @property
     def tasks(self) -> list[str]:
@@ -80,11 +80,11 @@ class Options(command_line.Options):
 COMMAND = CommandLine(
     "eval",
     Options,
-    "Measures a run. With OTHER, both on the same text, and which one is better.",
+    "Measures a run. With OTHER, measures both on the same text and says which one is better.",
     {"[RUN]": "a run directory (default: the newest in runs/)", "[OTHER]": "another one, to compare"},
-    after="A standard error says how far the figure would move on another text of the kind: stretches of text (or "
-    "items) are drawn, tokens are not, since neighbours resemble each other. It does not cover another seed of the "
-    "same recipe.",
+    after="A standard error says how far a figure would move on another text of this kind. It treats stretches of text "
+    "(or items) as independent, but not tokens, as neighbours resemble each other. It does not cover another seed of "
+    "the same recipe.",
 )
 
 
@@ -111,14 +111,14 @@ def run(asked: Options) -> int:
         if asked.stride > run.cfg.model.block_size:
             raise UserError(f"--stride={asked.stride} exceeds block_size={run.cfg.model.block_size} of {run.path}")
     texts = _texts(asked, runs) if asked.wants_loss else []
-    tasks = _lm_eval_tasks(asked) if asked.lm_eval else None  # missing now is better than missing after minutes
+    tasks = _lm_eval_tasks(asked) if asked.lm_eval else None  # fails now, and not after minutes
 
     from nanogpt_jax.evaluation import multiple_choice  # jax takes seconds, so only now
 
     choices = multiple_choice.read_choices(asked.choices) if asked.choices else []
     words = multiple_choice.read_last_words(asked.last_word) if asked.last_word else []
     columns: list[dict[str, Any]] = []
-    scores: list[dict[str, np.ndarray]] = []  # of each run: a figure for each token or item, by what it measures
+    scores: list[dict[str, np.ndarray]] = []  # for each run: metric -> a figure for each token or item
     for i, run in enumerate(runs):
         model, step = load(run, asked.checkpoint)
         column: dict[str, Any] = {"run": str(run.path), "step": step}
@@ -155,7 +155,7 @@ def run(asked: Options) -> int:
 
 
 def read(argv: list[str]) -> Options:
-    """Flags and names; UserError for what cannot be meant. No jax here."""
+    """The command line; UserError if it is invalid. No jax here."""
     asked = COMMAND.read(argv)
     if len(asked.words) > 2:
         raise UserError(f"one run, or two to compare, but got {', '.join(asked.words)}")
@@ -177,7 +177,7 @@ def read(argv: list[str]) -> Options:
 
 def _check_places(asked: Options) -> None:
     if asked.include_path and not Path(asked.include_path).is_dir():
-        raise UserError(f"--include-path={asked.include_path} is no directory")
+        raise UserError(f"--include-path={asked.include_path} is not a directory")
     if asked.json:
         cli.check_file("--json", asked.json)
 
@@ -201,7 +201,7 @@ def load(run: Run, checkpoint: str = "best"):
 
 
 def _texts(asked: Options, runs: list[Run]) -> list[Text]:
-    """The text as each run reads it, seen to be one and the same."""
+    """The text as each run reads it. UserError unless both are the same text."""
     if asked.data:
         corpus = _read(asked.data, asked.field or "text")
         return [_given_text(asked.data, corpus, run) for run in runs]
@@ -220,7 +220,7 @@ def _read(source: str, field: str) -> Corpus:
 
 
 def _given_text(source: str, corpus: Corpus, run: Run) -> Text:
-    """As training would read it."""
+    """A text by --data, encoded as training would."""
     with _named_as_here():
         try:
             tokens, n_bytes = encode(corpus, run.tokenizer)
@@ -233,7 +233,7 @@ def _given_text(source: str, corpus: Corpus, run: Run) -> Text:
 
 @contextlib.contextmanager
 def _named_as_here() -> Iterator[None]:
-    """Settings have other names in what goes wrong with --data."""
+    """Renames settings in errors about --data."""
     try:
         yield
     except UserError as e:
@@ -242,7 +242,7 @@ def _named_as_here() -> Iterator[None]:
 
 
 def _own_text(run: Run, split: str) -> Text:
-    """The split that the run was trained with; UserError where it cannot be had as it was."""
+    """A split of the run's own data; UserError if it is no longer available or has changed."""
     other = "to measure it on another text: --data FILE"
     path = run.path / "data.json"
     try:
@@ -256,7 +256,7 @@ def _own_text(run: Run, split: str) -> Text:
     try:
         data = open_data(run.cfg.data)
     except UserError as e:
-        raise UserError(f"the data of {run.path} cannot be had: {e}\n       {other}") from None
+        raise UserError(f"the data of {run.path} is unavailable: {e}\n       {other}") from None
     if data.fingerprint != fingerprint:
         raise UserError(
             f"the data of {run.path} has changed: {run.cfg.data.title} gives other tokens now than it was trained on\n"
@@ -269,7 +269,7 @@ def _own_text(run: Run, split: str) -> Text:
 
 
 def _bytes(run: Run, text: Text) -> bytes:
-    """The text itself. An end-of-text token is none of it."""
+    """The text itself, without end-of-text tokens."""
     tokens = text.tokens
     if run.tokenizer.end_of_text is not None:
         tokens = tokens[tokens != run.tokenizer.end_of_text]
@@ -380,9 +380,9 @@ def _difference(what: str, less: Estimate, names: list[str], less_is_better: boo
 
 
 def _by_bytes(runs: list[Run], texts: list[Text], nats: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Each run's nats on the same stretches of text, and their bytes, all [n], where tokens are not the same.
+    """Each run's nats on the same stretches of text, and their bytes, all [n], for runs with different tokenizers.
 
-    A stretch ends where tokens of both end. It begins behind the first token of both, which nothing predicts.
+    A stretch ends where tokens of both runs end. The first begins after both first tokens, which are not predicted.
     """
     ends = []  # of each token, in bytes
     for run, text in zip(runs, texts, strict=True):
@@ -398,13 +398,13 @@ def _by_bytes(runs: list[Run], texts: list[Text], nats: list[np.ndarray]) -> tup
     cuts = np.unique(common[np.searchsorted(common, np.append(starts, common[-1]))])
     sums = []
     for end, each in zip(ends, nats, strict=True):
-        places = np.searchsorted(end, cuts, side="right") - 1  # of nats, which begin with the second token
+        places = np.searchsorted(end, cuts, side="right") - 1  # indices of nats, which begin with the second token
         sums.append(statistics.sums_between(each[places[0] : places[-1]], places[:-1] - places[0]))
     return sums, np.diff(cuts)
 
 
 def _finite(value: Any) -> Any:
-    """`value` as JSON can say it: a number that is not finite is null, an estimate is an object."""
+    """`value` for JSON: a number that is not finite becomes null, an estimate an object."""
     if isinstance(value, Estimate):
         value = asdict(value)
     if isinstance(value, dict):
@@ -426,12 +426,12 @@ def _import_adapter() -> Any:
 
 
 def _lm_eval_tasks(asked: Options) -> Any:
-    """The tasks as lm-eval takes them; UserError where one is not known or its data cannot be had."""
+    """The tasks, loaded by lm-eval; UserError if one is unknown or its data is unavailable."""
     _import_adapter()
     from lm_eval.tasks import TaskManager
 
     wrong = UserError("")
-    for defaults in (False, True) if asked.include_path else (True,):  # its own 14,000 take seconds to look through
+    for defaults in (False, True) if asked.include_path else (True,):  # indexing its own 14,000 takes seconds
         manager = TaskManager(include_path=asked.include_path or None, include_defaults=defaults)
         unknown = [task for task in asked.tasks if task not in manager.all_tasks]
         if unknown:
@@ -449,12 +449,12 @@ def _lm_eval_tasks(asked: Options) -> Any:
 
 
 def _lm_eval(model: Any, tasks: Any, run: Path) -> dict[str, Any]:
-    """What lm-eval finds: task -> figure -> value."""
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that runs jax's threads
+    """lm-eval's results: task -> figure -> value."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else its bootstrap forks a process with jax's threads
     from lm_eval.evaluator import evaluate
 
     lm = _import_adapter().RunLM(model, _track(f"lm-eval on {run}"))
-    with contextlib.redirect_stdout(sys.stderr):  # what it says of its own progress
+    with contextlib.redirect_stdout(sys.stderr):  # its own progress
         found: Any = evaluate(lm, tasks, bootstrap_iters=1000, log_samples=False)
     return {task: {k: v for k, v in row.items() if k != "alias"} for task, row in found["results"].items()}
 
@@ -494,7 +494,7 @@ def _row(name: str, figure: Estimate, digits: int, unit: str = "") -> None:
 
 
 def _track(what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    """A bar on a terminal, nothing elsewhere."""
+    """A progress bar on a terminal; elsewhere nothing."""
 
     def track(items: Iterable[Any], n: int) -> Iterable[Any]:
         from rich.markup import escape

@@ -15,15 +15,15 @@ from nanogpt_jax.config.command_line import CommandLine, Read, flag
 from nanogpt_jax.host import files, messages, terminal
 from nanogpt_jax.model import sizes
 
-NO_COMPARE = "no comparison with transformers where that is installed; it takes the memory of a second model"
+NO_COMPARE = "do not compare with transformers, which takes the memory of a second model"
 
 
 @dataclass(frozen=True)
 class ImportOptions(command_line.Options):
     tokenizer: str | None = flag(
         "DIR",
-        "where tokenizer.json, or vocab.json and merges.txt, are (default: beside the weights; a model of 50257 tokens "
-        "without any has GPT-2's)",
+        "the folder of tokenizer.json, or of vocab.json and merges.txt (default: that of the weights; without any, a "
+        "model of 50257 tokens gets GPT-2's)",
     )
     no_compare: bool = flag("", NO_COMPARE, False)
 
@@ -31,7 +31,7 @@ class ImportOptions(command_line.Options):
 @dataclass(frozen=True)
 class ExportOptions(command_line.Options):
     checkpoint: str = flag("WHICH", "best, latest or a step", "best")
-    overwrite: bool = flag("", "write over the files in DIR, or over FILE.gguf", False)
+    overwrite: bool = flag("", "overwrite the files in DIR, or FILE.gguf", False)
     no_compare: bool = flag("", NO_COMPARE, False)
 
 
@@ -42,7 +42,7 @@ IMPORT = CommandLine(
     {
         "MODEL": "a directory with config.json and model.safetensors, one .safetensors file, or a name on the Hugging "
         "Face Hub such as gpt2-medium",
-        "RUN": "the run directory that is made",
+        "RUN": "the new run directory",
     },
 )
 EXPORT = CommandLine(
@@ -50,7 +50,7 @@ EXPORT = CommandLine(
     ExportOptions,
     "Writes a run as transformers reads it (config.json, model.safetensors, tokenizer.json), or as one file for "
     "llama.cpp.",
-    {"RUN": "a run directory", "DIR": "where it is written: a directory, or one FILE.gguf"},
+    {"RUN": "a run directory", "DIR": "the target: a directory, or one FILE.gguf"},
 )
 
 DOWNLOADED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json"]
@@ -60,7 +60,7 @@ DOWNLOADED += ["added_tokens.json", "special_tokens_map.json"]
 WEIGHTS = "model.safetensors"
 EXPORTED = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 EXPORTED += ("vocab.json", "merges.txt", "special_tokens_map.json")
-BEGUN, OVER = "export", "overwrite"  # the temporary folder in DIR: where none of these was, and where some were
+BEGUN, OVER = "export", "overwrite"  # the temporary folder in DIR: if none of these existed, and if some did
 
 
 def main_import(argv: list[str]) -> int:
@@ -79,7 +79,7 @@ def _main(command: CommandLine[Read], run: Callable[[Read], int], argv: list[str
 
 
 def read(name: str, argv: list[str]) -> ImportOptions | ExportOptions:
-    """The two words of a command line and its flags; UserError if they are not understood. No jax here."""
+    """The two words of a command line and its flags; UserError if they are invalid. No jax here."""
     return _two_words(IMPORT, argv) if name == "import-hf" else _two_words(EXPORT, argv)
 
 
@@ -142,10 +142,10 @@ def run_import(asked: ImportOptions) -> int:
             files.write(partial / "config.json", config.to_json(cfg))
             try:
                 save_params(partial, params)
-            except UserError as e:  # it names the place that was not to be seen
+            except UserError as e:  # it names the temporary folder
                 raise UserError(str(e).replace(str(partial), str(run))) from None
             if place.is_dir():
-                place.rmdir()  # empty
+                place.rmdir()  # it is empty
             os.rename(partial, place)
     except OSError as e:
         raise UserError(f"cannot write {run}: {e.strerror or e}") from None
@@ -183,7 +183,7 @@ def run_export(asked: ExportOptions) -> int:
             "       export an earlier one: --checkpoint STEP"
         )
     if not cfg.bias:
-        print("note: the model has no biases; GPT-2's files have, so they are written as zeros")
+        print("note: the model has no biases; GPT-2's files do, so they are written as zeros")
     if tokenizer.n_vocab < cfg.vocab_size:
         first, last = tokenizer.n_vocab, cfg.vocab_size - 1
         print(
@@ -212,7 +212,7 @@ def run_export(asked: ExportOptions) -> int:
 
 def _refuse_existing(run: Path) -> None:
     if os.path.exists(run) and not run.is_dir():
-        raise UserError(f"{run} is no directory; give a new one for the run")
+        raise UserError(f"{run} is not a directory; give a new one for the run")
     if _names_in(run):
         raise UserError(f"{run} exists and is not empty\n       choose a new directory for the run")
     place = files.target(run)
@@ -229,7 +229,7 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _check_writable(place: Path, shown: Path) -> None:
-    """UserError, before the work, where nothing could be made at `place`."""
+    """UserError, before the work, if nothing can be written at `place`."""
     try:
         there = next(folder for folder in place.parents if os.path.lexists(folder))
         with files.folder_beside(there / place.name):
@@ -239,28 +239,28 @@ def _check_writable(place: Path, shown: Path) -> None:
 
 
 def _refuse_target(out: Path, overwrite: bool) -> None:
-    """UserError where an export to `out` would fall on what is not its own, or could not be written."""
+    """UserError if an export to `out` would overwrite something else, or could not be written."""
     place = files.target(out)
     if out.suffix.lower() == ".gguf":
         if files.is_special(out):
             raise UserError(f"{out} is a device or a pipe, and a GGUF needs a file\n       choose another name")
         if os.path.isdir(out) or (os.path.exists(out) and not overwrite):
-            raise UserError(f"{out} exists\n       choose another name, or write over it with --overwrite")
+            raise UserError(f"{out} exists\n       choose another name, or overwrite it with --overwrite")
         _check_writable(place, out)
     elif os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"{out} is no directory; give a new one, or a name that ends with .gguf")
+        raise UserError(f"{out} is not a directory; give a new one, or a name that ends with .gguf")
     elif os.path.isdir(out):
         names = _names_in(out)
         begun = {name: found[1] for name in names if (found := files.LEFTOVER.fullmatch(name))}
         others = {name for name in names if begun.get(name) not in (BEGUN, OVER)}
-        # a killed export into an empty directory goes on: what it had moved to its place is its own
+        # an export into an empty directory that was killed is repeated: files that it had moved are its own
         if others and not overwrite and not (BEGUN in begun.values() and others <= set(EXPORTED)):
             raise UserError(
-                f"{out} is not empty\n       choose another directory, or write over its files with --overwrite"
+                f"{out} is not empty\n       choose another directory, or overwrite its files with --overwrite"
             )
         for name in EXPORTED:
             if os.path.isdir(out / name) or files.is_special(out / name):
-                raise UserError(f"{out / name} is no file, and is left alone\n       choose another directory")
+                raise UserError(f"{out / name} is not a file, and is not overwritten\n       choose another directory")
         _check_writable(place / OVER, out)
     else:
         _check_writable(place, out)
@@ -274,7 +274,7 @@ def _refuse_target(out: Path, overwrite: bool) -> None:
 
 
 def _download(name: str) -> Path:
-    """The files of a model on the Hugging Face Hub, in its cache; nothing is asked of the network in offline mode."""
+    """The files of a model of the Hugging Face Hub, in its cache. Uses no network in offline mode."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix:
         raise UserError(f"no file or directory {name}")
     from huggingface_hub import snapshot_download
@@ -284,18 +284,18 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except (HFValidationError, RepositoryNotFoundError):
         raise UserError(f"no file or directory {name}, and no such model on the Hugging Face Hub") from None
-    except (OSError, ValueError, RuntimeError) as e:  # of which the network's errors are
+    except (OSError, ValueError, RuntimeError) as e:  # which include the network's errors
         raise UserError(
             f"no file or directory {name}, and it cannot be downloaded from the Hugging Face Hub "
             f"({messages.first_line(e)})\n"
-            f"       where there is a network: hf download {config.quoted(name)} --local-dir DIR; then give DIR here"
+            f"       on a machine with a network: hf download {config.quoted(name)} --local-dir DIR; then give DIR here"
         ) from None
 
 
 def _write(out: Path, texts: dict[str, str], tensors: dict[str, Any]) -> None:
-    """All files under temporary names, then each to its own: a file is the old one or the new one, whole.
+    """Write all files under temporary names, then rename each, so that every file is the complete old or new one.
 
-    A new directory comes to its place in one piece. Links in an old one are replaced, not followed.
+    A new directory is renamed as a whole. Links in an old one are replaced, not followed.
     """
     if not out.is_dir():
         with files.folder_beside(out) as partial:
@@ -320,9 +320,9 @@ def _write_into(folder: Path, texts: dict[str, str], tensors: dict[str, Any]) ->
     named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
     try:
         save_file(named, folder / WEIGHTS, {"format": "pt"})
-    except SafetensorError as e:  # its word for a full disk
+    except SafetensorError as e:  # raised for a full disk
         raise OSError(str(e)) from None
-    shutil.copymode(folder / "config.json", folder / WEIGHTS)  # it was for the owner alone
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)  # it was readable by the owner alone
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
-"""Text to tokens ahead of training: `nanogpt-jax prepare SOURCE`. train.py does the same on first use, by the same code
-and into the same folder; this is for texts that take long, and for machines that have the network or the cores."""
+"""`nanogpt-jax prepare SOURCE`: text to tokens, ahead of training.
+
+train.py does the same on first use, with the same code and the same folder. This is for texts that take long, and for
+machines that have the network or the cores.
+"""
 
 import shlex
 import time
@@ -19,13 +22,13 @@ hf:NAME[:CONFIG][:FIELD]: a data set of the Hugging Face hub, streamed
 
 @dataclass(frozen=True)
 class Options(command_line.Options):
-    config: str | None = flag("CONFIG", "settings of a config file, as for train.py")
+    config: str | None = flag("CONFIG", "take settings from a config file, as train.py does")
 
 
 COMMAND = CommandLine(
     "prepare",
     Options,
-    "Turns text into tokens, for train.py to find. The same command again goes on where an interrupted one stopped.",
+    "Turns text into tokens, for train.py to find. The same command again resumes an interrupted preparation.",
     {"[SOURCE]": SOURCE},
     after="Each flag but --config is the setting data.NAME of train.py.",
     kind=Config,
@@ -55,7 +58,7 @@ def run(command: config.Command) -> int:
 
 
 def read(argv: list[str]) -> config.Command:
-    """The command line, as train.py would read `--data.NAME` for each of our flags."""
+    """The command line, each flag of which is `--data.NAME` for train.py."""
     options = COMMAND.read(argv)
     words, settings = options.words, options.settings
     if len(words) > 1:
@@ -70,7 +73,7 @@ def read(argv: list[str]) -> config.Command:
 
 
 def train_command(command: config.Command) -> str:
-    """What trains on these tokens."""
+    """The command that trains on these tokens."""
     default, cfg = DataConfig(), command.cfg.data
     typed = [key for key, where in command.origin.items() if where == "command line" and key != "data.threads"]
     values = {key: getattr(cfg, key.removeprefix("data.")) for key in typed}

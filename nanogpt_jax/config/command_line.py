@@ -5,7 +5,7 @@ A command line is two things: a class whose fields are its flags, and a `Command
     @dataclass(frozen=True)
     class Options(command_line.Options):
         seed: int = flag("N", "the same seed gives the same text", 1337, must=AT_LEAST_1)
-        overwrite: bool = flag("", "write over old files", False)
+        overwrite: bool = flag("", "overwrite old files", False)
 
     EXPORT = CommandLine("export-hf", Options, "Writes a run for transformers.", {"RUN": "a run directory"})
     EXPORT.read(["runs/mine", "--seed=3"]).seed == 3

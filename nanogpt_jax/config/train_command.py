@@ -108,7 +108,7 @@ def _take_over(cfg: Settings, origin: Origin, run_dir: Path, overwrite: bool) ->
     else:
         near = suggestion(str(first), [str(p.parent.parent) for p in first.parent.glob("*/checkpoints/[0-9]*")])
         hint = f"\n       train one first, or import one: {program('import-hf')} gpt2 {word(first)}"
-        raise UserError(f"train.init_from={first} is no run directory ({where}){near}{hint}")
+        raise UserError(f"train.init_from={first} is not a run directory ({where}){near}{hint}")
     given, old = dict(items(cfg)), dict(items(before))
     taken: dict[str, Any] = {}
     for key in (key for key in types_of() if key.startswith("model.") and key not in cfg.EXECUTION):

@@ -280,7 +280,7 @@ def load(folder: Path) -> Tokenizer:
 def _check_file(path: Path) -> None:
     """UserError if reading `path` might never end."""
     if files.is_special(path):
-        raise UserError(f"{path} is no file, but a pipe or a device: nothing is read from it")
+        raise UserError(f"{path} is not a file, but a pipe or a device: nothing is read from it")
 
 
 def pieces(blocks: Iterable[str], size: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How likely a model holds a continuation of a context: what multiple choice, last words and lm-eval ask."""
+"""log p(continuation | context), for multiple choice, last words and lm-eval."""
 
 # B rows, W width of a row, E groups of rows (1), V vocab
 
@@ -20,7 +20,7 @@ from nanogpt_jax.model import gpt2
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model, ready to be asked."""
+    """A trained model, ready for scoring."""
 
     cfg: ModelConfig
     params: gpt2.Params
@@ -45,8 +45,8 @@ class Likelihood(NamedTuple):
 def encode_pair(model: Model, context: str, continuation: str, where: str) -> tuple[list[int], list[int]]:
     """Tokens of the context, at least one, and of the continuation, at most block_size. `where` is for errors.
 
-    lm-eval's rules: spaces at the end of the context belong to the continuation, and the continuation is what the
-    whole text has more tokens than the context, since byte pairs may join at the seam.
+    lm-eval's rules: spaces at the end of the context belong to the continuation. Because byte pairs may join at the
+    boundary, the continuation is the tokens of the whole text after as many as the context alone has.
     """
     kept = context.rstrip()
     try:
@@ -66,9 +66,9 @@ def encode_pair(model: Model, context: str, continuation: str, where: str) -> tu
 def log_likelihoods(
     model: Model, pairs: Sequence[tuple[list[int], list[int]]], track: Track = silent
 ) -> list[Likelihood]:
-    """Of each (context, continuation) in tokens. Of a context that is too long the end is used.
+    """The likelihood of each (context, continuation) in tokens. If a context is too long, its end is used.
 
-    Rows are padded on the right to a few lengths, so that there is a program for each and not for each item.
+    Rows are padded on the right to a few lengths, so that a program is compiled for each length and not for each item.
     """
     T, ways = model.cfg.block_size, batch_ways(model.mesh)
     sequences = [np.array((context + rest)[-(T + 1) :], np.int32) for context, rest in pairs]

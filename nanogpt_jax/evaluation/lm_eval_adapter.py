@@ -18,12 +18,12 @@ from nanogpt_jax.evaluation.loss import Track, silent
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.inference.sampler import generate_text, prompt_ids
 
-AT_ONCE = 16  # texts generated side by side
-NEW_TOKENS = 256  # where a task does not say how many, as in lm-eval
+AT_ONCE = 16  # texts generated in a batch
+NEW_TOKENS = 256  # lm-eval's default if a task does not set it
 
 
 class RunLM(LM):
-    """One process, all devices that `model.mesh` has."""
+    """Runs in one process, on all devices of `model.mesh`."""
 
     def __init__(self, model: Model, track: Track = silent) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def _where(request: Instance) -> str:
 
 
 def _how(request: Instance) -> tuple[Rules, int, tuple[str, ...]]:
-    """lm-eval's generation settings as ours. UserError for one that we do not have."""
+    """lm-eval's generation settings as ours. UserError if we lack one."""
     arguments: Any = request.args
     asked: dict[str, Any] = dict(arguments[1])
     until = asked.pop("until", None) or []
@@ -92,7 +92,7 @@ def _how(request: Instance) -> tuple[Rules, int, tuple[str, ...]]:
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         if name in asked
     }
-    if not asked.pop("do_sample", False):  # greedy unless asked, whatever the temperature says
+    if not asked.pop("do_sample", False):  # greedy unless this is set, whatever the temperature
         rules["temperature"] = 0.0
     if asked:
         known = "until, max_gen_toks, do_sample, temperature, top_k, top_p, min_p, repetition_penalty"

@@ -1,9 +1,9 @@
-"""Loss on a whole text: every token after the first predicted once, in fixed windows.
+"""Loss on a whole text: every token after the first is predicted once, in fixed windows.
 
-A float32 product is summed in an order that its shape decides, so the last bits of a loss would depend on how many
-windows are computed together. Here the shape is fixed: each device computes groups of about `GROUP` tokens, the same
-windows in the same rows, one group after the other. The nats of each token come back to the host, and all sums are
-taken there, exactly rounded. So a figure is the same to the last digit for any batch size and number of devices.
+The shape of a float32 product decides the order of its sums, so the last bits of a loss would depend on the number of
+windows in a batch. Here the shape is fixed: each device computes one group of about `GROUP` tokens after the other,
+with the same windows in the same rows. The host gets the nats of each token and computes all sums, exactly rounded. So
+a figure is the same to the last digit for any batch size and number of devices.
 """
 
 # B windows, T block_size, W width of a row, E groups of rows, N tokens
@@ -28,10 +28,10 @@ from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, shard
 from nanogpt_jax.model import execution, gpt2, losses
 
-GROUP = 2048  # tokens computed together; fewer are slower (by half at 64, nothing from 1024 on), more take memory
+GROUP = 2048  # tokens computed together; fewer than 1024 are slower, more take memory
 
 Score = Callable[[gpt2.Params, np.ndarray], tuple[jax.Array, jax.Array]]
-Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, how many) -> items; shows how far it is
+Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, how many) -> items; shows progress
 
 
 def silent(items: Iterable[Any], n: int) -> Iterable[Any]:
@@ -40,13 +40,13 @@ def silent(items: Iterable[Any], n: int) -> Iterable[Any]:
 
 
 def for_scoring(cfg: ModelConfig, platform: str) -> ModelConfig:
-    """`cfg` without what only training needs, and with how it is computed chosen for `platform`."""
+    """`cfg` without the settings of training, and with automatic settings resolved for `platform`."""
     return execution.resolve(replace(cfg, attention="auto", scan_unroll=0, remat="none", dropout=0.0), platform)
 
 
 def make_score(cfg: ModelConfig, mesh: Mesh) -> Score:
     """(params, tokens [E, B, W+1]) -> nats [E, B, W] float32 of each token after its row's first, and whether it was
-    the likeliest. B is `rows(W)` a device; the groups are computed one after the other."""
+    the likeliest. B is `rows(W)` for each device; groups are computed one after the other."""
     layout = shard(mesh, P(None, *BATCH))
 
     @functools.partial(jax.jit, in_shardings=(None, layout), out_shardings=layout)
@@ -55,19 +55,19 @@ def make_score(cfg: ModelConfig, mesh: Mesh) -> Score:
             logits, targets = gpt2.forward(cfg, params, tokens[:, :-1]), tokens[:, 1:]
             return losses.cross_entropy(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for attention.splash, which splits itself
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels that XLA cannot split
             return lax.map(group, tokens)
 
     return score
 
 
 def rows(length: int) -> int:
-    """Rows of a group."""
+    """Number of rows of this length in a group."""
     return max(1, GROUP // length)
 
 
 def read_back(results: Iterable[Any]) -> Iterable[Any]:
-    """Device arrays as numpy arrays, two behind the device, which so never waits for the host."""
+    """Device arrays as numpy arrays, read two calls late, so that the device never waits for the host."""
     ahead: deque[Any] = deque()
     for result in results:
         ahead.append(result)
@@ -90,9 +90,9 @@ def token_nats(
 ) -> np.ndarray:
     """-log p of every token of a text [N] after the first, in order: [N-1] float32.
 
-    `stride` (0: block_size) is how far one window begins after the other: each token is predicted from at least
-    block_size - stride tokens before it, as soon as there are so many. `batch_size`: windows that a device is handed
-    at a time, rounded up to whole groups (0: one group); no number depends on it.
+    `stride` (0: block_size) is the distance between the starts of windows: each token is predicted from at least
+    block_size - stride tokens before it, or from all if there are fewer. `batch_size`: windows in a call for each
+    device, rounded up to whole groups (0: one group); no figure depends on it.
     """
     B = rows(block_size) * batch_ways(mesh)
     E = -(-batch_size // rows(block_size)) or 1
@@ -116,11 +116,11 @@ def evaluate(
 
 
 def summary(nats: np.ndarray, n_bytes: int) -> dict[str, float]:
-    """The same of each token's nats [N-1]."""
+    """The figures of `evaluate`, from each token's nats [N-1]."""
     total = math.fsum(nats.tolist())
     loss = total / len(nats)
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": total / math.log(2) / n_bytes}
 
 
 def perplexity(nats: float) -> float:
-    return math.exp(min(nats, 700))  # a float64 ends at e^709
+    return math.exp(min(nats, 700))  # float64 overflows after e^709

@@ -21,7 +21,7 @@ from nanogpt_jax.evaluation.loss import Track, silent
 
 @dataclass(frozen=True)
 class Choice:
-    """A context and its possible continuations, of which the one numbered `gold` is the true one."""
+    """A context and its possible endings; number `gold` is the true one."""
 
     where: str  # "FILE, line 3"
     context: str
@@ -39,8 +39,8 @@ class LastWord:
 def read_choices(source: str) -> list[Choice]:
     """Items of HellaSwag's form {"ctx", "endings", "label"} or lm-eval's {"query", "choices", "gold"}.
 
-    Where activity_label, ctx_a and ctx_b are there too, as in the published HellaSwag, the texts are made of them as
-    lm-eval does it.
+    If activity_label, ctx_a and ctx_b are present, as in the published HellaSwag, the texts are made from them as in
+    lm-eval.
     """
     return [_choice(where, row) for where, row in _rows(source)]
 
@@ -62,17 +62,17 @@ def _choice(where: str, row: dict[str, Any]) -> Choice:
         ctx = f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}"
         context, endings = _hellaswag(ctx), [_hellaswag(e) for e in endings]
     if not all(endings):
-        raise UserError(f"{where}: {known[1]} holds an empty text, which nothing can be said of")
+        raise UserError(f"{where}: {known[1]} holds an empty text")
     return Choice(where, context, tuple(endings), gold)
 
 
 def _hellaswag(text: str) -> str:
-    """Without WikiHow's marks: " [title]" ends a sentence, others in square brackets go."""
+    """`text` without WikiHow's marks: " [title]" ends a sentence, others in square brackets are removed."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def read_last_words(source: str) -> list[LastWord]:
-    """Items {"text": ...}; what is behind the last space is to be predicted."""
+    """Items {"text": ...}; what follows the last space is to be predicted."""
     found = []
     for where, row in _rows(source):
         text = _field(where, row, "text")
@@ -86,10 +86,10 @@ def read_last_words(source: str) -> list[LastWord]:
 
 
 def score_choices(model: Model, items: Sequence[Choice], track: Track = silent) -> dict[str, np.ndarray]:
-    """{"acc", "acc_norm"}, each [n] with 1 where the true ending was the likeliest and 0 elsewhere.
+    """{"acc", "acc_norm"}, each [n]: 1 if the true ending was the likeliest, else 0.
 
-    acc takes the sum of an ending's log-likelihoods, acc_norm that sum for each character of the ending. (lm-eval's
-    page speaks of bytes; its code divides by characters, and has acc_bytes beside it.) A space joins the two.
+    acc compares the log-likelihoods of the endings, acc_norm those divided by the endings' lengths in characters.
+    (lm-eval's documentation says bytes, but its code divides by characters.) A space joins context and ending.
     """
     pairs = [encode_pair(model, item.context, " " + ending, item.where) for item in items for ending in item.endings]
     found = iter(log_likelihoods(model, pairs, track))
@@ -102,7 +102,7 @@ def score_choices(model: Model, items: Sequence[Choice], track: Track = silent) 
 
 
 def score_last_words(model: Model, items: Sequence[LastWord], track: Track = silent) -> dict[str, np.ndarray]:
-    """{"acc": 1 where greedy decoding writes the very word, "nats": -log p of the word}, each [n]."""
+    """{"acc": 1 if greedy decoding writes exactly the word, else 0, "nats": -log p of the word}, each [n]."""
     pairs = [encode_pair(model, item.context, item.word, item.where) for item in items]
     found = log_likelihoods(model, pairs, track)
     return {"acc": np.array([f.greedy for f in found], np.float64), "nats": np.array([-f.nats for f in found])}
@@ -120,7 +120,7 @@ def _field(where: str, row: dict[str, Any], name: str) -> Any:
 def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
     rows = list(_hub_rows(source) if source.startswith("hf:") else _file_rows(source))
     if not rows:
-        raise UserError(f"{source} holds no items; it should have a JSON object a line")
+        raise UserError(f"{source} holds no items; give a file with one JSON object a line")
     return rows
 
 

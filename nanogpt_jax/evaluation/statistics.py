@@ -1,6 +1,6 @@
-"""How sure a figure is: means with standard errors, and differences of two models on the same text or items.
+"""Means with standard errors, and differences of two models on the same text or items.
 
-Sums are exactly rounded (`math.fsum`), so no figure depends on an order.
+Sums are exactly rounded (`math.fsum`), so that no figure depends on their order.
 """
 
 import math
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST = 32  # stretches of a text: long ones tell the truth, many tell it exactly (Schmeiser 1982); to 13 % here
+MOST = 32  # stretches of a text: long ones avoid bias, many give precision (Schmeiser 1982), here 13 %
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error; None where fewer than two values were to be had."""
+    """A figure and its standard error, or None if there are fewer than two values."""
 
     value: float
     error: float | None
@@ -24,7 +24,7 @@ class Estimate:
 
     @property
     def errors(self) -> float:
-        """How many standard errors the value is away from 0."""
+        """The distance of the value from 0, in standard errors."""
         if self.value == 0 or self.error is None:
             return 0.0
         return abs(self.value) / self.error if self.error else math.inf
@@ -53,15 +53,16 @@ def ratio(sums: np.ndarray, weights: np.ndarray) -> Estimate:
 
 
 def stretches(n_tokens: int, block_size: int) -> np.ndarray:
-    """Where the stretches of a text begin over which its error is taken, whole windows each: [n] int64, at most MOST.
+    """The starts of the stretches from which a text's error is estimated, whole windows each: [n] int64, at most MOST.
 
-    Neighbouring tokens resemble each other, and so do neighbouring windows where these are short: a hard page is hard
-    for long. Measured on the default run, windows of 64 would give a third of the error that stretches of 4096 give.
+    Losses of neighbouring tokens are correlated, and so are those of neighbouring short windows, because a hard page
+    makes many of them hard. Treating short windows as independent would underestimate the error, threefold on the
+    default run.
     """
     windows = -(-n_tokens // block_size)
     return np.arange(0, n_tokens, block_size * -(-windows // MOST))
 
 
 def sums_between(nats: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """nats [N] summed from each start to the next: [n] float64."""
+    """The sum of nats [N] from each start to the next: [n] float64."""
     return np.array([math.fsum(part.tolist()) for part in np.split(nats, starts[1:])])

@@ -1,1 +1,1 @@
-"""GPT-2 as others keep it: Hugging Face's files in and out, GGUF out."""
+"""GPT-2 in other formats: reads and writes Hugging Face's files, writes GGUF."""

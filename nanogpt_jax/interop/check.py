@@ -1,4 +1,4 @@
-"""Do our logits equal those of `transformers`, from the same files? Only if torch and transformers are installed."""
+"""Compares our logits with those of `transformers` from the same files, if torch and transformers are installed."""
 
 # T time, V vocabulary
 
@@ -22,7 +22,7 @@ def _tokens(n_vocab: int, block_size: int) -> np.ndarray:
 
 
 def own_logits(cfg: ModelConfig, params: gpt2.Params, no_compare: bool) -> np.ndarray | str:
-    """Ours [1, T, V] for random tokens; or, as text, why nothing is to be compared."""
+    """Our logits [1, T, V] for random tokens; or, as text, why there is no comparison."""
     if no_compare:
         return "not compared (--no-compare)"
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
@@ -30,7 +30,7 @@ def own_logits(cfg: ModelConfig, params: gpt2.Params, no_compare: bool) -> np.nd
         return f"not compared with transformers: {missing[0]} is not installed (pip install 'nanogpt-jax[compare]')"
     cfg = dataclasses.replace(cfg, attention="reference", dtype="float32", scan_unroll=1, remat="none")
     forward = jax.jit(gpt2.forward, static_argnums=0)
-    with jax.default_matmul_precision("highest"):  # a GPU's own choice is 1e-3 off
+    with jax.default_matmul_precision("highest"):  # a GPU's default is 1e-3 off
         logits = forward(cfg, params, _tokens(cfg.vocab_size, cfg.block_size))
     return np.asarray(logits)[..., : cfg.vocab_size]
 

@@ -14,7 +14,7 @@ from nanogpt_jax.host import files
 from nanogpt_jax.interop.vocabulary import tokens_and_merges
 from nanogpt_jax.model.kernels.norm_gelu import EPSILON
 
-# Hugging Face's names, in a layer and outside, to llama.cpp's. Its matrices are [out, in], as the embeddings are.
+# Hugging Face's names, inside and outside a layer -> llama.cpp's, whose matrices are [out, in], like the embeddings.
 NAMES = {
     "wte": "token_embd",
     "wpe": "position_embd",
@@ -29,7 +29,7 @@ NAMES = {
 
 
 def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.ndarray], tokenizer: Tokenizer) -> None:
-    """`tensors` as `to_hugging_face` gives them -> the file at `path`, whole or not at all. OSError."""
+    """Write `tensors`, as `to_hugging_face` returns them, to `path`, atomically. OSError if that fails."""
     try:
         import gguf
     except ImportError:
@@ -50,7 +50,7 @@ def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.nd
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
 
     vocab, merges = tokens_and_merges(tokenizer)
-    # ids for which the tokenizer has no text
+    # ids without text in the tokenizer
     tokens = [f"[PAD{i}]" for i in range(cfg.vocab_size)]
     kinds = [gguf.TokenType.UNUSED] * cfg.vocab_size
     for symbols, rank in vocab.items():
@@ -83,12 +83,12 @@ def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.nd
             writer.write_tensors_to_file()
             writer.close()
         finally:
-            with contextlib.suppress(OSError):  # of what the file did not take: told already
+            with contextlib.suppress(OSError):  # the same error again
                 writer.close()
 
 
 class _Told(np.ndarray):
-    """An array that is written as bytes are, so that a full disk says so; numpy says "8 requested and 0 written"."""
+    """An array that is written like bytes, so that a full disk is named; numpy says "8 requested and 0 written"."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
         assert not sep

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # its import teaches numpy, and so safetensors, bfloat16
+import ml_dtypes  # importing it adds bfloat16 to numpy, and so to safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -22,7 +22,7 @@ from nanogpt_jax.model.kernels.norm_gelu import EPSILON
 WIDE = (np.float32, np.float16, ml_dtypes.bfloat16)
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 
-# Settings of theirs that we have in one way only. The first value is what transformers takes where the file is silent.
+# Settings of theirs for which we support only these values. The first is transformers' default.
 FIXED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (EPSILON,),
@@ -30,21 +30,21 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-# Their other names for four of the sizes, which transformers takes too.
+# Other names for four of the sizes, which transformers accepts too.
 ALIASES = {
     "n_positions": "max_position_embeddings",
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
 }
-LARGEST = 1 << 31  # of a size in config.json
+LARGEST = 1 << 31  # limit for a size in config.json
 
-# What torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap.
+# Parts that torch.compile, DDP, FSDP and activation checkpointing add to the names of tensors.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def short_name(name: str) -> str:
-    """GPT2Model's name of a tensor: without GPT2LMHeadModel's "transformer.", and without the marks of wrappers."""
+    """GPT2Model's name of a tensor: without GPT2LMHeadModel's "transformer." and the marks of wrappers."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("transformer.")
 
 
@@ -62,7 +62,7 @@ class Weights:
                 names = list(opened.keys())
             except (SafetensorError, OSError, ValueError) as e:
                 raise UserError(
-                    f"{path} is cut short or no safetensors file ({first_line(e)})\n"
+                    f"{path} is cut short or not a safetensors file ({first_line(e)})\n"
                     "       download it again; if it is a pointer of Git LFS: git lfs pull"
                 ) from None
             for name in names:
@@ -77,7 +77,7 @@ class Weights:
 
     @property
     def wrappers(self) -> list[str]:
-        """The marks of wrappers in the names, which were taken off."""
+        """The marks of wrappers that were removed from the names."""
         found = {part for _, name in self._places.values() for part in name.split(".")}
         return [wrapper for wrapper in WRAPPERS if wrapper in found]
 
@@ -100,31 +100,31 @@ class Weights:
             raise UserError(f"{self.file_of[name]}: cannot read {name} ({first_line(e)})") from None
         if array.dtype not in WIDE:
             raise UserError(
-                f"{self.file_of[name]}: {name} is {array.dtype}; only float32, float16 and bfloat16 are taken\n"
+                f"{self.file_of[name]}: {name} is {array.dtype}; only float32, float16 and bfloat16 are supported\n"
                 "       save the model in one of them first"
             )
         if bad := array.size - np.count_nonzero(np.isfinite(array)):
             raise UserError(
                 f"{self.file_of[name]}: {name} has {bad:,} of {array.size:,} numbers that are not finite\n"
-                "       its training went wrong, or the file is damaged: take an earlier one, or download it again"
+                "       its training diverged, or the file is damaged: take an earlier one, or download it again"
             )
         return array
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model found on disk and understood."""
+    """A model on disk, checked."""
 
     cfg: ModelConfig
     config: dict[str, Any]  # as transformers reads it
     weights: Weights
     files: list[Path]
-    folder: Path  # where its tokenizer would be
-    note: str  # what had to be guessed; or ""
+    folder: Path  # for its tokenizer
+    note: str  # what was guessed, or ""
 
 
 def open_model(path: Path) -> Model:
-    """The GPT-2 in a directory, or in one safetensors file; UserError if it is none, or not one that we compute."""
+    """The GPT-2 in a directory, or in one safetensors file; UserError if there is none, or none that we can compute."""
     is_folder = os.path.isdir(path)
     folder = path if is_folder else path.parent
     files = _files_in(path) if is_folder else [_checked_file(path)]
@@ -137,15 +137,15 @@ def open_model(path: Path) -> Model:
     if is_file(about):
         config = read_object(about)
     elif is_folder:
-        raise UserError(f"{path} has no config.json; to have the sizes read off the weights, name the file {files[0]}")
+        raise UserError(f"{path} has no config.json; to infer the sizes from the weights, name the file {files[0]}")
     else:
         config, about = _inferred(weights, path), path
         notes.append(
-            f"{path} has no config.json beside it: its tensors tell the sizes, and n_head={config['n_head']} is "
-            f"n_embd={config['n_embd']} / 64, as in all of GPT-2's"
+            f"{path} has no config.json beside it: the sizes are inferred from its tensors, and "
+            f"n_head={config['n_head']} is n_embd={config['n_embd']} / 64, as in all of GPT-2's"
         )
     if weights.wrappers:
-        notes.append(f"taken off the names of the tensors: {', '.join(weights.wrappers)} (what wrapped the model)")
+        notes.append(f"removed from the names of the tensors: {', '.join(weights.wrappers)} (marks of wrappers)")
     cfg = model_config(config, about)
     _check_tensors(cfg, config, weights, about)
     return Model(cfg, config, weights, files, folder, "\n      ".join(notes))
@@ -155,7 +155,7 @@ def _checked_file(path: Path) -> Path:
     if path.suffix.lower() in PICKLED:
         raise _pickled(path)
     if path.suffix.lower() != ".safetensors":
-        raise UserError(f"{path} is no .safetensors file; give one, or a directory with one and its config.json")
+        raise UserError(f"{path} is not a .safetensors file; give one, or a directory with one and its config.json")
     if path.name.startswith("adapter_model"):
         raise _adapter(path.parent)
     is_file(path)
@@ -167,7 +167,7 @@ def _python(code: str) -> str:
 
 
 def _beside(folder: Path, ending: str) -> tuple[str, str]:
-    """The folder, and a new one beside it, as Python writes them."""
+    """The folder, and a new one beside it, as Python literals."""
     full = Path(os.path.abspath(folder))
     return repr(str(full)), repr(str(full.with_name(f"{full.name}-{ending}")))
 
@@ -175,7 +175,7 @@ def _beside(folder: Path, ending: str) -> tuple[str, str]:
 def _pickled(path: Path) -> UserError:
     folder, new = _beside(path.parent, "safetensors")
     return UserError(
-        f"{path} is a pickled file, and reading one runs whatever code is in it: only safetensors is taken\n"
+        f"{path} is a pickled file, and reading one runs whatever code is in it: only safetensors is accepted\n"
         "       most models have a model.safetensors beside it; else convert it where you trust it:\n"
         + _python(f"from transformers import GPT2LMHeadModel as M; M.from_pretrained({folder}).save_pretrained({new})")
     )
@@ -188,7 +188,7 @@ def _adapter(folder: Path) -> UserError:
     old, new = _beside(folder, "merged")
     load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({old})"
     return UserError(
-        f"{folder} holds an adapter{of} (LoRA or the like): changes to a model, which are no model without it\n"
+        f"{folder} holds an adapter{of} (LoRA or the like): changes to a model, and not a model\n"
         f"       merge it into its model with peft, and import {new}:\n"
         + _python(f"{load}.merge_and_unload().save_pretrained({new})")
         + "\n       if it is merged already, remove its adapter_config.json"
@@ -212,25 +212,25 @@ def _files_in(folder: Path) -> list[Path]:
     others = sorted(folder.glob("*.safetensors"))
     hint = f"\n       to take one file: {others[0]}" if others else ""
     raise UserError(
-        f"{folder} has no model.safetensors and no model.safetensors.index.json; pickled weights are not taken{hint}"
+        f"{folder} has no model.safetensors and no model.safetensors.index.json; pickled weights are not accepted{hint}"
     )
 
 
 def _is_name(name: Any) -> bool:
-    """Whether `name` is that of a safetensors file, and of one in the same folder."""
+    """Whether `name` is that of a safetensors file in the same folder."""
     return isinstance(name, str) and re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors", name) is not None
 
 
 def _inferred(weights: Weights, path: Path) -> dict[str, Any]:
-    """The config.json that a file without one would have."""
+    """The config.json for weights without one, inferred from their shapes."""
     for name in ("wte.weight", "wpe.weight"):
         if name not in weights or len(weights.shape(name)) != 2:
-            raise UserError(f"{path} is no GPT-2: it has no matrix {name} (nor transformer.{name})")
+            raise UserError(f"{path} is not a GPT-2: it has no matrix {name} (nor transformer.{name})")
     (V, C), (T, _) = weights.shape("wte.weight"), weights.shape("wpe.weight")
     if C % 64:
         raise UserError(
-            f"{path} has no config.json beside it, and n_embd={C} is no multiple of 64\n"
-            "       put the model's config.json there: n_head cannot be read off the weights"
+            f"{path} has no config.json beside it, and n_embd={C} is not a multiple of 64\n"
+            "       put the model's config.json there: n_head cannot be inferred from the weights"
         )
     n_layer = len({name.split(".")[1] for name in weights.names if name.startswith("h.")})
     sizes = {"vocab_size": V, "n_positions": T, "n_embd": C, "n_layer": n_layer, "n_head": C // 64}
@@ -238,12 +238,12 @@ def _inferred(weights: Weights, path: Path) -> dict[str, Any]:
 
 
 def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
-    """Our settings from theirs; UserError that names the setting of theirs that we cannot compute."""
+    """Our settings from theirs. UserError names a setting of theirs that we do not support."""
     kind = config.get("model_type")
     if kind != "gpt2":
-        raise UserError(f"{where}: model_type={shown(kind)}; this is no GPT-2, and only GPT-2 can be imported")
+        raise UserError(f"{where}: model_type={shown(kind)}; only GPT-2 can be imported")
     if config.get("auto_map"):
-        raise UserError(f"{where}: auto_map={shown(config['auto_map'])}; a model with code of its own is no GPT-2")
+        raise UserError(f"{where}: auto_map={shown(config['auto_map'])}; a model with its own code is not a GPT-2")
     if config.get("quantization_config") is not None:
         raise UserError(f"{where}: the weights are quantized; import the model that they were made from")
     sizes = {}
@@ -257,13 +257,12 @@ def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
             raise UserError(f"{where}: {name}={sizes[name]}, but {alias}={shown(config[alias])}, which is the same")
     C, H = sizes["n_embd"], sizes["n_head"]
     if C % H:
-        raise UserError(f"{where}: n_embd={C} is no multiple of n_head={H}")
+        raise UserError(f"{where}: n_embd={C} is not a multiple of n_head={H}")
     for name, good in {**FIXED, "n_inner": (None, 4 * C)}.items():
         value = config.get(name, good[0])
         if value not in good:
             raise UserError(
-                f"{where}: {name}={shown(value)}, but this GPT-2 has {name}={good[0]!r} only: "
-                "its text would be another one"
+                f"{where}: {name}={shown(value)}, but this GPT-2 has {name}={good[0]!r} only: its text would differ"
             )
     return ModelConfig(
         block_size=sizes["n_positions"],
@@ -276,9 +275,9 @@ def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
 
 
 def _check_tensors(cfg: ModelConfig, config: dict[str, Any], weights: Weights, about: Path) -> None:
-    """Every tensor of a GPT-2 of that size is there in that shape, and nothing else but what may be left out.
+    """UserError unless the tensors are those of a GPT-2 of that size, and others that may be ignored.
 
-    Sizes that the files do not bear out cost nothing: the names are counted, and compared until one is missing.
+    False sizes cost no time: the names are counted, and compared until one is missing.
     """
     n_missing = n_tensors(cfg) - sum(is_tensor(cfg, name) for name in weights.names)
     if n_missing:
@@ -294,13 +293,13 @@ def _check_tensors(cfg: ModelConfig, config: dict[str, Any], weights: Weights, a
                 f"{weights.file_of[name]}: {name} is {list(weights.shape(name))}, but {about} asks for {list(shape)} "
                 f"(vocab_size={cfg.vocab_size} n_positions={cfg.block_size} n_embd={cfg.n_embd})"
             )
-    # old files hold the causal mask too
+    # old files contain the causal mask too
     masks = (".attn.bias", ".attn.masked_bias")
     extra = [n for n in weights.names if n not in expected and n != "lm_head.weight" and not n.endswith(masks)]
     if extra:
         raise UserError(
-            f"{weights.file_of[extra[0]]}: {cut(extra[0])} is no tensor of a GPT-2 of n_layer={cfg.n_layer} ({about})\n"
-            "       only GPT2LMHeadModel and GPT2Model can be imported"
+            f"{weights.file_of[extra[0]]}: {cut(extra[0])} is not a tensor of a GPT-2 of n_layer={cfg.n_layer} "
+            f"({about})\n       only GPT2LMHeadModel and GPT2Model can be imported"
         )
     if "lm_head.weight" not in weights and config.get("tie_word_embeddings", True) is False:
         raise UserError(
@@ -322,7 +321,7 @@ def _names(weights: Weights) -> str:
 
 
 def config_json(cfg: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
-    """What transformers, lm-evaluation-harness and llama.cpp read as config.json."""
+    """The config.json for transformers, lm-evaluation-harness and llama.cpp."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -1,10 +1,10 @@
-"""Tokenizers across the border: tokenizer.json, or vocab.json and merges.txt, to our rank file, and ours to theirs.
+"""Converts tokenizers: tokenizer.json, or vocab.json and merges.txt, to our rank file, and ours to theirs.
 
-They list the pairs that may merge, in order; a rank file lists the tokens, in order, and any two neighbours that make
-one of them merge. Both give the same ids for all text if each token, spelled out and merged by the ranks below its own,
-ends as the very pair that makes it. That is checked here, token by token, in both directions.
+Their files list the pairs that may merge, in order. A rank file lists the tokens, in order: two neighbours may merge if
+they form a token. Both give the same ids for all text if each token, spelled out and merged by the ranks below its own,
+ends as exactly the pair that forms it. That is checked here, token by token, in both directions.
 
-What else their files may hold, and would give other ids or another text, is refused by name.
+Whatever else in their files would give other ids or another text is refused by name.
 """
 
 import base64
@@ -25,17 +25,17 @@ Pair = tuple[bytes, bytes]
 
 ONE_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
-# the kinds of transformers that add nothing of their own to what the files say
+# the classes of transformers that add nothing to the files
 CLASSES = ("GPT2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend", "CodeGenTokenizer", "GPTNeoXTokenizer")
-# settings of tokenizer_config.json that change the ids of a text
+# settings in tokenizer_config.json that change the ids of a text
 SWITCHES = ("add_prefix_space", "add_bos_token", "add_eos_token", "do_lower_case", "auto_map")
 
 
-def read_tokenizer(folder: Path, say: Callable[[str], object] = lambda _: None) -> Tokenizer | None:
-    """The tokenizer in transformers' files; None where there are none.
+def read_tokenizer(folder: Path, note: Callable[[str], object] = lambda _: None) -> Tokenizer | None:
+    """The tokenizer in transformers' files; None if there are none.
 
-    UserError where it is neither of GPT-2's kind nor a tokenizer of characters, as `tokenizer_files` writes them.
-    `say` is told what is left out because transformers leaves it out, too.
+    UserError if it is neither of GPT-2's kind nor a tokenizer of characters, as `tokenizer_files` writes them. `note`
+    is called with a message about each setting that is ignored, as transformers ignores it too.
     """
     path, merges = folder / "tokenizer.json", folder / "merges.txt"
     ends = _ends_beside(folder)
@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path, say: Callable[[str], object] = lambda _: None) 
         _check_steps(path, about)
         for name in ("truncation", "padding"):
             if about.get(name) is not None:
-                say(f"{path} sets {name}, which is left out: a text is as long as it is")
+                note(f"{path} sets {name}, which is ignored: texts are neither cut nor padded")
         ends |= _ends_in_list(path, about.get("added_tokens"))
         if about.get("pre_tokenizer") == ONE_CHARACTER:
             tokenizer = _characters(path, about, ends)
@@ -67,7 +67,7 @@ def _refuse(path: Path, why: str) -> NoReturn:
 
 
 def _ends_beside(folder: Path) -> set[int]:
-    """The ids that the files beside give to the end of the text; UserError where they change what a text's ids are."""
+    """The ids of end-of-text in the other files. UserError if those files change the ids of a text."""
     ends: set[int] = set()
     if is_file(path := folder / "added_tokens.json"):
         for token, rank in read_object(path).items():
@@ -78,12 +78,12 @@ def _ends_beside(folder: Path) -> set[int]:
         for name in SWITCHES:
             if settings.get(name):
                 value = "true" if settings[name] is True else shown(settings[name])
-                _refuse(path, f"{name} is {value}, so that it is another tokenizer than GPT-2's")
+                _refuse(path, f"{name} is {value}, so that it differs from GPT-2's tokenizer")
         kind = settings.get("tokenizer_class")
         if kind is not None and (not isinstance(kind, str) or kind.removesuffix("Fast") not in CLASSES):
             _refuse(path, f"tokenizer_class is {shown(kind)}, whose own code takes part")
         if not isinstance(settings.get("added_tokens_decoder"), dict | None):
-            raise UserError(f"{path} is damaged: its added_tokens_decoder is no object")
+            raise UserError(f"{path} is damaged: its added_tokens_decoder is not an object")
         for name, value in settings.items():
             if name.endswith("_token") or "special_tokens" in name or name == "added_tokens_decoder":
                 for token in _tokens_in(value):
@@ -94,7 +94,7 @@ def _ends_beside(folder: Path) -> set[int]:
 
 
 def _tokens_in(value: Any) -> Iterator[dict[str, Any]]:
-    """Tokens in any form of transformers: a text, an object with `content`, lists and objects of those."""
+    """Tokens in any of transformers' forms: a text, an object with `content`, lists and objects of these."""
     if isinstance(value, dict) and "content" in value:
         yield value
     elif isinstance(value, dict | list):
@@ -105,16 +105,16 @@ def _tokens_in(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_token(path: Path, where: str, token: dict[str, Any]) -> None:
-    """UserError unless a token that is looked for in a text, before all else, is the end of the text."""
+    """UserError unless an added token, which is searched for in a text before all else, is end-of-text."""
     if token["content"] != END_OF_TEXT:
         _refuse(path, f"{where} has the added token {shown(token['content'])}, and {END_OF_TEXT} is the only one here")
     for flag in ("lstrip", "rstrip", "single_word"):
         if token.get(flag):
-            _refuse(path, f"{where} has {END_OF_TEXT} with {flag}, which takes what stands beside it")
+            _refuse(path, f"{where} has {END_OF_TEXT} with {flag}, which would change the text beside it")
 
 
 def _ends_in_list(path: Path, added: Any) -> set[int]:
-    """The ids of the end of the text among tokenizer.json's `added_tokens`."""
+    """The ids of end-of-text among tokenizer.json's `added_tokens`."""
     if not isinstance(added, list | None) or not all(isinstance(t, dict) and "content" in t for t in added or []):
         raise UserError(f"{path} is damaged: its added_tokens are {shown(added)}")
     for token in added or []:
@@ -129,7 +129,7 @@ def _id(path: Path, rank: Any) -> int:
 
 
 def _check_steps(path: Path, about: dict[str, Any]) -> None:
-    """UserError where a step before or after the model changes the ids of a text, or the text of ids."""
+    """UserError if a step before or after the model changes the ids of a text, or the text of ids."""
     before, pieces = _steps(about.get("pre_tokenizer"), "pretokenizers"), about.get("pre_tokenizer")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     plain = len(before) == 1 and isinstance(before[0], dict)
@@ -149,7 +149,7 @@ def _check_steps(path: Path, about: dict[str, Any]) -> None:
 
 
 def _steps(step: Any, inside: str) -> list[Any]:
-    """The steps of a Sequence, one after the other; a step alone is one, and null is none."""
+    """The steps of a Sequence, as a list; a single step is one, and null is none."""
     if isinstance(step, dict) and step.get("type") == "Sequence" and isinstance(step.get(inside), list):
         return [x for part in step[inside] for x in _steps(part, inside)]
     return [] if step is None else [step]
@@ -163,7 +163,7 @@ def _characters(path: Path, about: dict[str, Any], ends: set[int]) -> CharTokeni
         end = set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}
         if about.get("post_processor") is None and model == _word_level(tokenizer) and ends == end:
             return tokenizer
-    _refuse(path, "it is no tokenizer of characters as export-hf writes it, in the order of their code points")
+    _refuse(path, "it is not a tokenizer of characters as export-hf writes it, in the order of their code points")
 
 
 def _byte_pairs(path: Path, model: Any, ends: set[int]) -> GPT2Tokenizer:
@@ -184,20 +184,20 @@ def _lines_of(merges: Path) -> list[str]:
     except OSError as e:
         raise UserError(f"cannot read {merges}: {e.strerror}") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{merges} is damaged: it is no UTF-8 text ({first_line(e)})") from None
+        raise UserError(f"{merges} is damaged: it is not UTF-8 text ({first_line(e)})") from None
     return [line for line in lines if line and not line.startswith("#version")]
 
 
 def _ranks(path: Path, place: Path, vocab: dict[str, Any], merges: Sequence[Any], ends: set[int]) -> dict[bytes, int]:
-    """Token -> id, all ids from 0 but one, which is the end of the text. `place`: the file that the merges are from."""
-    # a symbol that stands for no byte becomes one above U+00FF
+    """Token -> id: all ids from 0 except that of end-of-text. `place`: the file with the merges."""
+    # a symbol without a byte becomes a character above U+00FF
     byte_of = dict.fromkeys(range(256), "\uffff") | {ord(symbol): chr(byte) for byte, symbol in byte_symbols().items()}
 
     def spelled(symbols: str) -> bytes:
         try:
             return symbols.translate(byte_of).encode("latin-1")
         except UnicodeEncodeError as e:
-            _refuse(path, f"token {shown(symbols)} has a character {symbols[e.start]!r} that stands for no byte")
+            _refuse(path, f"token {shown(symbols)} has a character {symbols[e.start]!r} that represents no byte")
 
     if not ends:
         _refuse(path, f"it has no {END_OF_TEXT}")
@@ -207,7 +207,7 @@ def _ranks(path: Path, place: Path, vocab: dict[str, Any], merges: Sequence[Any]
     ranks = {spelled(token): _id(path, rank) for token, rank in vocab.items() if token != END_OF_TEXT}
     absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if absent:
-        _refuse(path, f"{len(absent)} of the 256 bytes have no token, so that it cannot say every text")
+        _refuse(path, f"{len(absent)} of the 256 bytes have no token, so that it cannot encode every text")
     if sorted([*ranks.values(), end]) != list(range(len(ranks) + 1)):
         _refuse(path, f"the ids of its tokens and of {END_OF_TEXT} are not 0 to {len(ranks)}")
     pairs: dict[bytes, Pair] = {}
@@ -232,8 +232,8 @@ def _ranks(path: Path, place: Path, vocab: dict[str, Any], merges: Sequence[Any]
 def _made_of(left: bytes, right: bytes, rank: int, ranks: dict[bytes, int], pairs: dict[bytes, Pair]) -> bool:
     """Whether the bytes of both, merged by the ranks below `rank`, end as `left` and `right`.
 
-    `pairs` holds what every longer token of a lower rank is made of, so that the merges of each half are known. They
-    are undone, the last one first. All went well unless the two parts that meet in the middle would have merged before.
+    `pairs` has the pair that forms each longer token of a lower rank, so the merges of each half are known. They are
+    undone, the last one first. The answer is no if the two parts that meet in the middle would have merged earlier.
     """
     if any(len(half) > 1 and half not in pairs for half in (left, right)):
         return False
@@ -243,7 +243,7 @@ def _made_of(left: bytes, right: bytes, rank: int, ranks: dict[bytes, int], pair
             return True
         if len(right) == 1 or (len(left) > 1 and ranks[left] > ranks[right]):
             limit, left = ranks[left], pairs[left][1]
-        else:  # of two of one rank the left one merges first
+        else:  # at equal rank, the left pair merges first
             limit, right = ranks[right] + 1, pairs[right][0]
     return False
 
@@ -254,9 +254,9 @@ def _rank_file(ranks: dict[bytes, int]) -> bytes:
 
 
 def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:
-    """`token` spelled out and merged, lowest rank first, by the ranks below its own: the pair that makes it."""
+    """`token` spelled out and merged, lowest rank first, by the ranks below its own: the pair that forms it."""
     n, most = len(token), ranks[token]
-    end, before = list(range(1, n + 1)), list(range(-1, n - 1))  # of the part that begins there; 0: none does
+    end, before = list(range(1, n + 1)), list(range(-1, n - 1))  # of the part that begins here; 0: none does
     found: list[tuple[int, int, int]] = []  # rank, begin and end of two neighbours that may merge
 
     def find(start: int, stop: int) -> None:
@@ -268,7 +268,7 @@ def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:
     while found:
         _, start, stop = heapq.heappop(found)
         middle = end[start]
-        if not start < middle < stop or end[middle] != stop:  # one of the two has merged with another meanwhile
+        if not start < middle < stop or end[middle] != stop:  # one of the two has merged meanwhile
             continue
         end[start], end[middle] = stop, 0
         if stop < n:
@@ -284,7 +284,7 @@ def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:
 
 
 def tokens_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Of byte pairs: byte-level symbols -> id, without the end of the text, and the pairs that merge, in order."""
+    """For byte pairs: byte-level symbols -> id, without end-of-text, and the pairs that merge, in order."""
     symbol = byte_symbols()
 
     def symbols(token: bytes) -> str:
@@ -295,22 +295,24 @@ def tokens_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[
     for token in (t for t in sorted(ranks, key=lambda t: ranks[t]) if len(t) > 1):
         pair = _merge_of(token, ranks)
         if len(pair) != 2:
-            raise UserError(f"token {ranks[token]} ({shown(token)}) is not made of two others: no BPE, no export")
+            raise UserError(
+                f"token {ranks[token]} ({shown(token)}) is not made of two others; only BPE can be exported"
+            )
         pairs.append((symbols(pair[0]), symbols(pair[1])))
     if (rank := ranks.get(END_OF_TEXT.encode())) is not None:
         raise UserError(
             f"token {rank} is the text {END_OF_TEXT}, which is the name of token {tokenizer.end_of_text}, too\n"
-            "       their files hold one token of a name, so that this one would be lost: no export"
+            "       their files cannot have two tokens of one name, so this cannot be exported"
         )
     return {symbols(token): rank for token, rank in ranks.items()}, pairs
 
 
 def _word_level(tokenizer: CharTokenizer) -> dict[str, Any]:
-    """The model of a tokenizer of characters, in tokenizer.json."""
+    """The `model` in tokenizer.json for a tokenizer of characters."""
     end = tokenizer.end_of_text
     vocab = {c: i for i, c in enumerate(tokenizer.decode(range(tokenizer.n_vocab - (end is not None))))}
     vocab |= {} if end is None else {END_OF_TEXT: end}
-    # no token says "unknown": a character that the vocabulary lacks is an error, there as here
+    # no token for unknown characters: they are errors, as in ours
     return {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"}
 
 

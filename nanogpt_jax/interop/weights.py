@@ -1,7 +1,7 @@
-"""The same weights under Hugging Face's names and under ours.
+"""Converts weights between Hugging Face's names and ours.
 
 Their Conv1D kernels are [in, out] like ours, and the out axis of c_attn is queries, keys, values, each head by head. So
-a reshape is all there is to a tensor; our layers are stacked and our vocabulary is padded with zeros.
+a tensor only needs a reshape; our layers are stacked, and our vocabulary is padded with zeros.
 """
 
 # C channels, T positions, V vocabulary, L layers
@@ -21,7 +21,7 @@ Read = Callable[[str], np.ndarray]
 
 
 def table(cfg: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our path -> their name, with {} for the layer, and their shape: all that a GPT-2 has, biases included."""
+    """Our path -> their name, with {} for the layer, and their shape, for all tensors of a GPT-2, biases included."""
     C = cfg.n_embd
     return {
         "wte": ("wte.weight", (cfg.vocab_size, C)),
@@ -49,7 +49,7 @@ def their_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expected_tensors(cfg: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The same, one after the other."""
+    """The items of `their_shapes`, without building a dict."""
     for path, (name, shape) in table(cfg).items():
         for layer in range(cfg.n_layer if path.startswith("h/") else 1):
             yield name.format(layer), shape
@@ -60,7 +60,7 @@ def n_tensors(cfg: ModelConfig) -> int:
 
 
 def is_tensor(cfg: ModelConfig, name: str) -> bool:
-    """Whether `name` is among the expected ones, of which there may be more than can be listed."""
+    """Whether `name` is an expected tensor. Does not list them all, as a false config.json may claim very many."""
     layer = re.match(r"h\.(0|[1-9][0-9]{0,9})\.", name)
     if layer and int(layer[1]) < cfg.n_layer:
         name = "h.{}." + name[layer.end() :]
@@ -68,9 +68,9 @@ def is_tensor(cfg: ModelConfig, name: str) -> bool:
 
 
 def from_hugging_face(cfg: ModelConfig, read: Read) -> gpt2.Params:
-    """Our parameters, float32 numpy arrays, from `read("h.0.ln_1.weight")`, called once a tensor.
+    """Our parameters, float32 numpy arrays, from `read("h.0.ln_1.weight")`, called once for each tensor.
 
-    16-bit numbers are widened, which is exact. A tensor is copied straight to its place: no second copy of the model.
+    16-bit numbers are widened exactly. A tensor is copied straight into its place, without a second copy of the model.
     """
     shapes = gpt2.param_shapes(cfg)
     params: gpt2.Params = {}
@@ -93,7 +93,7 @@ def from_hugging_face(cfg: ModelConfig, read: Read) -> gpt2.Params:
 
 
 def to_hugging_face(cfg: ModelConfig, params: gpt2.Params) -> dict[str, np.ndarray]:
-    """Their tensors of our parameters; zeros for the biases of a model without. Views where numpy can look in."""
+    """Their tensors from our parameters, as views if possible; zeros for the biases of a model without."""
     found = {}
     for path, (name, shape) in table(cfg).items():
         absent = path.endswith("bias") and not cfg.bias
@@ -110,7 +110,7 @@ def to_hugging_face(cfg: ModelConfig, params: gpt2.Params) -> dict[str, np.ndarr
 
 
 def not_finite(tensors: dict[str, np.ndarray]) -> list[str]:
-    """The names of those that hold numbers that are not finite."""
+    """The names of the tensors with numbers that are not finite."""
     return [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
 
 

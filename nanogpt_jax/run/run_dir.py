@@ -94,7 +94,7 @@ def claim(command: Command) -> Iterator[Path]:
         config.read_json(run_dir / "config.json", type(command.cfg))  # another program's config.json is refused here
     elif strangers:
         raise UserError(
-            f"--run-dir {run_dir} holds other files ({strangers[0]}) and is no run\n       choose a new directory"
+            f"--run-dir {run_dir} holds other files ({strangers[0]}) and is not a run\n       choose a new directory"
         )
     missing = [path for path in (run_dir, *run_dir.parents) if not os.path.lexists(path)]
     try:
