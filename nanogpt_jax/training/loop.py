@@ -82,7 +82,7 @@ def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator
 def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest) -> Outcome:
     """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one."""
     t, start, clock = cfg.train, run.step, time.monotonic()
-    progress = Progress(start, t.steps)
+    progress, log = Progress(start, t.steps), run.log  # opened now: what is wrong with it is told before the first step
     reader = _Reader(cfg, task, run, progress)
     ahead = batches.prefetch(_on_device(cfg, task, step, start), depth=2)
     if note := _slow(cfg):
@@ -114,7 +114,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
                     scores = task.evaluate(state.params)
                 reader.check(at, {f"validation {name}": value for name, value in scores.items()})
                 validation = {f"val/{name}": value for name, value in scores.items()}
-                run.log.write(at, validation)
+                log.write(at, validation)
                 progress.say(f"step {at}: {task.summary.format(**scores)}")
                 loss = task.criterion(scores)
                 is_best = run.judge(loss)
