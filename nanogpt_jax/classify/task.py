@@ -3,7 +3,6 @@
 # N texts, B batch, W width of the padded texts, Y labels
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from rich.progress import track
 
 from nanogpt_jax.classify import head, scores
 from nanogpt_jax.classify.data import LabelledData, Texts
@@ -97,9 +95,8 @@ def log_probabilities(
     predict: Predict, params: Params, texts: Texts, width: int, batch_size: int, bar: bool = False
 ) -> np.ndarray:
     """[N, Y] float32, in batches of one shape. With `bar`, shows progress on standard error if that is a terminal."""
-    watched = starts = range(0, len(texts), batch_size)
-    if bar and sys.stderr.isatty():
-        watched = track(starts, "texts", console=terminal.console(), transient=True)
+    starts = range(0, len(texts), batch_size)
+    watched = terminal.bar("texts", starts, len(starts)) if bar else starts
     found = [
         predict(params, texts.rows(np.minimum(np.arange(i, i + batch_size), len(texts) - 1), width)) for i in watched
     ]
