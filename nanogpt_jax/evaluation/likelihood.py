@@ -14,7 +14,7 @@ from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.evaluation.loss import Score, Track, make_score, read_back, rows, silent
-from nanogpt_jax.inference.sampler import bucket, prompt_ids
+from nanogpt_jax.inference.sampler import bucket, check_fit, prompt_ids
 from nanogpt_jax.model import gpt2
 
 
@@ -29,11 +29,7 @@ class Model:
     score: Score = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.tokenizer.n_vocab > self.cfg.vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.n_vocab} tokens, the model {self.cfg.vocab_size}: "
-                "they are not of one run"
-            )
+        check_fit(self.cfg, self.tokenizer)
         object.__setattr__(self, "score", make_score(self.cfg, self.mesh))
 
 

@@ -41,10 +41,7 @@ def generate_text(
     assert prompts, "nothing to continue"
     assert max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}"
     assert all(stop), "an empty stop string is in every text"
-    if tokenizer.n_vocab > cfg.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}: they are not of one run"
-        )
+    check_fit(cfg, tokenizer)
     cfg = dataclasses.replace(execution.resolve(cfg, jax.default_backend()), vocab_size=tokenizer.n_vocab)
     params = generate.for_decoding(cfg, params)
     rows = [_Row(prompt_ids(tokenizer, p)[-cfg.block_size :], max_new_tokens, tokenizer, stop) for p in prompts]
@@ -80,6 +77,14 @@ def opening_and_continuation(
     ends = np.flatnonzero(opening == tokenizer.end_of_text)
     prompt = tokenizer.decode(opening[: ends[0]] if len(ends) else opening)
     return prompt + generate_text(cfg, params, tokenizer, [prompt], rules=Rules(), max_new_tokens=300, seed=seed)[0]
+
+
+def check_fit(cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+    """UserError if the tokenizer has tokens that the model lacks."""
+    if tokenizer.n_vocab > cfg.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}: they are not of one run"
+        )
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
