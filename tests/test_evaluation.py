@@ -23,7 +23,7 @@ from nanogpt_jax.data import batches, tokenizer
 from nanogpt_jax.data.prepare import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import shard
-from nanogpt_jax.evaluation import likelihood, loss, multiple_choice, statistics
+from nanogpt_jax.evaluation import compare, figures, likelihood, loss, multiple_choice, statistics, texts
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.run import run_dir
 from nanogpt_jax.run.checkpoint import Checkpointer
@@ -196,14 +196,14 @@ def test_a_stride_gives_more_context_and_other_data_is_read_with_the_runs_tokeni
 
 def test_given_rows_are_read_as_training_reads_them(here):
     """Rows without text are no documents, so no end-of-text is counted for them."""
-    texts = ["El gato", "", None, "el ratón", "   ", ""]
-    Path("gaps.jsonl").write_text("".join("\ufeff" + json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    rows = ["El gato", "", None, "el ratón", "   ", ""]
+    Path("gaps.jsonl").write_text("".join("\ufeff" + json.dumps({"text": t}) + "\n" for t in rows), encoding="utf-8")
     pairs = open_run(Path("runs/pairs"))
-    read = evaluate._given_text("gaps.jsonl", evaluate._read("gaps.jsonl", "text"), pairs)
+    read = texts.given("gaps.jsonl", texts.read("gaps.jsonl", "text"), pairs.tokenizer, pairs.path)
     end = pairs.tokenizer.end_of_text
-    expected = [[*pairs.tokenizer.encode(text).tolist(), end] for text in texts if text]
+    expected = [[*pairs.tokenizer.encode(text).tolist(), end] for text in rows if text]
     assert read.tokens.tolist() == [token for tokens in expected for token in tokens]
-    assert read.n_bytes == sum(len(text.encode()) for text in texts if text)
+    assert read.n_bytes == sum(len(text.encode()) for text in rows if text)
 
 
 # ---- errors and differences -----------------------------------------------------------------------------------------
@@ -262,11 +262,11 @@ def test_a_difference_is_paired(here):
     chance = np.random.default_rng(0)
     hard = np.repeat(chance.normal(2, 1, 100), 100)
     a, b = ({"nats": hard + chance.normal(shift, 0.1, 10_000)} for shift in (0.0, -0.01))
-    run, text = open_run(Path("runs/a")), evaluate.Text("text", np.zeros(10_001, np.int32), 10_001)
-    (found,) = evaluate._differences([run, replace(run, path=Path("other"))], [text, text], [a, b])
+    text = texts.Text("text", np.zeros(10_001, np.int32), 10_001, open_run(Path("runs/a")).tokenizer)
+    (found,) = compare.differences(compare.Side("runs/a", T, text, a), compare.Side("other", T, text, b))
     assert found["difference"].value == pytest.approx((b["nats"] - a["nats"]).mean())
     assert found["difference"].error == pytest.approx(0.1 * 2**0.5 / 100, rel=0.3)
-    assert evaluate._loss(a["nats"], text, T, 0)["nats_per_token"].error > 0.08
+    assert figures.of_text(a["nats"], text, T, 0)["nats_per_token"].error > 0.08
     assert found["better"] == "other"
     assert found["words"].startswith("other is better than runs/a by 0.0")
 
@@ -282,17 +282,16 @@ def test_runs_with_other_tokens_are_compared_by_the_byte(here):
 
 def test_stretches_of_two_tokenizers_hold_the_same_bytes(here):
     text = prose(400, 3) + " ñandú 漢字 😀 fin"
-    runs = [open_run(Path(name)) for name in ("runs/a", "runs/pairs")]
-    runs[0] = replace(runs[0], tokenizer=tokenizer.make("char", text))
-    texts = [evaluate.Text("text", run.tokenizer.encode(text), len(text.encode())) for run in runs]
+    tokenizers = [tokenizer.make("char", text), open_run(Path("runs/pairs")).tokenizer]
+    read = [texts.Text("text", each.encode(text), len(text.encode()), each) for each in tokenizers]
     # each token costs as many nats as it has bytes: then both must find the bytes of every stretch
     nats = [
-        np.array([len(run.tokenizer.decode_bytes([token])) for token in text.tokens[1:].tolist()], float)
-        for run, text in zip(runs, texts, strict=True)
+        np.array([len(each.tokenizer.decode_bytes([token])) for token in each.tokens[1:].tolist()], float)
+        for each in read
     ]
-    sums, counts = evaluate._by_bytes(runs, texts, nats)
+    sums, counts = compare.by_bytes(read, nats, [T, T])
     assert sums[0].tolist() == sums[1].tolist() == counts.tolist()
-    assert counts.sum() == len(text.encode()) - len(runs[1].tokenizer.decode_bytes([texts[1].tokens[0]]))
+    assert counts.sum() == len(text.encode()) - len(tokenizers[1].decode_bytes([read[1].tokens[0]]))
     assert len(counts) > 10
 
 

@@ -1,10 +1,14 @@
-"""A run as a model of EleutherAI's lm-evaluation-harness: `lm_eval.simple_evaluate(model=RunLM(model), tasks=[...])`.
+"""A run as a model of EleutherAI's lm-evaluation-harness: `lm_eval.simple_evaluate(model=RunLM(model), tasks=[...])`,
+and its tasks for `eval --lm-eval`.
 
 The only importer of lm_eval (pip install 'nanogpt-jax[lm-eval]'; no torch needed). Log-likelihoods are those of
 likelihood.py, which follows lm-eval's rules, so `eval --choices` and `eval --last-word` agree with it.
 """
 
+import contextlib
 import math
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import UserError, suggestion
 from nanogpt_jax.evaluation.likelihood import Model, encode_pair, log_likelihoods
 from nanogpt_jax.evaluation.loss import Track, silent
 from nanogpt_jax.inference.generate import Rules
@@ -74,6 +78,41 @@ class RunLM(LM):
                 answers[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return answers
+
+
+def load_tasks(names: list[str], include_path: str | None) -> Any:
+    """The tasks, loaded by lm-eval; UserError if one is unknown or its data is unavailable.
+
+    `include_path`: a folder with tasks of your own. They may name Python code, which lm-eval runs.
+    """
+    from lm_eval.tasks import TaskManager
+
+    wrong = UserError("")
+    for defaults in (False, True) if include_path else (True,):  # indexing its own 14,000 takes seconds
+        manager = TaskManager(include_path=include_path, include_defaults=defaults)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if unknown:
+            near = suggestion(unknown[0], manager.all_tasks) or "\n       --include-path DIR adds your own"
+            wrong = UserError(f"lm-eval knows no task {unknown[0]}{near}")
+            continue
+        try:
+            return manager.load(names)
+        except Exception as e:  # from many libraries: YAML, datasets, the network
+            wrong = UserError(
+                f"--lm-eval={','.join(names)} cannot be loaded: {' '.join(str(e).split())[:300]}\n"
+                "       a task whose data is on the hub needs the network"
+            )
+    raise wrong
+
+
+def measure(model: Model, tasks: Any, track: Track) -> dict[str, Any]:
+    """lm-eval's results for the tasks of `load_tasks`: task -> figure -> value."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else its bootstrap forks a process with jax's threads
+    from lm_eval.evaluator import evaluate
+
+    with contextlib.redirect_stdout(sys.stderr):  # its own progress
+        found: Any = evaluate(RunLM(model, track), tasks, bootstrap_iters=1000, log_samples=False)
+    return {task: {k: v for k, v in row.items() if k != "alias"} for task, row in found["results"].items()}
 
 
 def _where(request: Instance) -> str:
