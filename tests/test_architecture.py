@@ -110,8 +110,60 @@ def test_only_checkpoint_imports_orbax_and_only_the_model_and_the_state_import_f
         assert "orbax" not in names or path.name == "checkpoint.py", path
         assert "flax" not in names or room_of(path) == "model" or path.name == "step.py", path
         assert "lm_eval" not in names or path.name == "lm_eval_adapter.py", path  # an extra
-        assert "pickle" not in names, path
         assert "torch" not in names or room_of(path) in ("bench", "interop"), path
+
+
+# What can run code that stands in a file, and in which files it is meant.
+MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "builtins"}
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+FUNCTIONS = {"os.system", "os.popen", "torch.load", "yaml.load", "yaml.unsafe_load"}
+METHODS = {"import_module", "exec_module", "CDLL", "TaskManager"}
+FLAGS = {"shell", "allow_pickle", "trust_remote_code"}
+MEANT = {
+    "nanogpt_jax/cli.py": {"exec_module", "import_module"},  # the table of commands, train.py and sample.py
+    "nanogpt_jax/bench/bench.py": {"import_module"},  # our own torch_peer.py, if torch is there
+    "nanogpt_jax/host/memory.py": {"CDLL"},  # the C library of this process
+    "nanogpt_jax/inference/native.py": {"CDLL"},  # our own decode.c, as compiled by this user
+    "nanogpt_jax/evaluation/lm_eval_adapter.py": {"TaskManager"},  # the tasks in --include-path may name Python code
+}
+
+
+def runs_code(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            found |= {node.id} & (BUILTINS | METHODS)
+        elif isinstance(node, ast.Attribute):
+            found |= {node.attr} & METHODS | {ast.unparse(node)} & FUNCTIONS
+        elif isinstance(node, ast.keyword):
+            found |= {node.arg} & FLAGS
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names} & MODULES
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module).split(".")[0]} & MODULES
+            found |= {alias.name for alias in node.names} & METHODS
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & FUNCTIONS
+    return found
+
+
+def test_nothing_runs_what_a_stranger_sent():
+    files = [*modules_of(PACKAGE), ROOT / "train.py", ROOT / "sample.py"]
+    found = {path.relative_to(ROOT).as_posix(): runs_code(path.read_text(encoding="utf-8")) for path in files}
+    meant = {place: names for place, names in MEANT.items() if not was_removed(ROOT / place)}
+    assert {place: names for place, names in found.items() if names} == meant
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("import pickle", "from marshal import loads", "import joblib.memory", "eval(x)", "exec(x)", "f = compile"),
+        *("os.system(x)", "from os import popen", "torch.load(x)", "yaml.load(x)", "subprocess.run(x, shell=True)"),
+        *("np.load(x, allow_pickle=True)", "load_dataset(x, trust_remote_code=True)", "spec.loader.exec_module(m)"),
+        *("importlib.import_module(x)", "ctypes.CDLL(x)", "from lm_eval.tasks import TaskManager"),
+    ],
+)
+def test_what_would_run_it_is_seen(source):
+    assert runs_code(source)
 
 
 def test_settings_are_read_without_jax():
