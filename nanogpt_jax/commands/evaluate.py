@@ -17,8 +17,8 @@ from nanogpt_jax import cli, config
 from nanogpt_jax.config import UserError, command_line
 from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.data import batches, corpora
-from nanogpt_jax.data.corpora import Corpus
-from nanogpt_jax.data.prepare import encode, open_data
+from nanogpt_jax.data.corpus import Corpus
+from nanogpt_jax.data.dataset import encode, open_data
 from nanogpt_jax.data.tokenizer import UnknownText
 from nanogpt_jax.evaluation import statistics
 from nanogpt_jax.evaluation.statistics import Estimate

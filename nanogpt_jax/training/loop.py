@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
-from nanogpt_jax.data.prepare import Dataset
+from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.host import memory, runtime
 from nanogpt_jax.host.signals import StopRequest
