@@ -202,7 +202,7 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
 
 
 def evaluate(asked: EvalOptions) -> int:
-    plt = _pyplot(asked.picture) if asked.picture is not None else None
+    plt = cli.pyplot("--picture", asked.picture) if asked.picture is not None else None
     baseline = _baseline() if asked.baseline else None
     model = Classifier(Path(asked.words[0]), asked.checkpoint)
     data = None
@@ -250,7 +250,7 @@ def evaluate(asked: EvalOptions) -> int:
         for name in found:
             print(f"\n{name}: {scores.SUMMARY.format(**results[name])}\n{shown.table(matrices[name], model.labels)}")
     if plt and (place := asked.picture):
-        drawn = shown.picture(plt, matrices[next(iter(found))], model.labels, _format(Path(place)))
+        drawn = shown.picture(plt, matrices[next(iter(found))], model.labels, cli.format_of(place))
         cli.write_file("--picture", place, drawn)
     return 0
 
@@ -292,25 +292,6 @@ def predict(asked: PredictOptions) -> int:
         else:
             print(f"{printable(model.labels[best], sys.maxsize)}\t{p[best]:.4f}")
     return 0
-
-
-def _pyplot(picture: str) -> Any:
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(f"--picture={picture} needs pip install 'nanogpt-jax[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
-
-    known = plt.figure().canvas.get_supported_filetypes()
-    if _format(Path(picture)) not in known:
-        raise UserError(f"--picture={picture} must end in one of {', '.join(f'.{k}' for k in known)}")
-    cli.check_file("--picture", picture)
-    return plt
-
-
-def _format(picture: Path) -> str:
-    return picture.suffix.lower().lstrip(".")
 
 
 def _baseline() -> Any:
