@@ -172,23 +172,21 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
     from nanogpt_jax.model import execution
     from nanogpt_jax.run.checkpoint import load_params
     from nanogpt_jax.run.recording import Recording
-    from nanogpt_jax.training.loop import Outcome, fit, start_state
+    from nanogpt_jax.training.loop import fit, start_state
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
 
-    platform, mesh, patience = start(), make_mesh(cfg.mesh), cfg.classify.patience
+    platform, mesh = start(), make_mesh(cfg.mesh)
     how = execution.choose(cfg, platform, mesh.size)
     cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
     task = classification.classifier(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     tx = classification.head_alone(tx) if cfg.classify.freeze else tx
+    step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
         state = start_state(cfg, tx, task, mesh, run)
         print(classification.headline(cfg, directory, data, mesh, run.step), flush=True)
-        if 0 < patience <= run.stale:
-            outcome = Outcome(run.step, 0.0, None, {})
-        else:
-            outcome = fit(cfg, task, state, make_train_step(cfg, tx, mesh, task, how), run, stop)
+        outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:
         return outcome, None, {}
     then = f"{config.program('classify')} eval {config.word(directory)}"

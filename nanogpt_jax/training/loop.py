@@ -82,6 +82,8 @@ def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator
 def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest) -> Outcome:
     """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one."""
     t, start, clock = cfg.train, run.step, time.monotonic()
+    if 0 < task.patience <= run.stale:  # it had ended early
+        return Outcome(start, 0.0, None, {})
     progress, log = Progress(start, t.steps), run.log  # opened now: what is wrong with it is told before the first step
     reader = _Reader(cfg, task, run, progress)
     ahead = batches.prefetch(_on_device(cfg, task, step, start), depth=2)
