@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     command = config.load(argv)  # defaults, TOML file, command line -> settings, or an error with a hint
 
     from nanogpt_jax.data import batches
-    from nanogpt_jax.data.prepare import open_data
+    from nanogpt_jax.data.dataset import open_data
     from nanogpt_jax.host.signals import stop_on_signals
     from nanogpt_jax.run import run_dir
 

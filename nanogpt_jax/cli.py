@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nanogpt_jax.config import UserError, suggestion
 from nanogpt_jax.host import files, runtime, terminal
@@ -44,6 +45,27 @@ def write_file(flag: str, place: str, content: str | bytes) -> None:
         files.write_result(Path(place), content)
     except OSError as e:
         raise UserError(f"cannot write {flag}={place}: {e.strerror or e}") from None
+
+
+def pyplot(flag: str, place: str) -> Any:
+    """matplotlib.pyplot, drawing without a screen. UserError if it is not there, or cannot write `flag`=`place`."""
+    try:
+        import matplotlib  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(f"{flag}={place} needs pip install 'nanogpt-jax[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    known = plt.figure().canvas.get_supported_filetypes()
+    if format_of(place) not in known:
+        raise UserError(f"{flag}={place} must end in one of {', '.join(f'.{k}' for k in known)}")
+    check_file(flag, place)
+    return plt
+
+
+def format_of(place: str) -> str:
+    """The format of a picture, by its suffix: "svg" for X.SVG."""
+    return Path(place).suffix.lower().lstrip(".")
 
 
 def guarded(main: Main, argv: list[str] | None = None) -> int:

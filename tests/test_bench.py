@@ -105,6 +105,7 @@ def test_the_exponent_of_a_power_law_is_found():
         ("--model.n-head 0", "model.n_head=0 must be at least 1"),
         ("--json nowhere/x.json", "--json=nowhere/x.json: there is no directory nowhere"),
         ("--picture nowhere/x.svg", "--picture=nowhere/x.svg: there is no directory nowhere"),
+        ("--picture x.docx", "--picture=x.docx must end in one of"),
     ],
 )
 def test_wrong_input_of_scaling(flags, message, capsys):

@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_jax.config import DataConfig, UserError, parse
-from nanogpt_jax.data import batches, corpora, prepare, records, tables, text_file, tokenizer
+from nanogpt_jax.data import batches, corpora, dataset, prepare, records, tables, text_file, tokenizer
+from nanogpt_jax.data.corpus import Corpus
 from nanogpt_jax.inference import options
 
 quick = settings(max_examples=50, deadline=None)
@@ -51,7 +52,7 @@ def folders(cfg: DataConfig) -> list[str]:
     return sorted(path.name for path in Path(cfg.dir).iterdir()) if Path(cfg.dir).exists() else []
 
 
-def text_of(corpus: corpora.Corpus) -> str:
+def text_of(corpus: Corpus) -> str:
     return "".join(text for text, _ in corpus.blocks(lambda share: None))
 
 
@@ -463,10 +464,10 @@ def test_a_long_run_of_one_character_has_tokens(gpt2: tokenizer.Tokenizer, chara
 def test_runs_in_a_corpus_are_the_same_however_it_is_cut(gpt2: tokenizer.Tokenizer, tmp_path: Path):
     text = "some words\n" + " " * 1_100_000 + "and more\n" * 9
     (tmp_path / "text.txt").write_text(text)
-    data = prepare.open_data(DataConfig(source=str(tmp_path / "text.txt"), tokenizer="gpt2", dir=str(tmp_path / "d")))
+    data = dataset.open_data(DataConfig(source=str(tmp_path / "text.txt"), tokenizer="gpt2", dir=str(tmp_path / "d")))
     ids = np.concatenate([data.train, data.val])
     assert gpt2.decode(ids) == text
-    assert ids.tolist() == prepare.encode(corpora.read(str(tmp_path / "text.txt")), gpt2)[0].tolist()
+    assert ids.tolist() == dataset.encode(corpora.read(str(tmp_path / "text.txt")), gpt2)[0].tolist()
 
 
 @settings(max_examples=300, deadline=None)
@@ -555,7 +556,7 @@ def test_gpt2_without_package_and_network(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("kind", ["char", "gpt2"])
 def test_prepared_tokens_are_the_text(cfg: DataConfig, kind: str):
     cfg = dataclasses.replace(cfg, tokenizer=kind, val_fraction=0.25)  # pyright: ignore[reportArgumentType]
-    data = prepare.open_data(cfg)
+    data = dataset.open_data(cfg)
     text = Path(cfg.source).read_bytes().decode()
     cut = int(len(text) * 0.75)
     assert data.tokenizer.decode(data.train) == text[:cut]
@@ -572,44 +573,44 @@ def test_prepared_tokens_are_the_text(cfg: DataConfig, kind: str):
 def test_big_vocabularies_take_four_bytes_a_token(tmp_path: Path):
     text = "".join(map(chr, range(0x10000, 0x20000 + 1)))  # 65,537 different characters
     (tmp_path / "many.txt").write_text(text, encoding="utf-8")
-    data = prepare.open_data(DataConfig(source=str(tmp_path / "many.txt"), dir=str(tmp_path / "data")))
+    data = dataset.open_data(DataConfig(source=str(tmp_path / "many.txt"), dir=str(tmp_path / "data")))
     assert data.train.dtype == data.val.dtype == np.uint32
     assert data.val[-1] == 65536
     assert data.tokenizer.decode(data.val) == text[int(len(text) * 0.9) :]
 
 
 def test_a_second_opening_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def corpus(blocks) -> corpora.Corpus:
-        return corpora.Corpus("once", "1", {}, False, blocks)
+    def corpus(blocks) -> Corpus:
+        return Corpus("once", "1", {}, False, blocks)
 
     monkeypatch.setitem(
         corpora.CORPORA, "once", lambda folder: corpus(lambda on_progress: iter([("to be or not\n" * 9, True)]))
     )
     cfg = DataConfig(source="once", dir=str(tmp_path))
-    first = prepare.open_data(cfg)
+    first = dataset.open_data(cfg)
     monkeypatch.setitem(corpora.CORPORA, "once", lambda folder: corpus(lambda on_progress: 1 / 0))
-    assert prepare.open_data(cfg).fingerprint == first.fingerprint
+    assert dataset.open_data(cfg).fingerprint == first.fingerprint
 
 
 def test_all_that_decides_the_tokens_decides_the_folder(cfg: DataConfig):
-    seen = {prepare.open_data(cfg).folder}
+    seen = {dataset.open_data(cfg).folder}
     for change in ({"tokenizer": "gpt2"}, {"val_fraction": 0.5}):
-        seen.add(prepare.open_data(dataclasses.replace(cfg, **change)).folder)
+        seen.add(dataset.open_data(dataclasses.replace(cfg, **change)).folder)
     stat = Path(cfg.source).stat()
     content = bytearray(Path(cfg.source).read_bytes())
     content[0:1] = b"U"  # same path, same size
     Path(cfg.source).write_bytes(content)
     os.utime(cfg.source, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # and same time
-    seen.add(prepare.open_data(cfg).folder)
+    seen.add(dataset.open_data(cfg).folder)
     assert len(seen) == 4
 
 
 def test_fingerprint_is_of_the_tokens_not_of_the_place(cfg: DataConfig, tmp_path: Path):
-    first = prepare.open_data(cfg)
+    first = dataset.open_data(cfg)
     shutil.copy(cfg.source, tmp_path / "moved.txt")
-    moved = prepare.open_data(dataclasses.replace(cfg, source=str(tmp_path / "moved.txt")))
+    moved = dataset.open_data(dataclasses.replace(cfg, source=str(tmp_path / "moved.txt")))
     assert (moved.fingerprint, moved.folder != first.folder) == (first.fingerprint, True)
-    other = prepare.open_data(dataclasses.replace(cfg, val_fraction=0.2))
+    other = dataset.open_data(dataclasses.replace(cfg, val_fraction=0.2))
     assert other.fingerprint != first.fingerprint
 
 
@@ -624,12 +625,12 @@ def test_an_interrupted_preparation_keeps_its_shards_and_is_no_folder_to_open(
         m.setattr(prepare, "fingerprint", fail)  # after the last shard
         expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
         with pytest.raises(expected, match="No space left" if expected is UserError else None):
-            prepare.open_data(cfg)
+            dataset.open_data(cfg)
     assert "note: 1 finished shards are kept in" in capsys.readouterr().err
     assert all(name.startswith(".poem-") for name in folders(cfg))
     with monkeypatch.context() as m:
         m.setattr(tokenizer.CharTokenizer, "encode", fail)
-        data = prepare.open_data(cfg)  # from the shard, and nothing is left behind
+        data = dataset.open_data(cfg)  # from the shard, and nothing is left behind
     assert folders(cfg) == [data.folder.name]
     assert data.tokenizer.decode(data.train[:4]) == "Töne"
 
@@ -643,7 +644,7 @@ def test_an_interruption_before_the_first_shard_leaves_nothing(
 
     monkeypatch.setattr(tokenizer.CharTokenizer, "encode", fail)
     with pytest.raises((UserError, KeyboardInterrupt)):
-        prepare.open_data(cfg)
+        dataset.open_data(cfg)
     assert folders(cfg) == []
 
 
@@ -662,8 +663,8 @@ def test_two_preparations_at_once_are_one(cfg: DataConfig, monkeypatch: pytest.M
 
     monkeypatch.setattr(prepare, "fingerprint", slow)
     monkeypatch.setattr(prepare, "print", tell, raising=False)
-    both: list[prepare.Dataset] = []
-    threads = [threading.Thread(target=lambda: both.append(prepare.open_data(cfg))) for _ in range(2)]
+    both: list[dataset.Dataset] = []
+    threads = [threading.Thread(target=lambda: both.append(dataset.open_data(cfg))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -699,13 +700,13 @@ def edit(path: Path, at: int, new: bytes) -> None:
     ],
 )
 def test_damaged_folders_are_refused(cfg: DataConfig, file: str, damage, message: str):
-    folder = prepare.open_data(cfg).folder
+    folder = dataset.open_data(cfg).folder
     damage(folder / file)
     with pytest.raises(UserError, match=message) as e:
-        prepare.open_data(cfg)
+        dataset.open_data(cfg)
     assert f"delete the folder {folder} and run again" in str(e.value)
     shutil.rmtree(folder)
-    prepare.open_data(cfg)  # and so it is
+    dataset.open_data(cfg)  # and so it is
 
 
 def test_texts_too_short_to_split(tmp_path: Path):
@@ -714,13 +715,13 @@ def test_texts_too_short_to_split(tmp_path: Path):
     with pytest.raises(
         UserError, match=r"data\.val_fraction=0\.1 of data\.source=\S+ \(10 characters\) leaves one token"
     ):
-        prepare.open_data(DataConfig(source=str(path), dir=str(tmp_path / "data")))
-    assert len(prepare.open_data(DataConfig(source=str(path), dir=str(tmp_path / "data"), val_fraction=0.2)).val) == 2
+        dataset.open_data(DataConfig(source=str(path), dir=str(tmp_path / "data")))
+    assert len(dataset.open_data(DataConfig(source=str(path), dir=str(tmp_path / "data"), val_fraction=0.2)).val) == 2
 
 
 def test_a_data_directory_that_cannot_be(cfg: DataConfig):
     with pytest.raises(UserError, match=r"cannot write prepared tokens into data\.dir=\S+poem\.txt"):
-        prepare.open_data(dataclasses.replace(cfg, dir=cfg.source))
+        dataset.open_data(dataclasses.replace(cfg, dir=cfg.source))
 
 
 def test_fingerprints_sample_big_files(tmp_path: Path):
@@ -893,6 +894,6 @@ def test_prefetch_raises_at_the_item_that_failed():
 def test_the_data_room_needs_no_jax():
     """It is imported before XLA starts, and tokenizers before anything of tiktoken."""
     code = (
-        "import sys, nanogpt_jax.data.prepare, nanogpt_jax.data.batches; print({'jax', 'tiktoken'} & set(sys.modules))"
+        "import sys, nanogpt_jax.data.dataset, nanogpt_jax.data.batches; print({'jax', 'tiktoken'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -20,7 +20,7 @@ from nanogpt_jax.cli import door
 from nanogpt_jax.commands import evaluate
 from nanogpt_jax.config import MeshConfig, UserError
 from nanogpt_jax.data import batches, tokenizer
-from nanogpt_jax.data.prepare import open_data
+from nanogpt_jax.data.dataset import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import shard
 from nanogpt_jax.evaluation import compare, figures, likelihood, loss, multiple_choice, statistics, texts

@@ -34,7 +34,7 @@ from nanogpt_jax.cli import door
 from nanogpt_jax.commands import huggingface
 from nanogpt_jax.config import DataConfig, ModelConfig, OptimConfig
 from nanogpt_jax.data import tokenizer as tokenizers
-from nanogpt_jax.data.prepare import open_data
+from nanogpt_jax.data.dataset import open_data
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.interop import check, transformers_files, vocabulary, weights
 from nanogpt_jax.model import execution, gpt2

@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 from nanogpt_jax import cli, config
 from nanogpt_jax.commands import prepare as command
 from nanogpt_jax.config import DataConfig, UserError, parse
-from nanogpt_jax.data import batches, corpora, prepare, records, text_file, tokenizer
+from nanogpt_jax.data import batches, corpora, dataset, hub, local, prepare, records, shards, text_file, tokenizer
+from nanogpt_jax.data.corpus import Corpus
+from nanogpt_jax.data.progress import Progress
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"Document {i}: Töne, 静けさ\nand {i * i} words.\r\n" for i in range(60)]
@@ -62,7 +64,7 @@ def write_folder(name: str, texts: list[str]) -> str:
     return name
 
 
-def documents(data: prepare.Dataset) -> dict[str, list[str]]:
+def documents(data: dataset.Dataset) -> dict[str, list[str]]:
     """The documents in each split, cut at end-of-text."""
     found = {}
     for split in ("train", "val"):
@@ -94,7 +96,7 @@ def test_documents_are_the_same_in_every_form_and_keep_their_ends(kind: str):
     write_rows("deep/er/2.jsonl", TEXTS[20:])
     prints = set()
     for source in ("rows.jsonl", "rows.parquet", "texts", "texts/*.txt", "deep", "deep/**/[12].*"):
-        data = prepare.open_data(DataConfig(source=source, tokenizer=kind, val_fraction=0.2))
+        data = dataset.open_data(DataConfig(source=source, tokenizer=kind, val_fraction=0.2))
         prints.add(data.fingerprint)
         found = documents(data)
         assert sorted(found["train"] + found["val"]) == sorted(TEXTS)
@@ -114,47 +116,47 @@ def test_the_hub_by_the_code_path_that_streams_it_but_from_local_files(monkeypat
     Path("json").mkdir()
     write_rows("json/train.jsonl", TEXTS, field="content")
     write_rows("rows.jsonl", TEXTS)
-    expected = prepare.open_data(DataConfig(source="rows.jsonl", tokenizer="gpt2"))
+    expected = dataset.open_data(DataConfig(source="rows.jsonl", tokenizer="gpt2"))
     for source in ("hf:parquet", "hf:json::content"):
-        data = prepare.open_data(DataConfig(source=source, tokenizer="gpt2"))
+        data = dataset.open_data(DataConfig(source=source, tokenizer="gpt2"))
         assert data.fingerprint == expected.fingerprint
         assert data.manifest["source"]["source"] == source
         with monkeypatch.context() as m:
-            m.setattr(corpora, "_open_stream", None)  # a second opening asks nobody
-            assert prepare.open_data(DataConfig(source=source, tokenizer="gpt2")).fingerprint == data.fingerprint
+            m.setattr(hub, "_open_stream", None)  # a second opening asks nobody
+            assert dataset.open_data(DataConfig(source=source, tokenizer="gpt2")).fingerprint == data.fingerprint
     with pytest.raises(UserError, match=r"row 1 has no field 'text', but 'content'\n.*--data\.field=NAME"):
-        prepare.open_data(DataConfig(source="hf:json", tokenizer="gpt2"))
+        dataset.open_data(DataConfig(source="hf:json", tokenizer="gpt2"))
 
 
 def test_standard_input_is_kept_as_a_text_named_by_its_content(monkeypatch: pytest.MonkeyPatch):
     for _ in range(2):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Töne\n".encode() * 50)))
-        data = prepare.open_data(DataConfig(source="-"))
+        data = dataset.open_data(DataConfig(source="-"))
     (kept,) = Path("data").glob("stdin-*.txt")
     assert kept.read_bytes() == "Töne\n".encode() * 50
-    assert prepare.open_data(DataConfig(source=str(kept))).folder == data.folder
+    assert dataset.open_data(DataConfig(source=str(kept))).folder == data.folder
 
 
 def test_a_pipe_is_read_once():
     os.mkfifo("pipe")
     with subprocess.Popen(["sh", "-c", "printf 'a pipe of text %.0s' 1 2 3 4 5 6 7 8 9 > pipe"]):
-        data = prepare.open_data(DataConfig(source="pipe"))
+        data = dataset.open_data(DataConfig(source="pipe"))
     assert data.tokenizer.decode(data.train[:14]) == "a pipe of text"
 
 
 def test_a_folder_with_one_plain_text_is_that_text():
     write_folder("one", ["to be or not to be " * 20])
-    data = prepare.open_data(DataConfig(source="one"))
+    data = dataset.open_data(DataConfig(source="one"))
     assert data.tokenizer.end_of_text is None
     assert "documents" not in data.manifest["train"]
 
 
 def test_more_to_validate_than_to_train_on_is_announced(capsys: pytest.CaptureFixture[str]):
     write_folder("even", ["to be or not to be " * 20, "to be or not"])
-    prepare.open_data(DataConfig(source="even"))
+    dataset.open_data(DataConfig(source="even"))
     assert "validates than trains" not in capsys.readouterr().err
     write_folder("odd", ["to be or not", "to be or not to be " * 20])
-    data = prepare.open_data(DataConfig(source="odd"))
+    data = dataset.open_data(DataConfig(source="odd"))
     assert f"note: of {data.folder} more validates than trains" in capsys.readouterr().err
 
 
@@ -162,7 +164,7 @@ def test_empty_documents_are_passed_over():
     write_rows("rows.jsonl", ["", "one", None, "two", "", "three"])
     with open("rows.jsonl", "a") as file:
         file.write("\n")  # an empty line too
-    data = prepare.open_data(DataConfig(source="rows.jsonl", tokenizer="gpt2"))
+    data = dataset.open_data(DataConfig(source="rows.jsonl", tokenizer="gpt2"))
     assert sum(map(len, documents(data).values())) == data.manifest["source"]["documents"] == 3
 
 
@@ -171,8 +173,8 @@ def test_big_files_are_known_by_size_and_time_small_ones_by_content(monkeypatch:
     small = corpora.read("rows.jsonl").identity
     os.utime("rows.jsonl", (1, 1))
     assert corpora.read("rows.jsonl").identity == small
-    monkeypatch.setattr(corpora, "SMALL", 10)
-    monkeypatch.setattr(corpora, "_sha256_of", None)  # not read
+    monkeypatch.setattr(local, "SMALL", 10)
+    monkeypatch.setattr(local, "_sha256_of", None)  # not read
     big = corpora.read("rows.jsonl").identity
     os.utime("rows.jsonl", (2, 2))
     assert len({small, big, corpora.read("rows.jsonl").identity}) == 3
@@ -204,11 +206,11 @@ def test_a_file_gives_the_same_tokens_by_every_way(monkeypatch: pytest.MonkeyPat
         path.write_bytes(gzip.compress(content) if source.endswith("gz") else content)
     else:
         path.write_text("".join(f"\ufeff{row}\r\n" for row in objects), encoding="utf-8")
-    monkeypatch.setattr(prepare, "_chance", lambda number: 1.0)  # all but the second document trains
-    data = prepare.open_data(DataConfig(source=source, tokenizer=kind))
+    monkeypatch.setattr(shards, "_chance", lambda number: 1.0)  # all but the second document trains
+    data = dataset.open_data(DataConfig(source=source, tokenizer=kind))
     found = documents(data)
     assert [found["train"][0], *found["val"], *found["train"][1:]] == texts
-    tokens, n_bytes = prepare.encode(corpora.read(source), data.tokenizer)
+    tokens, n_bytes = dataset.encode(corpora.read(source), data.tokenizer)
     expected = [np.append(data.tokenizer.encode(text), data.tokenizer.end_of_text) for text in texts]
     assert tokens.tolist() == np.concatenate(expected).tolist()
     assert n_bytes == sum(data.manifest[split]["bytes"] for split in ("train", "val"))
@@ -227,8 +229,8 @@ def test_a_text_gives_the_same_tokens_by_every_way(kind: str):
         "packed.txt.gz": gzip.compress(text.encode()),
     }.items():
         Path(name).write_bytes(content)
-        data = prepare.open_data(DataConfig(source=name, tokenizer=kind))
-        tokens, n_bytes = prepare.encode(corpora.read(name), data.tokenizer)
+        data = dataset.open_data(DataConfig(source=name, tokenizer=kind))
+        tokens, n_bytes = dataset.encode(corpora.read(name), data.tokenizer)
         assert [*data.train.tolist(), *data.val.tolist()] == data.tokenizer.encode(text).tolist() == tokens.tolist()
         assert n_bytes == len(text)
 
@@ -247,22 +249,22 @@ def test_rows_without_text_links_to_files_that_are_taken_and_pipes_are_what_they
     Path("rows.jsonl").write_text(
         "".join(f'{{"text": {text}}}\n' for text in ['"uno"', "null", '""', '"dos"', '"tres"'])
     )
-    tokens = prepare.open_data(DataConfig(source="rows.jsonl")).manifest
+    tokens = dataset.open_data(DataConfig(source="rows.jsonl")).manifest
     assert tokens["source"]["documents"] == 3
     assert "2 rows or files are left out, having no text" in capsys.readouterr().err
     Path("texts").mkdir()
     Path("texts/a.txt").write_text("uno dos tres")
     Path("texts/b.txt").write_text("cuatro cinco")
     Path("texts/loop").symlink_to(".")
-    assert prepare.open_data(DataConfig(source="texts/**/*.txt")).manifest["source"]["documents"] == 2
+    assert dataset.open_data(DataConfig(source="texts/**/*.txt")).manifest["source"]["documents"] == 2
     assert "links to files that it already has" in capsys.readouterr().err
     os.mkfifo("pipe.jsonl")
     with subprocess.Popen(["sh", "-c", "cat rows.jsonl > pipe.jsonl"]):
         assert (
-            prepare.open_data(DataConfig(source="pipe.jsonl")).manifest["train"]["tokens"] == tokens["train"]["tokens"]
+            dataset.open_data(DataConfig(source="pipe.jsonl")).manifest["train"]["tokens"] == tokens["train"]["tokens"]
         )
     with pytest.raises(UserError, match="neither a file nor a folder"):
-        prepare.open_data(DataConfig(source="~nosuchuser/x.txt"))
+        dataset.open_data(DataConfig(source="~nosuchuser/x.txt"))
 
 
 def test_a_folder_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str]):
@@ -290,7 +292,7 @@ def naive(texts: list[str], tok: tokenizer.Tokenizer, val_fraction: float) -> di
     ids: dict[str, list[int]] = {"train": [], "val": []}
     texts = [text for text in texts if text]
     for i, text in enumerate(texts):
-        split = "val" if i == 1 or (i > 1 and prepare._chance(i) < val_fraction) else "train"
+        split = "val" if i == 1 or (i > 1 and shards._chance(i) < val_fraction) else "train"
         assert tok.end_of_text is not None
         ids[split] += [*tok.encode(text).tolist(), tok.end_of_text]
     return ids
@@ -317,13 +319,13 @@ def test_tokens_are_those_of_the_documents_one_by_one(bpe, texts, shard, piece, 
     import tempfile
 
     with pytest.MonkeyPatch.context() as m, tempfile.TemporaryDirectory() as folder:
-        m.setattr(prepare, "SHARD", shard)
-        m.setattr(prepare, "PIECE", piece)
-        m.setitem(corpora.CORPORA, "own", lambda _: corpora.Corpus("own", "1", {}, True, blocks))
+        m.setattr(shards, "SHARD", shard)
+        m.setattr(shards, "PIECE", piece)
+        m.setitem(corpora.CORPORA, "own", lambda _: Corpus("own", "1", {}, True, blocks))
         bpe.save(Path(folder, "bpe"))
         kind = "char" if chars else f"{folder}/bpe"
         cfg = DataConfig(source="own", tokenizer=kind, dir=f"{folder}/data", threads=threads, val_fraction=0.3)
-        data = prepare.open_data(cfg)
+        data = dataset.open_data(cfg)
         expected = naive(texts, data.tokenizer, 0.3)
         assert {split: getattr(data, split).tolist() for split in expected} == expected
 
@@ -333,10 +335,10 @@ def test_a_single_text_is_split_at_its_character_however_it_is_read(monkeypatch:
     Path("text.txt").write_text(text, encoding="utf-8")
     for i, (block, shard, piece) in enumerate([(1 << 20, 1 << 22, 1 << 18), (7, 300, 50), (1000, 1, 1)]):
         for name, value in (("SHARD", shard), ("PIECE", piece)):
-            monkeypatch.setattr(prepare, name, value)
+            monkeypatch.setattr(shards, name, value)
         monkeypatch.setattr(text_file, "BLOCK", block)
         cfg = DataConfig(source="text.txt", tokenizer="gpt2", dir=f"data{i}", threads=1 + i)
-        data = prepare.open_data(cfg)
+        data = dataset.open_data(cfg)
         cut = int(len(text) * 0.9)
         assert data.train.tolist() == data.tokenizer.encode(text[:cut]).tolist()
         assert data.val.tolist() == data.tokenizer.encode(text[cut:]).tolist()
@@ -369,10 +371,10 @@ def test_reading_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch):
         done += 1
         return ids
 
-    monkeypatch.setattr(prepare, "SHARD", 500)  # 6 documents
+    monkeypatch.setattr(shards, "SHARD", 500)  # 6 documents
     monkeypatch.setattr(tokenizer.GPT2Tokenizer, "encode", encode)
-    monkeypatch.setitem(corpora.CORPORA, "own", lambda _: corpora.Corpus("own", "1", {}, True, blocks))
-    prepare.open_data(DataConfig(source="own", tokenizer="gpt2", threads=2))
+    monkeypatch.setitem(corpora.CORPORA, "own", lambda _: Corpus("own", "1", {}, True, blocks))
+    dataset.open_data(DataConfig(source="own", tokenizer="gpt2", threads=2))
     assert done == 300
     assert ahead <= 6 * (2 + 2)
 
@@ -381,9 +383,9 @@ CHILD = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, children ignore it
 from nanogpt_jax import cli
-from nanogpt_jax.data import prepare, tokenizer
+from nanogpt_jax.data import shards, tokenizer
 from nanogpt_jax.commands import prepare as command
-prepare.SHARD, prepare.PIECE, calls, original = 2000, 1000, [], tokenizer.GPT2Tokenizer.encode
+shards.SHARD, shards.PIECE, calls, original = 2000, 1000, [], tokenizer.GPT2Tokenizer.encode
 def encode(self, text):
     calls.append(0)
     if {stop} and len(calls) > {stop}:
@@ -406,7 +408,7 @@ def child(stop: int, *argv: str) -> subprocess.Popen:
 def test_an_interrupted_preparation_goes_on_at_its_last_shard(number: signal.Signals):
     Path("text.txt").write_text(PYTHON_TEXT[:60_000], encoding="utf-8")
     flags = ["text.txt", "--tokenizer", "gpt2", "--threads", "1"]
-    whole = prepare.open_data(DataConfig(source="text.txt", tokenizer="gpt2", dir="whole"))
+    whole = dataset.open_data(DataConfig(source="text.txt", tokenizer="gpt2", dir="whole"))
     process = child(0, *flags, "--dir", "uninterrupted")
     calls = int(process.communicate()[0].splitlines()[-1])
     process = child(calls // 2, *flags)
@@ -433,21 +435,21 @@ def test_an_interrupted_preparation_goes_on_at_its_last_shard(number: signal.Sig
 def test_a_damaged_shard_is_made_again(monkeypatch: pytest.MonkeyPatch, capsys, damage):
     write_rows("rows.jsonl", TEXTS)
     cfg = DataConfig(source="rows.jsonl", tokenizer="gpt2", threads=1)
-    whole = prepare.open_data(dataclasses.replace(cfg, dir="whole"))
+    whole = dataset.open_data(dataclasses.replace(cfg, dir="whole"))
     with monkeypatch.context() as m:
         m.setattr(prepare, "fingerprint", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            prepare.open_data(cfg)
+            dataset.open_data(cfg)
     (shard,) = Path("data").glob(".rows-*/*.shard")
     shard.write_bytes(damage(shard.read_bytes()))
-    assert prepare.open_data(cfg).fingerprint == whole.fingerprint
+    assert dataset.open_data(cfg).fingerprint == whole.fingerprint
     assert f"note: {shard}, left by an interrupted preparation, is damaged; it is made again" in capsys.readouterr().err
 
 
 def test_progress_tells_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys):
     times = itertools.count(step=4.0)
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
-    progress = prepare._Progress("preparing x")
+    progress = Progress("preparing x")
     progress.begin("tokens")
     for share in (0.2, 0.4):
         progress.add(8_000_000)
@@ -503,10 +505,10 @@ def test_a_char_tokenizer_with_end_of_text(texts: list[str]):
 def test_a_tokenizer_from_a_folder():
     write_rows("a.jsonl", TEXTS)
     write_rows("b.jsonl", [text + "ab" for text in TEXTS])
-    first = prepare.open_data(DataConfig(source="a.jsonl", tokenizer="bpe:300"))
+    first = dataset.open_data(DataConfig(source="a.jsonl", tokenizer="bpe:300"))
     first.tokenizer.save(Path("runs/x/tokenizer"))  # as in a run directory
     by = [
-        prepare.open_data(DataConfig(source="b.jsonl", tokenizer=place)) for place in (str(first.folder), "runs/x", "runs/x/tokenizer")
+        dataset.open_data(DataConfig(source="b.jsonl", tokenizer=place)) for place in (str(first.folder), "runs/x", "runs/x/tokenizer")
     ]  # fmt: skip
     assert len({data.folder for data in by}) == 1  # what it is decides, not where it lies
     assert by[0].tokenizer.fingerprint == first.tokenizer.fingerprint
@@ -516,7 +518,7 @@ def test_a_tokenizer_from_a_folder():
 def test_byte_pairs_are_learned_from_a_bounded_sample(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenizer, "SAMPLE", 600)
     write_rows("a.jsonl", ["the cat sat. " * 10] * 5 + ["xyzxyz " * 50] * 5)
-    data = prepare.open_data(DataConfig(source="a.jsonl", tokenizer="bpe:262"))
+    data = dataset.open_data(DataConfig(source="a.jsonl", tokenizer="bpe:262"))
     assert data.manifest["tokenizer"]["learned_from"] == "the first 600 characters"
     tokens = [data.tokenizer.decode([i]) for i in range(256, 261)]
     assert not any("x" in token for token in tokens), tokens
@@ -585,14 +587,14 @@ def test_a_mixture_has_one_tokenizer_and_finds_what_prepare_has_made(monkeypatch
         with monkeypatch.context() as m:
             m.setattr(tokenizer, "make", None)  # nothing is learned or prepared again
             m.setattr(prepare, "_fill", None)
-            data = prepare.open_data(cfg)
+            data = dataset.open_data(cfg)
         assert isinstance(data.train, batches.Mixture)
         assert (data.train.names, data.train.cycle) == (("a.jsonl", "books/*.txt"), (3, 1))
         assert data.tokenizer.decode(data.train.parts[1]).startswith("xyz xyz")
         assert len(data.train) == data.manifest["train"]["tokens"] == sum(map(len, data.train.parts))
         assert len(data.val) == data.manifest["val"]["tokens"]
         assert data.tokenizer.decode(data.val).endswith("zyx <|endoftext|>")
-        weights = prepare.open_data(dataclasses.replace(cfg, mixture={"a.jsonl": 1, "books/*.txt": 1}))
+        weights = dataset.open_data(dataclasses.replace(cfg, mixture={"a.jsonl": 1, "books/*.txt": 1}))
         assert weights.fingerprint != data.fingerprint
 
 
@@ -601,7 +603,7 @@ def test_a_mixture_has_one_tokenizer_and_finds_what_prepare_has_made(monkeypatch
     [((3, 1), (3, 1)), ((0.7, 0.3), (7, 3)), ((2, 4, 6), (1, 2, 3)), ((0.1, 0.2, 0.25), (2, 4, 5)), ((5,), (1,))],
 )
 def test_weights_are_read_as_they_were_written(weights, cycle):
-    assert prepare._cycle({str(i): w for i, w in enumerate(map(float, weights))}) == cycle
+    assert dataset._cycle({str(i): w for i, w in enumerate(map(float, weights))}) == cycle
 
 
 def test_a_mixture_in_toml_on_the_command_line_and_in_json_are_one(here: Path):
@@ -626,7 +628,7 @@ def test_prepare_says_what_it_made_and_training_finds_it(monkeypatch: pytest.Mon
     line = next(line for line in out.splitlines() if line.startswith("next: "))
     argv = line.split()[line.split().index("train") + 1 :] if " train " in line else line.split()[3:]
     monkeypatch.setattr(prepare, "_fill", None)
-    data = prepare.open_data(config.load(argv).cfg.data)
+    data = dataset.open_data(config.load(argv).cfg.data)
     assert str(data.folder) in out
 
 
@@ -762,15 +764,15 @@ def test_a_source_that_breaks_off_keeps_what_was_made_of_it(monkeypatch: pytest.
                     raise ConnectionError("reset by peer")
                 yield {"text": text}
 
-    monkeypatch.setattr(corpora, "_open_stream", lambda *_: (Stream(), 60))
-    monkeypatch.setattr(prepare, "SHARD", 500)
+    monkeypatch.setattr(hub, "_open_stream", lambda *_: (Stream(), 60))
+    monkeypatch.setattr(shards, "SHARD", 500)
     _, err = said("hf:a/b", "--tokenizer", "gpt2", "--threads", "1", code=2)
     assert "data.source=hf:a/b broke off: ConnectionError: reset by peer" in err
     assert "finished shards are kept in data/.b-" in err
     broken = False
     said("hf:a/b", "--tokenizer", "gpt2")
     write_rows("rows.jsonl", TEXTS)
-    prints = [prepare.open_data(DataConfig(source=s, tokenizer="gpt2")).fingerprint for s in ("hf:a/b", "rows.jsonl")]
+    prints = [dataset.open_data(DataConfig(source=s, tokenizer="gpt2")).fingerprint for s in ("hf:a/b", "rows.jsonl")]
     assert prints[0] == prints[1]
 
 
@@ -780,9 +782,9 @@ def test_a_full_disk_is_told_and_keeps_finished_shards(clean_env):
     limited = """
 import resource, signal, sys
 from nanogpt_jax import cli
-from nanogpt_jax.data import prepare
+from nanogpt_jax.data import shards
 from nanogpt_jax.commands import prepare as command
-prepare.SHARD, prepare.PIECE = 2000, 1000
+shards.SHARD, shards.PIECE = 2000, 1000
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
 sys.exit(cli.guarded(command.main, ["text.txt"]))

@@ -428,7 +428,7 @@ def _data(cfg: Config, order: dict[str, Any]):
     import numpy as np
 
     from nanogpt_jax.data import batches
-    from nanogpt_jax.data.prepare import open_data
+    from nanogpt_jax.data.dataset import open_data
 
     data, t, steps = open_data(cfg.data), cfg.train, iter(range(2**40))
 

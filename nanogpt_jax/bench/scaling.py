@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
         print(COMMAND.help())
         return 0
     asked = read(argv)
-    if asked.picture:
-        _pyplot()  # fails now, and not after minutes
+    # fails now, and not after minutes
+    plt = cli.pyplot("--picture", asked.picture) if asked.picture is not None else None
     points = {axis: [_measure(axis, value, asked.settings, asked.rounds) for value in AXES[axis]] for axis in AXES}
     print(f"{'':<20}{'measured':>10}{'counted':>10}   exponents of the cost of a token")
     fits = {}
@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
         print(f"{axis:<20}{fits[axis][0]:>10.2f}{fits[axis][1]:>10.2f}")
     if asked.json:
         cli.write_file("--json", asked.json, json.dumps({"points": points, "exponents": fits}, indent=2) + "\n")
-    if asked.picture:
-        cli.write_file("--picture", asked.picture, _drawn(points, fits, Path(asked.picture).suffix))
+    if plt and (place := asked.picture):
+        cli.write_file("--picture", place, _drawn(plt, points, fits, cli.format_of(place)))
     return 0
 
 
@@ -99,19 +99,7 @@ def _exponent(row: list[dict[str, Any]], key: str) -> float:
     return float(np.polyfit(np.log([p["value"] for p in row]), np.log([p[key] for p in row]), 1)[0])
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("--picture needs pip install 'nanogpt-jax[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
-
-    return plt
-
-
-def _drawn(points: dict[str, list[dict[str, Any]]], fits: dict[str, list[float]], suffix: str) -> bytes:
-    plt = _pyplot()
+def _drawn(plt: Any, points: dict[str, list[dict[str, Any]]], fits: dict[str, list[float]], kind: str) -> bytes:
     figure, axes = plt.subplots(1, len(points), figsize=(3.2 * len(points), 3.2), sharey=True, layout="constrained")
     for axis, (name, row) in zip(axes, points.items(), strict=True):
         values, cost = [p["value"] for p in row], [p["seconds_per_token"] * 1e6 for p in row]
@@ -126,5 +114,5 @@ def _drawn(points: dict[str, list[dict[str, Any]]], fits: dict[str, list[float]]
         axis.legend(fontsize=7)
     axes[0].set_ylabel("µs a token")
     picture = BytesIO()
-    figure.savefig(picture, format=suffix.lstrip(".").lower() or "png")
+    figure.savefig(picture, format=kind)
     return picture.getvalue()

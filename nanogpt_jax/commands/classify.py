@@ -172,23 +172,21 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
     from nanogpt_jax.model import execution
     from nanogpt_jax.run.checkpoint import load_params
     from nanogpt_jax.run.recording import Recording
-    from nanogpt_jax.training.loop import Outcome, fit, start_state
+    from nanogpt_jax.training.loop import fit, start_state
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
 
-    platform, mesh, patience = start(), make_mesh(cfg.mesh), cfg.classify.patience
+    platform, mesh = start(), make_mesh(cfg.mesh)
     how = execution.choose(cfg, platform, mesh.size)
     cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
     task = classification.classifier(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     tx = classification.head_alone(tx) if cfg.classify.freeze else tx
+    step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
         state = start_state(cfg, tx, task, mesh, run)
         print(classification.headline(cfg, directory, data, mesh, run.step), flush=True)
-        if 0 < patience <= run.stale:
-            outcome = Outcome(run.step, 0.0, None, {})
-        else:
-            outcome = fit(cfg, task, state, make_train_step(cfg, tx, mesh, task, how), run, stop)
+        outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:
         return outcome, None, {}
     then = f"{config.program('classify')} eval {config.word(directory)}"
@@ -202,7 +200,7 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
 
 
 def evaluate(asked: EvalOptions) -> int:
-    plt = _pyplot(asked.picture) if asked.picture is not None else None
+    plt = cli.pyplot("--picture", asked.picture) if asked.picture is not None else None
     baseline = _baseline() if asked.baseline else None
     model = Classifier(Path(asked.words[0]), asked.checkpoint)
     data = None
@@ -250,7 +248,7 @@ def evaluate(asked: EvalOptions) -> int:
         for name in found:
             print(f"\n{name}: {scores.SUMMARY.format(**results[name])}\n{shown.table(matrices[name], model.labels)}")
     if plt and (place := asked.picture):
-        drawn = shown.picture(plt, matrices[next(iter(found))], model.labels, _format(Path(place)))
+        drawn = shown.picture(plt, matrices[next(iter(found))], model.labels, cli.format_of(place))
         cli.write_file("--picture", place, drawn)
     return 0
 
@@ -292,25 +290,6 @@ def predict(asked: PredictOptions) -> int:
         else:
             print(f"{printable(model.labels[best], sys.maxsize)}\t{p[best]:.4f}")
     return 0
-
-
-def _pyplot(picture: str) -> Any:
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(f"--picture={picture} needs pip install 'nanogpt-jax[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
-
-    known = plt.figure().canvas.get_supported_filetypes()
-    if _format(Path(picture)) not in known:
-        raise UserError(f"--picture={picture} must end in one of {', '.join(f'.{k}' for k in known)}")
-    cli.check_file("--picture", picture)
-    return plt
-
-
-def _format(picture: Path) -> str:
-    return picture.suffix.lower().lstrip(".")
 
 
 def _baseline() -> Any:

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(command: config.Command) -> int:
-    from nanogpt_jax.data.prepare import open_data
+    from nanogpt_jax.data.dataset import open_data
 
     cfg, began = command.cfg.data, time.monotonic()
     data = open_data(cfg)

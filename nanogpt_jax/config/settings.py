@@ -126,6 +126,7 @@ class Config:
     def demands(self, check: Callable[..., None]) -> None:
         """Checks for this kind of run alone; validate.py has those that all kinds share."""
         check(self.train.steps >= 1, "train.steps", "must be at least 1")
+        check(self.data.threads >= 0, "data.threads", "must not be negative")
         either = not self.data.mixture or self.data.source == DataConfig.source
         check(either, "data.source", "and data.mixture exclude each other", "leave one out")
 

@@ -19,9 +19,9 @@ class Command(Generic[Settings]):
     cfg: Settings
     origin: Origin
     run_dir: Path
-    resume: Literal["auto", "never", "must"] = "auto"
-    overwrite: bool = False
-    print_config: bool = False
+    resume: Literal["auto", "never", "must"]
+    overwrite: bool
+    print_config: bool
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,6 @@ def _model(cfg: Config, check: Check) -> None:
 
 
 def _data(cfg: Config, check: Check) -> None:
-    if "data.threads" in check.values:  # other kinds of data may lack this setting
-        check.at_least(0, "data.threads")
     check(0 < cfg.data.val_fraction < 1, "data.val_fraction", "must lie between 0 and 1", "0.1 keeps a tenth")
 
 

@@ -1,1 +1,1 @@
-"""The data room: text to tokens on disk (`prepare.open_data`), and tokens to batches (`batches`)."""
+"""The data room: text to tokens on disk (`dataset.open_data`), and tokens to batches (`batches`)."""

@@ -77,9 +77,8 @@ def batch(
     which, number = assign(tokens.cycle, sequence)
     found = np.empty((*sequence.shape, block_size + 1), np.int32)
     for i, (name, part) in enumerate(sources):
-        of_seed = int(
-            _mix(np.array([seed], np.uint64) + np.uint64(i))[0]
-        )  # so that sources of the same length take different orders
+        # so that sources of the same length take different orders
+        of_seed = int(_mix(np.array([seed], np.uint64) + np.uint64(i))[0])
         found[which == i] = _windows(part, number[which == i], of_seed, block_size, name)
     return found
 

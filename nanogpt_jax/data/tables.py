@@ -242,10 +242,8 @@ class _Quotes:
 
     def __init__(self, separator: str) -> None:
         self._separator = separator
-        self._is_header, self._in_header = (
-            True,
-            False,
-        )  # whether the next row is the header; whether the header has quotes
+        self._is_header = True  # the next row is
+        self._in_header = False  # the header has quotes
         self._doubled = self._stray = False  # a doubled quote inside quotes; a quote inside an unquoted cell
         self._broken_lines = 0  # rows of several lines
         self.everywhere = True  # each line has quotes, and the header has them around each name

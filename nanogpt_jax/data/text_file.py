@@ -22,7 +22,7 @@ from nanogpt_jax.data.shell import GZIP, Source, gunzip
 OnProgress = Callable[[float], None]  # receives the share of the source that has been read
 LineBlocks = Iterator[tuple[int, list[str]]]  # some lines, and the number of the first
 
-BLOCK = 1 << 16  # bytes read at a time; like PIECE in prepare.py, else the heap fragments and grows
+BLOCK = 1 << 16  # bytes read at a time; like PIECE in shards.py, else the heap fragments and grows
 HEAD = 1 << 16  # bytes looked at to identify a file, or to explain a wrong byte
 LONGEST = 1 << 28  # bytes in a line, as a row is held in memory
 RATIO, UNPACKED = 200, 64 << 20  # beyond some MiB, text never unpacks to more than RATIO times its gzip

@@ -211,10 +211,8 @@ class BytePairTokenizer(GPT2Tokenizer):
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": BytePairTokenizer}
-FILES = (
-    "tokenizer.json",
-    *sorted({kind.file for kind in TOKENIZERS.values()}),
-)  # all that `save` may write into a folder
+# all that `save` may write into a folder
+FILES = ("tokenizer.json", *sorted({kind.file for kind in TOKENIZERS.values()}))
 
 
 def make(kind: str, texts: str | Iterable[str], end_of_text: bool = False) -> Tokenizer:

@@ -11,8 +11,8 @@ import numpy as np
 
 from nanogpt_jax.config import DataConfig, UserError
 from nanogpt_jax.data import batches, corpora
-from nanogpt_jax.data.corpora import Corpus
-from nanogpt_jax.data.prepare import encode, open_data
+from nanogpt_jax.data.corpus import Corpus
+from nanogpt_jax.data.dataset import encode, open_data
 from nanogpt_jax.data.tokenizer import Tokenizer, UnknownText
 from nanogpt_jax.host import files
 

@@ -162,10 +162,8 @@ class _Stream(io.TextIOWrapper):
         if self._is_output:  # \r\n may come in two pieces if a model writes it
             self._held = "\r" if shown.endswith("\r") else ""
             shown = shown[: len(shown) - len(self._held)]
-        elif shown.startswith("\r") and not shown.startswith(
-            "\r\n"
-        ):  # so that the bars of libraries can overwrite themselves
-            before, shown = "\r", shown[1:]
+        elif shown.startswith("\r") and not shown.startswith("\r\n"):
+            before, shown = "\r", shown[1:]  # so that the bars of libraries can overwrite themselves
         super().write(before + visible(shown))
         return len(text)
 

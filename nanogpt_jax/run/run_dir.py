@@ -50,7 +50,7 @@ OLD_LEFTOVER = re.compile(
 
 
 class Data(Protocol):
-    """What a run records of its training data; data/prepare.py has the class for language models."""
+    """What a run records of its training data; data/dataset.py has the class for language models."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from nanogpt_jax.config import Config, ModelConfig
 from nanogpt_jax.data import batches
-from nanogpt_jax.data.prepare import Dataset
+from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.evaluation.loss import evaluate, make_score
 from nanogpt_jax.model import gpt2, losses
 from nanogpt_jax.model.gpt2 import Params

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
-from nanogpt_jax.data.prepare import Dataset
+from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.host import memory, runtime
 from nanogpt_jax.host.signals import StopRequest
@@ -82,6 +82,8 @@ def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator
 def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest) -> Outcome:
     """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one."""
     t, start, clock = cfg.train, run.step, time.monotonic()
+    if 0 < task.patience <= run.stale:  # it had ended early
+        return Outcome(start, 0.0, None, {})
     progress, log = Progress(start, t.steps), run.log  # opened now: what is wrong with it is told before the first step
     reader = _Reader(cfg, task, run, progress)
     ahead = batches.prefetch(_on_device(cfg, task, step, start), depth=2)
