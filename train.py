@@ -66,7 +66,7 @@ def train(cfg, directory, data, stop):
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = start_state(cfg, tx, task, mesh, run)  # new, or the newest complete checkpoint
+        state = start_state(cfg, tx, task, step, run)  # new, or the newest complete checkpoint
         print(headline(cfg, directory, data, mesh, run.step), flush=True)
         outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:

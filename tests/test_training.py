@@ -328,7 +328,7 @@ def test_no_second_program_where_memory_is_scarce_or_xla_refuses(monkeypatch, pl
 def as_step(function: Any) -> TrainStep:
     """Any function of (state, rows, n) as a step that may be compiled twice."""
     how = execution.choose(TINY, "cpu")
-    return TrainStep(jax.jit(function), None, how)  # pyright: ignore[reportArgumentType]
+    return TrainStep(jax.jit(function), None, None, how)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_signal_is_heard_while_the_step_is_compiled():
@@ -344,7 +344,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
             assert signalled.wait(60), "the program was waited for"
 
     with stop_on_signals(str) as stop:
-        step = TrainStep(Step(), None, execution.choose(TINY, "cpu"))  # pyright: ignore[reportArgumentType]
+        step = TrainStep(Step(), None, None, execution.choose(TINY, "cpu"))  # pyright: ignore[reportArgumentType]
         CompiledStep(step, jnp.ones(()), jnp.ones(1), stop=stop)  # pyright: ignore[reportArgumentType]
         assert stop.received == signal.SIGTERM
         signalled.set()

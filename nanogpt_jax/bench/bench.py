@@ -341,7 +341,8 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     how = execution.choose(cfg, platform, mesh.size)
     cfg = dataclasses.replace(cfg, model=execution.resolve(cfg.model, platform))
     tx, task, K = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model), how.steps_per_dispatch
-    state, step = init_state(cfg, tx, task, mesh), make_train_step(cfg, tx, mesh, task, how)
+    step = make_train_step(cfg, tx, mesh, task, how)
+    state = init_state(cfg, tx, task, step.state)
     shape = (K, cfg.train.batch_size, cfg.model.block_size + 1)
     tokens = jax.device_put(
         np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32), step.layout

@@ -182,13 +182,14 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
     task = classification.classifier(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     tx = classification.head_alone(tx) if cfg.classify.freeze else tx
+    step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = start_state(cfg, tx, task, mesh, run)
+        state = start_state(cfg, tx, task, step, run)
         print(classification.headline(cfg, directory, data, mesh, run.step), flush=True)
         if 0 < patience <= run.stale:
             outcome = Outcome(run.step, 0.0, None, {})
         else:
-            outcome = fit(cfg, task, state, make_train_step(cfg, tx, mesh, task, how), run, stop)
+            outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:
         return outcome, None, {}
     then = f"{config.program('classify')} eval {config.word(directory)}"
