@@ -5,7 +5,6 @@ The whole run, top to bottom. The same command again resumes the run.
 
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 
 from nanogpt_jax import cli, config
 
@@ -60,8 +59,7 @@ def train(cfg, directory, data, stop):
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)  # starts JAX's devices, which takes seconds
-    how = execution.choose(cfg, platform, mesh.size)  # how it runs on this machine
-    cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
+    cfg, how = execution.choose(cfg, platform, mesh.size)  # how it runs on this machine
     task = language_model(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     step = make_train_step(cfg, tx, mesh, task, how)

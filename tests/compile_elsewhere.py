@@ -49,10 +49,11 @@ def main(target: str, argv: list[str]) -> None:
         ("data", "fsdp", "tensor"),
         axis_types=(AxisType.Auto,) * 3,
     )
-    cfg = replace(cfg, model=execution.resolve(model, platform), train=replace(cfg.train, steps_per_dispatch=1))
+    cfg = replace(cfg, model=model, train=replace(cfg.train, steps_per_dispatch=1))
+    cfg, how = execution.choose(cfg, platform, mesh.size)
     tx, objective = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model)
     tokens = jax.ShapeDtypeStruct((1, cfg.train.batch_size, cfg.model.block_size + 1), np.int32)
-    step = make_train_step(cfg, tx, mesh, objective, execution.choose(cfg, platform, mesh.size))
+    step = make_train_step(cfg, tx, mesh, objective, how)
     compiled = step.jitted.lower(step.state, tokens, jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh))).compile()
 
     memory, text = compiled.memory_analysis(), compiled.as_text()

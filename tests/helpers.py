@@ -26,7 +26,7 @@ def make_state(cfg: Config, given: Any = None, mesh: Mesh | None = None) -> Trai
 def make_step(cfg: Config, per_call: int = 1) -> TrainStep:
     """Its step, as train.py makes it on a CPU."""
     cfg, mesh = replace(cfg, train=replace(cfg.train, steps_per_dispatch=per_call)), make_mesh(cfg.mesh)
-    how, cfg = execution.choose(cfg, "cpu", mesh.size), replace(cfg, model=execution.resolve(cfg.model, "cpu"))
+    cfg, how = execution.choose(cfg, "cpu", mesh.size)
     return make_train_step(cfg, make_optimizer(cfg.optim, cfg.train.steps), mesh, next_token(cfg.model), how)
 
 

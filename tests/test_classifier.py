@@ -119,8 +119,8 @@ def take_steps(n: int, freeze: bool = False, **changed):
     tx = task.head_alone(tx) if freeze else tx
     cfg = replace(cfg, classify=replace(cfg.classify, freeze=freeze))
     objective = task.objective(cfg, 12, np.array([0.5, 1, 2], np.float32))
-    how = replace(execution.choose(cfg, "cpu", mesh.size), steps_per_dispatch=1)
-    step, losses = make_train_step(cfg, tx, mesh, objective, how), []
+    cfg, how = execution.choose(cfg, "cpu", mesh.size)
+    step, losses = make_train_step(cfg, tx, mesh, objective, replace(how, steps_per_dispatch=1)), []
     state = init_state(cfg, tx, objective, step.state)
     before = jax.tree.map(np.asarray, state.params)
     for i in range(n):
@@ -870,10 +870,9 @@ def test_prose_and_code_are_told_apart():
     data = labelled.open_data(cfg)
     assert data.labels == ["code", "prose"]
     cfg = with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
-    cfg = replace(cfg, model=execution.resolve(cfg.model, "cpu"), train=replace(cfg.train, steps=144))
+    cfg, how = execution.choose(replace(cfg, train=replace(cfg.train, steps=144)), "cpu")
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 144)
-    objective, how = task.objective(cfg, 64, np.ones(2, np.float32)), execution.choose(cfg, "cpu")
-    how = replace(how, steps_per_dispatch=8)
+    objective, how = task.objective(cfg, 64, np.ones(2, np.float32)), replace(how, steps_per_dispatch=8)
     step = make_train_step(cfg, tx, mesh, objective, how)
     state = init_state(cfg, tx, objective, step.state)
     for first in range(0, 144, 8):

@@ -338,8 +338,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     from nanogpt_jax.training.step import init_state, make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)
-    how = execution.choose(cfg, platform, mesh.size)
-    cfg = dataclasses.replace(cfg, model=execution.resolve(cfg.model, platform))
+    cfg, how = execution.choose(cfg, platform, mesh.size)
     tx, task, K = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model), how.steps_per_dispatch
     step = make_train_step(cfg, tx, mesh, task, how)
     state = init_state(cfg, tx, task, step.state)

@@ -177,8 +177,7 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh, patience = start(), make_mesh(cfg.mesh), cfg.classify.patience
-    how = execution.choose(cfg, platform, mesh.size)
-    cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
+    cfg, how = execution.choose(cfg, platform, mesh.size)
     task = classification.classifier(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     tx = classification.head_alone(tx) if cfg.classify.freeze else tx

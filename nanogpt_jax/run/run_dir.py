@@ -361,7 +361,8 @@ def _execution(cfg: Config) -> Execution:
     from nanogpt_jax.distributed.mesh import make_mesh, start
 
     platform = start()
-    return execution.choose(cfg, platform, make_mesh(cfg.mesh).size)
+    _, how = execution.choose(cfg, platform, make_mesh(cfg.mesh).size)
+    return how
 
 
 def describe(command: Command) -> str:
