@@ -53,8 +53,8 @@ def train(cfg, directory, data, stop):
     from nanogpt_jax.model import execution, gpt2
     from nanogpt_jax.run.checkpoint import load_params
     from nanogpt_jax.run.recording import Recording
-    from nanogpt_jax.training.language_model import language_model
-    from nanogpt_jax.training.loop import fit, headline, start_state
+    from nanogpt_jax.training.language_model import headline, language_model
+    from nanogpt_jax.training.loop import fit, start_state
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
 

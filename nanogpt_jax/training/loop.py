@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
-from nanogpt_jax.data.prepare import Dataset
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.host import memory, runtime
 from nanogpt_jax.host.signals import StopRequest
@@ -41,18 +39,6 @@ class Outcome:
     seconds: float
     signal: signal.Signals | None
     validation: dict[str, float]
-
-
-def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -> str:
-    """What is about to be trained, on what, and where it goes: two lines."""
-    m, t = cfg.model, cfg.train
-    begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
-    return (
-        f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
-        f"block_size={m.block_size}) on {mesh.size} {jax.default_backend()}\n"
-        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.title}: {len(data.train):,} tokens to "
-        f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
-    )
 
 
 def start_state(
