@@ -18,10 +18,10 @@ def main(argv: list[str]) -> int:
     from nanogpt_jax.data import batches
     from nanogpt_jax.data.prepare import open_data
     from nanogpt_jax.host.signals import stop_on_signals
-    from nanogpt_jax.run import run_dir
+    from nanogpt_jax.run import plan, run_dir
 
     if command.print_config:
-        print(run_dir.describe(command))
+        print(plan.describe(command))
         return 0
     with (
         run_dir.claim(command) as run,  # locked, so that nobody else writes here

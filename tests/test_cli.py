@@ -190,6 +190,19 @@ def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
 
 
+@pytest.mark.parametrize(
+    ("flag", "platform", "reason"),
+    [("--mesh.data=16", "cpu", "mesh data=16 .* needs 16 devices"), ("", "abacus", "JAX cannot start on .*abacus")],
+)
+def test_settings_are_shown_on_a_machine_that_cannot_run_them(tmp_path, clean_env, flag, platform, reason):
+    flags = ["gpt2", *([flag] if flag else []), "--print-config"]
+    shown = run(tmp_path, {**clean_env, "JAX_PLATFORMS": platform}, "train.py", *flags)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"n_embd = 768 +# .*gpt2.toml", shown.stdout)
+    assert re.search(rf"^# it cannot run on this machine:\n# {reason}", shown.stdout, re.M)
+    assert not [line for line in shown.stdout.splitlines() if line and not re.match(r"#|\[\w+\]$|\w+ = ", line)]
+
+
 def command_lines() -> list[command_line.CommandLine]:
     """Those of every module that is there: a slice may have been removed."""
     rooms = ("inference", "commands", "bench")

@@ -18,7 +18,7 @@ from nanogpt_jax.classify.settings import ClassifierConfig, with_labels
 from nanogpt_jax.config import Command, UserError, command_line
 from nanogpt_jax.config.command_line import CommandLine, Read, flag
 from nanogpt_jax.host.messages import printable
-from nanogpt_jax.run import run_dir
+from nanogpt_jax.run import plan, run_dir
 
 USAGE = """usage: nanogpt-jax classify train|eval|predict [ARGUMENTS], or nanogpt-jax classify train --help
 
@@ -135,7 +135,7 @@ def _of_a_run(command: CommandLine[Read], argv: list[str]) -> Read:
 
 def train(command: Command, argv: list[str]) -> int:
     if command.print_config:
-        print(run_dir.describe(command))
+        print(plan.describe(command))
         return 0
 
     from nanogpt_jax.host.signals import stop_on_signals

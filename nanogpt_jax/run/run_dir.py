@@ -12,7 +12,6 @@ A run that must not be touched is refused before XLA starts: nothing here import
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -32,9 +31,8 @@ from nanogpt_jax.config.settings import differences, types_of
 from nanogpt_jax.config.validate import MOST_STEPS
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
-from nanogpt_jax.host import files, runtime
-from nanogpt_jax.model import execution
-from nanogpt_jax.model.execution import Execution
+from nanogpt_jax.host import files
+from nanogpt_jax.run.plan import execution_here
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
 WRITTEN_FILES = ("config.json", "data.json", "metrics.jsonl")
@@ -311,7 +309,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
     elif (run_dir / "metrics.jsonl").exists() and not command.overwrite:
         print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
     if steps and (command.overwrite or not finished(run_dir, cfg)):
-        _execution(cfg)  # fails before the old run is moved
+        execution_here(cfg)  # fails before the old run is moved
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
     try:
         if not steps or command.overwrite:
@@ -354,24 +352,6 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> Non
             f"the data of {run_dir} has changed: {cfg.data.title} gives other tokens now than it was trained on\n"
             "       bring the old text back, or choose another --run-dir"
         )
-
-
-def _execution(cfg: Config) -> Execution:
-    """How `cfg` would run here. UserError if it cannot."""
-    from nanogpt_jax.distributed.mesh import make_mesh, start
-
-    platform = start()
-    _, how = execution.choose(cfg, platform, make_mesh(cfg.mesh).size)
-    return how
-
-
-def describe(command: Command) -> str:
-    """What training would do, as TOML with comments: the settings and where they came from, JAX, this machine."""
-    how = dataclasses.asdict(_execution(command.cfg))
-    known = "" if command.cfg.model.vocab_size else ", if its vocabulary, which is not known yet, is small"
-    shown = "\n".join(f"# {name}={str(value).lower()}" for name, value in how.items())
-    settings = parse.render(command.cfg, command.origin)
-    return f"{settings}\n\n{runtime.describe()}\n\n# how it runs on this machine{known}:\n{shown}"
 
 
 def _fingerprint(path: Path) -> str:
