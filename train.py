@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             return 0
         outcome, sample = train(cfg, run, data, stop)
         if outcome.signal:
-            again = f"go on with the same command: {run_dir.command_again(argv)}"
+            again = f"go on with the same command: {config.command_again(argv)}"
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}\n{again}")
             return 128 + outcome.signal
         print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.validation['val/loss']:.4f} at the last step")

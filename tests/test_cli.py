@@ -909,15 +909,15 @@ def test_a_configuration_that_is_none_is_refused_by_name(done, content, words):
 
 def test_commands_that_are_printed_can_be_typed(monkeypatch):
     argv = ["--run-dir", "my run", "--resume", "must", "--overwrite", "--data.source=a'b", "--train.steps", "5"]
-    again = shlex.split(run_dir.command_again(argv, steps=10))
+    again = shlex.split(config.command_again(argv, steps=10))
     assert again[-5:] == ["--run-dir", "my run", "--data.source=a'b", "--train.steps", "10"]
     monkeypatch.setattr(sys, "argv", ["/my tools/sample.py", "my run", "--checkpoint", "10", "--top-k=5"])
-    typed = shlex.split(run_dir.typed(("--checkpoint",), "--checkpoint=5"))
+    typed = shlex.split(command_line.typed_again(("--checkpoint",), "--checkpoint=5"))
     assert typed == ["python", "/my tools/sample.py", "my run", "--top-k=5", "--checkpoint=5"]
     assert shlex.split(config.program("train")) == ["python", "/my tools/train.py"]
     monkeypatch.setattr(sys, "argv", ["nanogpt-jax", "classify", "predict", "r", "--", "--checkpoint", "5"])
     assert config.quoted(os.fsdecode(b"fo\xff'")) == r"$'fo\xff\x27'"
-    typed = shlex.split(run_dir.typed(("--checkpoint",), "--checkpoint=5"))
+    typed = shlex.split(command_line.typed_again(("--checkpoint",), "--checkpoint=5"))
     assert typed[3:] == ["r", "--checkpoint=5", "--", "--checkpoint", "5"]
     assert shlex.split(config.word(Path("-x"))) == ["./-x"]
 

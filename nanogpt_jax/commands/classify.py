@@ -155,7 +155,7 @@ def train(command: Command, argv: list[str]) -> int:
         outcome, best, found = _train(cfg, run, data, stop)
         if outcome.signal:
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}")
-            print(f"go on with the same command: {run_dir.command_again(argv, name='classify')}")
+            print(f"go on with the same command: {config.command_again(argv, name='classify')}")
             return 128 + outcome.signal
         early = "" if outcome.step == cfg.train.steps else f", early (classify.patience={cfg.classify.patience})"
         print(
