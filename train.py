@@ -5,7 +5,6 @@ The whole run, top to bottom. The same command again resumes the run.
 
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 
 from nanogpt_jax import cli, config
 
@@ -19,10 +18,10 @@ def main(argv: list[str]) -> int:
     from nanogpt_jax.data import batches
     from nanogpt_jax.data.dataset import open_data
     from nanogpt_jax.host.signals import stop_on_signals
-    from nanogpt_jax.run import run_dir
+    from nanogpt_jax.run import plan, run_dir
 
     if command.print_config:
-        print(run_dir.describe(command))
+        print(plan.describe(command))
         return 0
     with (
         run_dir.claim(command) as run,  # locked, so that nobody else writes here
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
             return 0
         outcome, sample = train(cfg, run, data, stop)
         if outcome.signal:
-            again = f"go on with the same command: {run_dir.command_again(argv)}"
+            again = f"go on with the same command: {config.command_again(argv)}"
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}\n{again}")
             return 128 + outcome.signal
         print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.validation['val/loss']:.4f} at the last step")
@@ -54,19 +53,18 @@ def train(cfg, directory, data, stop):
     from nanogpt_jax.model import execution, gpt2
     from nanogpt_jax.run.checkpoint import load_params
     from nanogpt_jax.run.recording import Recording
-    from nanogpt_jax.training.language_model import language_model
-    from nanogpt_jax.training.loop import fit, headline, start_state
+    from nanogpt_jax.training.language_model import headline, language_model
+    from nanogpt_jax.training.loop import fit, start_state
     from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)  # starts JAX's devices, which takes seconds
-    how = execution.choose(cfg, platform, mesh.size)  # how it runs on this machine
-    cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
+    cfg, how = execution.choose(cfg, platform, mesh.size)  # how it runs on this machine
     task = language_model(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = start_state(cfg, tx, task, mesh, run)  # new, or the newest complete checkpoint
+        state = start_state(cfg, tx, task, step, run)  # new, or the newest complete checkpoint
         print(headline(cfg, directory, data, mesh, run.step), flush=True)
         outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:

@@ -23,7 +23,7 @@ from nanogpt_jax.distributed.sharding import shard
 from nanogpt_jax.model import execution, sizes
 from nanogpt_jax.training.language_model import next_token
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.step import make_train_step, state_shapes
+from nanogpt_jax.training.step import make_train_step
 
 
 def devices(target: str) -> tuple[str, list]:
@@ -49,12 +49,12 @@ def main(target: str, argv: list[str]) -> None:
         ("data", "fsdp", "tensor"),
         axis_types=(AxisType.Auto,) * 3,
     )
-    cfg = replace(cfg, model=execution.resolve(model, platform), train=replace(cfg.train, steps_per_dispatch=1))
+    cfg = replace(cfg, model=model, train=replace(cfg.train, steps_per_dispatch=1))
+    cfg, how = execution.choose(cfg, platform, mesh.size)
     tx, objective = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model)
-    state = state_shapes(tx, objective, mesh)
     tokens = jax.ShapeDtypeStruct((1, cfg.train.batch_size, cfg.model.block_size + 1), np.int32)
-    step = make_train_step(cfg, tx, mesh, objective, execution.choose(cfg, platform, mesh.size))
-    compiled = step.jitted.lower(state, tokens, jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh))).compile()
+    step = make_train_step(cfg, tx, mesh, objective, how)
+    compiled = step.jitted.lower(step.state, tokens, jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh))).compile()
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     gib = 2**30

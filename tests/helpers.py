@@ -14,19 +14,19 @@ from nanogpt_jax.model import execution, gpt2
 from nanogpt_jax.run.checkpoint import load_params
 from nanogpt_jax.training.language_model import next_token
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.step import TrainState, TrainStep, init_state, make_train_step
+from nanogpt_jax.training.step import TrainState, TrainStep, init_state, make_train_step, state_shapes
 
 
 def make_state(cfg: Config, given: Any = None, mesh: Mesh | None = None) -> TrainState:
     """The state at step 0 of a language model's run."""
-    tx = make_optimizer(cfg.optim, cfg.train.steps)
-    return init_state(cfg, tx, next_token(cfg.model), mesh or make_mesh(cfg.mesh), given)
+    tx, objective = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model)
+    return init_state(cfg, tx, objective, state_shapes(tx, objective, mesh or make_mesh(cfg.mesh)), given)
 
 
 def make_step(cfg: Config, per_call: int = 1) -> TrainStep:
     """Its step, as train.py makes it on a CPU."""
     cfg, mesh = replace(cfg, train=replace(cfg.train, steps_per_dispatch=per_call)), make_mesh(cfg.mesh)
-    how, cfg = execution.choose(cfg, "cpu", mesh.size), replace(cfg, model=execution.resolve(cfg.model, "cpu"))
+    cfg, how = execution.choose(cfg, "cpu", mesh.size)
     return make_train_step(cfg, make_optimizer(cfg.optim, cfg.train.steps), mesh, next_token(cfg.model), how)
 
 

@@ -119,12 +119,12 @@ def take_steps(n: int, freeze: bool = False, **changed):
     tx = task.head_alone(tx) if freeze else tx
     cfg = replace(cfg, classify=replace(cfg.classify, freeze=freeze))
     objective = task.objective(cfg, 12, np.array([0.5, 1, 2], np.float32))
-    state = init_state(cfg, tx, objective, mesh)
+    cfg, how = execution.choose(cfg, "cpu", mesh.size)
+    step, losses = make_train_step(cfg, tx, mesh, objective, replace(how, steps_per_dispatch=1)), []
+    state = init_state(cfg, tx, objective, step.state)
     before = jax.tree.map(np.asarray, state.params)
-    how = replace(execution.choose(cfg, "cpu", mesh.size), steps_per_dispatch=1)
-    step, losses = make_train_step(cfg, tx, mesh, objective, how).jitted, []
     for i in range(n):
-        state, metrics = step(state, some_rows(cfg.train.batch_size, 12, i)[None], np.int32(1))
+        state, metrics = step.jitted(state, some_rows(cfg.train.batch_size, 12, i)[None], np.int32(1))
         losses.append(float(metrics["loss"][0]))
     return before, state, losses
 
@@ -870,14 +870,14 @@ def test_prose_and_code_are_told_apart():
     data = labelled.open_data(cfg)
     assert data.labels == ["code", "prose"]
     cfg = with_labels(config.with_vocabulary(cfg, data.tokenizer.n_vocab, None, {}), 2, 1600, {})
-    cfg = replace(cfg, model=execution.resolve(cfg.model, "cpu"), train=replace(cfg.train, steps=144))
+    cfg, how = execution.choose(replace(cfg, train=replace(cfg.train, steps=144)), "cpu")
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 144)
-    objective, how = task.objective(cfg, 64, np.ones(2, np.float32)), execution.choose(cfg, "cpu")
-    how = replace(how, steps_per_dispatch=8)
-    state, step = init_state(cfg, tx, objective, mesh), make_train_step(cfg, tx, mesh, objective, how).jitted
+    objective, how = task.objective(cfg, 64, np.ones(2, np.float32)), replace(how, steps_per_dispatch=8)
+    step = make_train_step(cfg, tx, mesh, objective, how)
+    state = init_state(cfg, tx, objective, step.state)
     for first in range(0, 144, 8):
         rows = data.splits["train"].batch(np.arange(first, first + 8), seed=0, batch_size=16, width=64)
-        state, _ = step(state, rows, np.int32(8))
+        state, _ = step.jitted(state, rows, np.int32(8))
     test = data.splits["test"]
     tokens, lengths, labels = head.unpack(jnp.asarray(test.rows(np.arange(len(test)), 64)))
     predicted = head.logits(cfg.model, state.params, tokens, lengths).argmax(1)

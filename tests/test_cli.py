@@ -190,6 +190,19 @@ def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
 
 
+@pytest.mark.parametrize(
+    ("flag", "platform", "reason"),
+    [("--mesh.data=16", "cpu", "mesh data=16 .* needs 16 devices"), ("", "abacus", "JAX cannot start on .*abacus")],
+)
+def test_settings_are_shown_on_a_machine_that_cannot_run_them(tmp_path, clean_env, flag, platform, reason):
+    flags = ["gpt2", *([flag] if flag else []), "--print-config"]
+    shown = run(tmp_path, {**clean_env, "JAX_PLATFORMS": platform}, "train.py", *flags)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"n_embd = 768 +# .*gpt2.toml", shown.stdout)
+    assert re.search(rf"^# it cannot run on this machine:\n# {reason}", shown.stdout, re.M)
+    assert not [line for line in shown.stdout.splitlines() if line and not re.match(r"#|\[\w+\]$|\w+ = ", line)]
+
+
 def command_lines() -> list[command_line.CommandLine]:
     """Those of every module that is there: a slice may have been removed."""
     rooms = ("inference", "commands", "bench")
@@ -896,15 +909,15 @@ def test_a_configuration_that_is_none_is_refused_by_name(done, content, words):
 
 def test_commands_that_are_printed_can_be_typed(monkeypatch):
     argv = ["--run-dir", "my run", "--resume", "must", "--overwrite", "--data.source=a'b", "--train.steps", "5"]
-    again = shlex.split(run_dir.command_again(argv, steps=10))
+    again = shlex.split(config.command_again(argv, steps=10))
     assert again[-5:] == ["--run-dir", "my run", "--data.source=a'b", "--train.steps", "10"]
     monkeypatch.setattr(sys, "argv", ["/my tools/sample.py", "my run", "--checkpoint", "10", "--top-k=5"])
-    typed = shlex.split(run_dir.typed(("--checkpoint",), "--checkpoint=5"))
+    typed = shlex.split(command_line.typed_again(("--checkpoint",), "--checkpoint=5"))
     assert typed == ["python", "/my tools/sample.py", "my run", "--top-k=5", "--checkpoint=5"]
     assert shlex.split(config.program("train")) == ["python", "/my tools/train.py"]
     monkeypatch.setattr(sys, "argv", ["nanogpt-jax", "classify", "predict", "r", "--", "--checkpoint", "5"])
     assert config.quoted(os.fsdecode(b"fo\xff'")) == r"$'fo\xff\x27'"
-    typed = shlex.split(run_dir.typed(("--checkpoint",), "--checkpoint=5"))
+    typed = shlex.split(command_line.typed_again(("--checkpoint",), "--checkpoint=5"))
     assert typed[3:] == ["r", "--checkpoint=5", "--", "--checkpoint", "5"]
     assert shlex.split(config.word(Path("-x"))) == ["./-x"]
 

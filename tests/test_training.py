@@ -198,8 +198,8 @@ def test_gradients_of_micro_batches_meet_once_a_step():
 
 def test_update_is_a_function_that_vmap_takes():
     """Four runs with seeds and learning rates of their own, together, are the four runs alone."""
-    cfg, how = change(TINY, model__n_layer=1), execution.choose(TINY, "cpu")
-    objective = language_model.next_token(execution.resolve(cfg.model, "cpu"))
+    cfg, how = execution.choose(change(TINY, model__n_layer=1), "cpu")
+    objective = language_model.next_token(cfg.model)
     gradients = make_gradients(cfg, make_mesh(cfg.mesh), objective, how)
     rows = jnp.asarray(np.random.default_rng(0).integers(0, 65, (3, 8, 17)), jnp.int32)
 
@@ -241,7 +241,7 @@ def test_steps_per_dispatch_changes_no_number(per_dispatch):
     ],
 )
 def test_small_steps_are_dispatched_together(platform, settings, expected):
-    how = execution.choose(change(Config(), model__vocab_size=65, **settings), platform)
+    _, how = execution.choose(change(Config(), model__vocab_size=65, **settings), platform)
     assert how.steps_per_dispatch == expected
 
 
@@ -327,8 +327,8 @@ def test_no_second_program_where_memory_is_scarce_or_xla_refuses(monkeypatch, pl
 
 def as_step(function: Any) -> TrainStep:
     """Any function of (state, rows, n) as a step that may be compiled twice."""
-    how = execution.choose(TINY, "cpu")
-    return TrainStep(jax.jit(function), None, how)  # pyright: ignore[reportArgumentType]
+    _, how = execution.choose(TINY, "cpu")
+    return TrainStep(jax.jit(function), None, None, how)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_signal_is_heard_while_the_step_is_compiled():
@@ -344,7 +344,8 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
             assert signalled.wait(60), "the program was waited for"
 
     with stop_on_signals(str) as stop:
-        step = TrainStep(Step(), None, execution.choose(TINY, "cpu"))  # pyright: ignore[reportArgumentType]
+        _, how = execution.choose(TINY, "cpu")
+        step = TrainStep(Step(), None, None, how)  # pyright: ignore[reportArgumentType]
         CompiledStep(step, jnp.ones(()), jnp.ones(1), stop=stop)  # pyright: ignore[reportArgumentType]
         assert stop.received == signal.SIGTERM
         signalled.set()

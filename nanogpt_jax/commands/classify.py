@@ -18,7 +18,7 @@ from nanogpt_jax.classify.settings import ClassifierConfig, with_labels
 from nanogpt_jax.config import Command, UserError, command_line
 from nanogpt_jax.config.command_line import CommandLine, Read, flag
 from nanogpt_jax.host.messages import printable
-from nanogpt_jax.run import run_dir
+from nanogpt_jax.run import plan, run_dir
 
 USAGE = """usage: nanogpt-jax classify train|eval|predict [ARGUMENTS], or nanogpt-jax classify train --help
 
@@ -135,7 +135,7 @@ def _of_a_run(command: CommandLine[Read], argv: list[str]) -> Read:
 
 def train(command: Command, argv: list[str]) -> int:
     if command.print_config:
-        print(run_dir.describe(command))
+        print(plan.describe(command))
         return 0
 
     from nanogpt_jax.host.signals import stop_on_signals
@@ -155,7 +155,7 @@ def train(command: Command, argv: list[str]) -> int:
         outcome, best, found = _train(cfg, run, data, stop)
         if outcome.signal:
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}")
-            print(f"go on with the same command: {run_dir.command_again(argv, name='classify')}")
+            print(f"go on with the same command: {config.command_again(argv, name='classify')}")
             return 128 + outcome.signal
         early = "" if outcome.step == cfg.train.steps else f", early (classify.patience={cfg.classify.patience})"
         print(
@@ -177,14 +177,13 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)
-    how = execution.choose(cfg, platform, mesh.size)
-    cfg = replace(cfg, model=execution.resolve(cfg.model, platform))
+    cfg, how = execution.choose(cfg, platform, mesh.size)
     task = classification.classifier(cfg, mesh, data)
     tx = make_optimizer(cfg.optim, cfg.train.steps)
     tx = classification.head_alone(tx) if cfg.classify.freeze else tx
     step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = start_state(cfg, tx, task, mesh, run)
+        state = start_state(cfg, tx, task, step, run)
         print(classification.headline(cfg, directory, data, mesh, run.step), flush=True)
         outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:

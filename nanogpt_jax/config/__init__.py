@@ -3,7 +3,7 @@
 These are the names that other rooms use most; the others are called by their file's name.
 """
 
-from nanogpt_jax.config.command_line import joined, program, quoted, word
+from nanogpt_jax.config.command_line import command_again, joined, program, quoted, word
 from nanogpt_jax.config.errors import UserError, suggestion
 from nanogpt_jax.config.parse import merge, read_json, to_json
 from nanogpt_jax.config.settings import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
@@ -19,6 +19,7 @@ __all__ = [
     "OptimConfig",
     "TrainConfig",
     "UserError",
+    "command_again",
     "help_text",
     "joined",
     "load",

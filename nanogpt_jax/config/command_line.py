@@ -1,4 +1,4 @@
-"""Reads command lines, and says how to type them.
+"""Reads command lines, and says how to type a command, and how to type it again.
 
 A command line is two things: a class whose fields are its flags, and a `CommandLine` over it. For example:
 
@@ -25,6 +25,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_typ
 
 from nanogpt_jax.config.errors import UserError, suggestion
 from nanogpt_jax.config.settings import Config, Kind, items, meanings, sections_of, types_of
+from nanogpt_jax.config.validate import MOST_STEPS
 
 DOORS = ("train.py", "sample.py")
 
@@ -60,6 +61,40 @@ def quoted(text: str) -> str:
 def joined(words: Iterable[str]) -> str:
     """A command that can be pasted into a shell."""
     return " ".join(map(quoted, words))
+
+
+def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
+    """The command that resumes a run: the one that was typed, with other `steps` if given."""
+    more = ["--train.steps", str(min(steps, MOST_STEPS))] if steps else []
+    without = ("--resume", "--train.steps") if steps else ("--resume",)
+    return joined([*shlex.split(program(name)), *_edited(argv, (*without, "--overwrite"), *more)])
+
+
+def typed_again(without: tuple[str, ...] = (), *more: str) -> str:
+    """The command line of this process, edited, for people to type. "" if the process is another program."""
+    path = Path(sys.argv[0])
+    if path.name in DOORS:
+        words = ["python", sys.argv[0]]
+    elif path.name == "__main__.py":
+        words = ["python", "-m", "nanogpt_jax"]
+    elif path.name == "nanogpt-jax":
+        words = ["nanogpt-jax"]
+    else:
+        return ""
+    return joined([*words, *_edited(sys.argv[1:], without, *more)])
+
+
+def _edited(argv: list[str], without: tuple[str, ...], *more: str) -> list[str]:
+    """A command line without some flags and their values, and with `more`. Behind `--` nothing is a flag."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, skip = [], False
+    for typed in argv[:end]:
+        name, equals, _ = typed.partition("=")
+        dropped = name.replace("_", "-") in without
+        if not skip and not dropped:
+            words.append(typed)
+        skip = not skip and dropped and not equals and name != "--overwrite"
+    return [*words, *more, *argv[end:]]
 
 
 def unknown_setting(key: str, where: str, kind: Kind = Config) -> UserError:

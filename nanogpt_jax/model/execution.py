@@ -7,7 +7,8 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
-from nanogpt_jax.config import Config, ModelConfig, UserError
+from nanogpt_jax.config import ModelConfig, UserError
+from nanogpt_jax.config.settings import Settings
 from nanogpt_jax.model import sizes
 
 # ---- every tuned number. Measured in November 2026 on 2 cores of an AMD EPYC (AVX2), or on an H100 if that is named.
@@ -42,12 +43,15 @@ class Execution:
     decode: str  # native: generation steps run in C if a compiler is found; xla
 
 
-def choose(cfg: Config, platform: str, devices: int = 1) -> Execution:
-    """How `cfg` runs on `devices` of a platform, "cpu", "gpu" or "tpu". UserError if it cannot run there."""
+def choose(cfg: Settings, platform: str, devices: int = 1) -> tuple[Settings, Execution]:
+    """`cfg`, its model resolved, and how it runs on `devices` of a platform, "cpu", "gpu" or "tpu".
+
+    UserError if it cannot run there.
+    """
     model, t = resolve(cfg.model, platform), cfg.train
     flops, one_cpu = sizes.product_flops(cfg), platform == "cpu" and devices == 1
     whole = t.micro_batch in (0, t.batch_size) and not cfg.model.dropout
-    return Execution(
+    how = Execution(
         attention=model.attention,
         scan_unroll=model.scan_unroll,
         steps_per_dispatch=t.steps_per_dispatch or (STEPS_IN_A_CALL.get(platform, 1) if flops < SMALL_STEP else 1),
@@ -55,6 +59,7 @@ def choose(cfg: Config, platform: str, devices: int = 1) -> Execution:
         recompile=one_cpu and t.recompile == "auto",
         decode=model.decode,
     )
+    return dataclasses.replace(cfg, model=model), how
 
 
 def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:

@@ -26,6 +26,7 @@ import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from nanogpt_jax.config import UserError, joined
+from nanogpt_jax.config.command_line import typed_again
 from nanogpt_jax.host import messages
 from nanogpt_jax.run import checksums
 from nanogpt_jax.run import run_dir as runs
@@ -350,7 +351,7 @@ def _take_another(command: str, step: int, good: list[int], delete: str) -> str:
     if len([word for word in sys.argv[1:] if os.path.isdir(f"{word}/checkpoints")]) > 1:
         return f"delete it, and another is taken: {delete}"  # two runs, and --checkpoint would be for both
     before = max([s for s in good if s < step], default=min(good))
-    again = runs.typed(("--checkpoint",), f"--checkpoint={before}")
+    again = typed_again(("--checkpoint",), f"--checkpoint={before}")
     return f"take checkpoint {before} instead" + (again and f": {again}")
 
 
@@ -364,7 +365,7 @@ def _delete(_: int, good: list[int], delete: str) -> str:
 def _delete_or_start_over(step: int, good: list[int], delete: str) -> str:
     """For a run that goes on from its newest."""
     if not good:
-        return f"there is no other; start over: {runs.typed(('--resume',), '--overwrite') or '--overwrite'}"
+        return f"there is no other; start over: {typed_again(('--resume',), '--overwrite') or '--overwrite'}"
     return _delete(step, good, delete)
 
 

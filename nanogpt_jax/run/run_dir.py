@@ -12,7 +12,6 @@ A run that must not be touched is refused before XLA starts: nothing here import
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -27,14 +26,13 @@ from typing import Any, Protocol
 import filelock
 
 from nanogpt_jax import config
-from nanogpt_jax.config import Command, Config, UserError, command_line, parse
+from nanogpt_jax.config import Command, Config, UserError, command_again, parse
+from nanogpt_jax.config.command_line import typed_again
 from nanogpt_jax.config.settings import differences, types_of
-from nanogpt_jax.config.validate import MOST_STEPS
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
-from nanogpt_jax.host import files, runtime
-from nanogpt_jax.model import execution
-from nanogpt_jax.model.execution import Execution
+from nanogpt_jax.host import files
+from nanogpt_jax.run.plan import execution_here
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
 WRITTEN_FILES = ("config.json", "data.json", "metrics.jsonl")
@@ -311,7 +309,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
     elif (run_dir / "metrics.jsonl").exists() and not command.overwrite:
         print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
     if steps and (command.overwrite or not finished(run_dir, cfg)):
-        _execution(cfg)  # fails before the old run is moved
+        execution_here(cfg)  # fails before the old run is moved
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
     try:
         if not steps or command.overwrite:
@@ -356,28 +354,11 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> Non
         )
 
 
-def _execution(cfg: Config) -> Execution:
-    """How `cfg` would run here. UserError if it cannot."""
-    from nanogpt_jax.distributed.mesh import make_mesh, start
-
-    platform = start()
-    return execution.choose(cfg, platform, make_mesh(cfg.mesh).size)
-
-
-def describe(command: Command) -> str:
-    """What training would do, as TOML with comments: the settings and where they came from, JAX, this machine."""
-    how = dataclasses.asdict(_execution(command.cfg))
-    known = "" if command.cfg.model.vocab_size else ", if its vocabulary, which is not known yet, is small"
-    shown = "\n".join(f"# {name}={str(value).lower()}" for name, value in how.items())
-    settings = parse.render(command.cfg, command.origin)
-    return f"{settings}\n\n{runtime.describe()}\n\n# how it runs on this machine{known}:\n{shown}"
-
-
 def _fingerprint(path: Path) -> str:
     try:
         return json.loads(files.read(path))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        again = typed(("--resume",), "--overwrite") or "--overwrite"
+        again = typed_again(("--resume",), "--overwrite") or "--overwrite"
         raise UserError(f"{path} is missing or damaged ({e})\n       start over: {again}") from None
 
 
@@ -398,42 +379,8 @@ def standing(run_dir: Path, argv: list[str], name: str = "train") -> str:
     return f"nothing was saved in {run_dir}\nstart over with the same command: {again}"
 
 
-def command_again(argv: list[str], steps: int | None = None, name: str = "train") -> str:
-    """The command that resumes this run: the one that was typed, with other `steps` if given."""
-    more = ["--train.steps", str(min(steps, MOST_STEPS))] if steps else []
-    without = ("--resume", "--train.steps") if steps else ("--resume",)
-    return config.joined([*shlex.split(config.program(name)), *_edited(argv, (*without, "--overwrite"), *more)])
-
-
 def afterwards(run_dir: Path, argv: list[str], steps: int) -> str:
     """Two commands for a finished run: sample from it, or train longer."""
     longer = command_again(argv, steps=2 * max([steps, *checkpoint_steps(run_dir)]))
     sample = f"{config.program('sample')} {config.word(run_dir)} --num-samples 3"
     return f"next: {sample}\n      or train longer: {longer}"
-
-
-def typed(without: tuple[str, ...] = (), *more: str) -> str:
-    """The command line of this process, edited, for people to type. "" if the process is another program."""
-    program = Path(sys.argv[0])
-    if program.name in command_line.DOORS:
-        words = ["python", sys.argv[0]]
-    elif program.name == "__main__.py":
-        words = ["python", "-m", "nanogpt_jax"]
-    elif program.name == "nanogpt-jax":
-        words = ["nanogpt-jax"]
-    else:
-        return ""
-    return config.joined([*words, *_edited(sys.argv[1:], without, *more)])
-
-
-def _edited(argv: list[str], without: tuple[str, ...], *more: str) -> list[str]:
-    """A command line without some flags and their values, and with `more`. Behind `--` nothing is a flag."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    words, skip = [], False
-    for word in argv[:end]:
-        flag, equals, _ = word.partition("=")
-        dropped = flag.replace("_", "-") in without
-        if not skip and not dropped:
-            words.append(word)
-        skip = not skip and dropped and not equals and flag != "--overwrite"
-    return [*words, *more, *argv[end:]]

@@ -4,6 +4,7 @@
 
 import functools
 import operator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from nanogpt_jax.config import Config, ModelConfig
 from nanogpt_jax.data import batches
 from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.evaluation.loss import evaluate, make_score
-from nanogpt_jax.model import gpt2, losses
+from nanogpt_jax.model import gpt2, losses, sizes
 from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.task import Objective, Scores, Task
 
@@ -42,6 +43,18 @@ def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
         summary="validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte",
         criterion=operator.itemgetter("loss"),
         tokens_per_step=t.batch_size * T,
+    )
+
+
+def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -> str:
+    """What is about to be trained, on what, and where it goes: two lines."""
+    m, t = cfg.model, cfg.train
+    begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
+    return (
+        f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
+        f"block_size={m.block_size}) on {mesh.size} {jax.default_backend()}\n"
+        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.title}: {len(data.train):,} tokens to "
+        f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
     )
 
 

@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
-from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.host import memory, runtime
 from nanogpt_jax.host.signals import StopRequest
@@ -29,7 +27,7 @@ from nanogpt_jax.run.checkpoint import load_first_params
 from nanogpt_jax.run.metrics import Progress
 from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.training.compiled import CompiledStep
-from nanogpt_jax.training.step import TrainState, TrainStep, init_state, state_shapes
+from nanogpt_jax.training.step import TrainState, TrainStep, init_state
 from nanogpt_jax.training.task import Task
 
 
@@ -43,32 +41,23 @@ class Outcome:
     validation: dict[str, float]
 
 
-def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -> str:
-    """What is about to be trained, on what, and where it goes: two lines."""
-    m, t = cfg.model, cfg.train
-    begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
-    return (
-        f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
-        f"block_size={m.block_size}) on {mesh.size} {jax.default_backend()}\n"
-        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.title}: {len(data.train):,} tokens to "
-        f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
-    )
-
-
-def start_state(cfg: Config, tx: optax.GradientTransformation, task: Task, mesh: Mesh, run: Recording) -> TrainState:
-    """The state of the run's newest complete checkpoint, laid out on `mesh`; without one, a new state.
+def start_state(
+    cfg: Config, tx: optax.GradientTransformation, task: Task, step: TrainStep, run: Recording
+) -> TrainState:
+    """The state of the run's newest complete checkpoint, laid out as `step` takes it; without one, a new state.
 
     A new state has the best weights of the run train.init_from, if one is named. They are read now, and never again.
     """
-    shapes = state_shapes(tx, task, mesh)
+    shapes = step.state
     trees = run.restore({"params": shapes.params, "opt_state": shapes.opt_state})
     if trees is not None:
-        step = jax.device_put(jnp.int32(run.step), shapes.step.sharding)
-        return TrainState(step, trees["params"], trees["opt_state"])
+        at = jax.device_put(jnp.int32(run.step), shapes.step.sharding)
+        return TrainState(at, trees["params"], trees["opt_state"])
     given, first = None, Path(cfg.train.init_from)
     if cfg.train.init_from != "scratch":
-        given = load_first_params(first, laid_out(mesh, gpt2.param_shapes(read_json(first / "config.json").model)))
-    return init_state(cfg, tx, task, mesh, given)
+        theirs = gpt2.param_shapes(read_json(first / "config.json").model)
+        given = load_first_params(first, laid_out(step.layout.mesh, theirs))  # pyright: ignore[reportArgumentType]
+    return init_state(cfg, tx, task, shapes, given)
 
 
 def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator[tuple[int, int]]:

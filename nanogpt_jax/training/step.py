@@ -70,12 +70,15 @@ def state_shapes(tx: optax.GradientTransformation, objective: Objective, mesh: M
 
 
 def init_state(
-    cfg: Config, tx: optax.GradientTransformation, objective: Objective, mesh: Mesh, given: Params | None = None
+    cfg: Config, tx: optax.GradientTransformation, objective: Objective, shapes: TrainState, given: Params | None = None
 ) -> TrainState:
-    """`first_state`, created sharded: no device ever holds more than its part."""
-    layout = jax.tree.map(lambda x: x.sharding, state_shapes(tx, objective, mesh))
+    """`first_state`, created sharded as in `shapes` (`state_shapes`): no device ever holds more than its part."""
     born = functools.partial(first_state, tx, objective, cfg.train.seed, positions=cfg.model.block_size)
-    return jax.jit(lambda given: born(given=given), out_shardings=layout)(given)
+    return jax.jit(lambda given: born(given=given), out_shardings=_layout(shapes))(given)
+
+
+def _layout(shapes: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, shapes)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class TrainStep:
     """
 
     jitted: Any
+    state: TrainState  # `state_shapes`
     layout: NamedSharding  # of the rows
     how: Execution
 
@@ -98,8 +102,7 @@ def make_train_step(
     """`update`, placed on `mesh`, with how.steps_per_dispatch steps in a call."""
     K, t = how.steps_per_dispatch, cfg.train
     gradients, schedule = make_gradients(cfg, mesh, objective, how), make_schedule(cfg.optim, t.steps)
-    layout = jax.tree.map(lambda x: x.sharding, state_shapes(tx, objective, mesh))
-    rows_layout = shard(mesh, P(None, *BATCH))
+    shapes, rows_layout = state_shapes(tx, objective, mesh), shard(mesh, P(None, *BATCH))
     dropout_key = jax.random.key(t.seed ^ 0xD409)  # differs from the key of the initial weights
 
     def one_step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
@@ -111,8 +114,8 @@ def make_train_step(
     @functools.partial(
         jax.jit,
         donate_argnums=0,
-        in_shardings=(layout, rows_layout, None),
-        out_shardings=(layout, shard(mesh)),
+        in_shardings=(_layout(shapes), rows_layout, None),
+        out_shardings=(_layout(shapes), shard(mesh)),
     )
     def train_step(state: TrainState, rows: jax.Array, n: jax.Array):
         if K == 1:  # no loop, in which a GPU would ask the host whether to go on
@@ -127,4 +130,4 @@ def make_train_step(
         history = {name: jnp.zeros(K, jnp.float32) for name in ("loss", "grad_norm", "learning_rate")}
         return lax.fori_loop(0, n, body, (state, history))
 
-    return TrainStep(train_step, rows_layout, how)
+    return TrainStep(train_step, shapes, rows_layout, how)

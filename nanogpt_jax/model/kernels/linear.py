@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-PIECES = 8  # a matrix-vector product is cut into so many; on two cores 16 are as fast, 4 are slower
+from nanogpt_jax.model import execution
 
 
 def materialize(*xs: Any) -> tuple[Any, ...]:
@@ -89,7 +89,8 @@ def project_few(x: jax.Array, kernel: jax.Array, n_in: int = 1) -> jax.Array:
     """
     lead, outputs = x.shape[: x.ndim - n_in], kernel.shape[: kernel.ndim - n_in]
     x, w = x.reshape(math.prod(lead), -1), kernel.reshape(math.prod(outputs), -1).astype(x.dtype)
-    n = PIECES if len(x) == 1 and len(w) % PIECES == 0 else 1
+    pieces = execution.PRODUCT_PIECES
+    n = pieces if len(x) == 1 and len(w) % pieces == 0 else 1
 
     def product(x: jax.Array, w: jax.Array, n: int = 1) -> jax.Array:
         xs, batch = jnp.broadcast_to(x, (n, *x.shape)), (((2,), (2,)), ((0,), (0,)))
