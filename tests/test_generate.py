@@ -456,6 +456,14 @@ def test_the_function_is_built_once_and_again_where_it_was_damaged(tmp_path):
             path.write_bytes(damaged)
             assert native._library()
             assert path.read_bytes() == whole
+        path.chmod(0o646)  # what others may write is not loaded, nor what a link of theirs leads to
+        assert not native._is_own(path)
+        path.chmod(0o644)
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+        assert not native._is_own(path)
+        assert native._library()
+        assert native._is_own(path)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 

@@ -14,6 +14,7 @@ import functools
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -102,7 +103,7 @@ def _library() -> ctypes.CDLL | None:
     place = jax.config.jax_compilation_cache_dir or ""  # pyright: ignore
     kept = Path(place).absolute() if place and "://" not in place else None
     for path in sorted(kept.glob(f"{name}-*.so")) if kept else []:
-        if path.stat().st_uid == os.getuid() and path.stem == f"{name}-{_hash(path.read_bytes())}":
+        if _is_own(path) and path.stem == f"{name}-{_hash(path.read_bytes())}":
             return ctypes.CDLL(str(path))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         built = Path(folder) / "decode.so"
@@ -112,6 +113,12 @@ def _library() -> ctypes.CDLL | None:
             with contextlib.suppress(OSError):  # it is built again next time
                 _keep(built, kept / f"{name}-{_hash(built.read_bytes())}.so")
         return ctypes.CDLL(str(built))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether only this user can have written the file: in a shared cache folder, anybody may place a link."""
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & stat.S_IWOTH
 
 
 def _hash(content: bytes) -> str:
