@@ -121,7 +121,7 @@ METHODS = {"import_module", "exec_module", "CDLL", "TaskManager"}
 FLAGS = {"shell", "allow_pickle", "trust_remote_code"}
 MEANT = {
     "nanogpt_jax/cli.py": {"exec_module", "import_module"},  # the table of commands, train.py and sample.py
-    "nanogpt_jax/bench/bench.py": {"import_module"},  # our own torch_peer.py, if torch is there
+    "nanogpt_jax/bench/worker.py": {"import_module"},  # our own torch_peer.py, if torch is there
     "nanogpt_jax/host/memory.py": {"CDLL"},  # the C library of this process
     "nanogpt_jax/inference/native.py": {"CDLL"},  # our own decode.c, as compiled by this user
     "nanogpt_jax/evaluation/lm_eval_adapter.py": {"TaskManager"},  # the tasks in --include-path may name Python code

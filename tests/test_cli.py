@@ -667,7 +667,7 @@ def fail(error: BaseException) -> Callable[[Path], None]:
 def done(tmp_path, monkeypatch):
     """A run in its own directory, with a checkpoint that is only a folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_dir, "_execution", lambda _: None)
+    monkeypatch.setattr(run_dir, "execution_here", lambda _: None)
     attempt("--run-dir", "done", begin=True)
     (tmp_path / "done/checkpoints/10/params").mkdir(parents=True)
     return tmp_path / "done"

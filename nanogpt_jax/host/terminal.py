@@ -163,7 +163,8 @@ class _Stream(io.TextIOWrapper):
             self._held = "\r" if shown.endswith("\r") else ""
             shown = shown[: len(shown) - len(self._held)]
         elif shown.startswith("\r") and not shown.startswith("\r\n"):
-            before, shown = "\r", shown[1:]  # so that the bars of libraries can overwrite themselves
+            # so that the bars of libraries can overwrite themselves
+            before, shown = "\r", shown[1:]
         super().write(before + visible(shown))
         return len(text)
 

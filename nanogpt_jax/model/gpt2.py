@@ -49,9 +49,8 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
         y = (project_few if self.transposed else project)(x, kernel, len(self.inputs))
         if self.bias:
-            y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(
-                y.dtype
-            )  # its gradient is summed in float32
+            # added in float32, so that its gradient is summed in it
+            y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)
         return y
 
 
@@ -128,9 +127,8 @@ class Block(nn.Module):
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """GPT-2's initial weights: N(0, 0.02²), the two projections back into the residual stream scaled by 1/√(2L)."""
-    cfg = dataclasses.replace(
-        cfg, attention="reference"
-    )  # weights do not depend on it, and other back-ends refuse the x below
+    # weights do not depend on it, and other back-ends refuse the x below
+    cfg = dataclasses.replace(cfg, attention="reference")
     wte_key, wpe_key, h_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, cfg.n_embd))
     return {

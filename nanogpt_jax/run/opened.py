@@ -64,10 +64,8 @@ def newest(folder: Path) -> Path:
 
     def rank(run: Path) -> tuple[bool, float]:
         last = checkpoint_steps(run)[-1]
-        saved = (
-            (run / "checkpoints" / str(last)).stat().st_mtime
-        )  # not the run's folder, which a failed start touches too
-        return last > 0 or (run / IMPORTED).exists(), saved
+        saved = run / "checkpoints" / str(last)  # not the run's folder, which a failed start touches too
+        return last > 0 or (run / IMPORTED).exists(), saved.stat().st_mtime
 
     found = [p.parent for p in folder.glob("*/config.json") if not p.parent.name.startswith(".")]  # an import under way
     runs = [run for run in found if checkpoint_steps(run)]

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.run.checkpoint import Checkpointer
 from nanogpt_jax.run.metrics import MetricsLog
@@ -13,8 +11,8 @@ from nanogpt_jax.run.metrics import MetricsLog
 class Recording:
     """A context manager: leaving it waits for a save in progress.
 
-    `step` is the run's current step, 0 for a new one. `best_loss` is the lowest so far (None: none yet), and `stale`
-    counts the evaluations since.
+    `step` is where the run goes on from, 0 for a new one. `best_loss` is the lowest so far (None: none yet), and
+    `stale` counts the evaluations since.
     """
 
     def __init__(self, directory: Path, cfg: TrainConfig):
@@ -58,5 +56,4 @@ class Recording:
 
     def save(self, step: int, trees: dict[str, Any], loss: float | None) -> None:
         """Start a save; returns when the trees are copied. The best checkpoint has the lowest `loss`."""
-        meta = {"step": self.step, "best_val_loss": self.best_loss, "stale": self.stale}
-        self.checkpoints.save(step, {k: v for k, v in trees.items() if jax.tree.leaves(v)}, meta, loss)
+        self.checkpoints.save(step, trees, {"step": step, "best_val_loss": self.best_loss, "stale": self.stale}, loss)
