@@ -1,16 +1,18 @@
 """Atomic files that never overwrite somebody else's; streams that end nothing; the environment of JAX."""
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from nanogpt_jax.host import files, messages, runtime, terminal
+from nanogpt_jax.host import files, messages, progress, runtime, terminal
 
 
 def test_a_file_is_the_old_one_or_the_new_one_and_keeps_its_mode(tmp_path):
@@ -301,3 +303,11 @@ def test_a_compile_cache_of_any_size_is_looked_over_at_once(tmp_path, monkeypatc
     began = time.process_time()
     runtime._complete_cache()
     assert time.process_time() - began < 0.02
+
+
+def test_items_pass_through_their_progress_which_says_a_line_now_and_then(monkeypatch, capsys):
+    clock = itertools.count(step=4.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert list(progress.over("texts\x1b", iter("abcd"), 4)) == ["a", "b", "c", "d"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["texts\\x1b 2/4  left 12 s", "texts\\x1b 3/4  left 5 s", "texts\\x1b 4/4  left 0 s"]

@@ -39,7 +39,8 @@ from nanogpt_jax.config.validate import validate
 from nanogpt_jax.data import batches
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import spec_for
-from nanogpt_jax.host import memory, signals
+from nanogpt_jax.host import memory, progress, signals
+from nanogpt_jax.host.progress import Progress
 from nanogpt_jax.host.signals import stop_on_signals
 from nanogpt_jax.model import attention, execution, gpt2
 from nanogpt_jax.run import checksums, metrics
@@ -250,7 +251,7 @@ def test_metrics_that_are_there_are_read_at_once(tmp_path):
     done = {name: jnp.ones(2).block_until_ready() for name in ("loss", "grad_norm", "learning_rate")}
     cfg = change(TINY, train__log_every=1)
     with Recording(tmp_path, cfg.train) as run:
-        reader = loop._Reader(cfg, SimpleNamespace(tokens_per_step=128), run, metrics.Progress(0, 10))  # pyright: ignore
+        reader = loop._Reader(cfg, SimpleNamespace(tokens_per_step=128), run, Progress("step", 10))  # pyright: ignore
         reader.add(0, 2, done)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -268,7 +269,7 @@ def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monke
         now[0] += 1000
         return CompiledStep(*args, **kwargs)
 
-    for module in (loop, metrics):
+    for module in (loop, progress):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=tick))
     monkeypatch.setattr(loop, "CompiledStep", slow)
     assert train("--train.steps", "200", "--train.save-every", "0", "--train.eval-every", "0", "--run-dir", "r") == 0
@@ -279,11 +280,11 @@ def test_compiling_counts_neither_in_the_speed_nor_in_the_time_left(train, monke
 
 def test_a_long_run_without_a_terminal_says_something_every_minute(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    progress = metrics.Progress(0, 100_000)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bar = Progress("step", 100_000, patience=0)
     for step in range(1, 151):
         now[0] += 1
-        progress.update(step, 1.0, 10.0, step)
+        bar.update(step, "loss 1.0")
     assert re.findall(r"step (\d+)/", capsys.readouterr().err) == ["1", "61", "121"]
 
 

@@ -17,7 +17,7 @@ from nanogpt_jax.classify.settings import ClassifierConfig
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, path_name, shard
-from nanogpt_jax.host import terminal
+from nanogpt_jax.host import progress
 from nanogpt_jax.host.messages import printable
 from nanogpt_jax.model import sizes
 from nanogpt_jax.model.gpt2 import Params
@@ -94,9 +94,9 @@ def texts_at_once(cfg: ClassifierConfig, mesh: Mesh) -> int:
 def log_probabilities(
     predict: Predict, params: Params, texts: Texts, width: int, batch_size: int, bar: bool = False
 ) -> np.ndarray:
-    """[N, Y] float32, in batches of one shape. With `bar`, shows progress on standard error if that is a terminal."""
+    """[N, Y] float32, in batches of one shape. With `bar`, shows the progress."""
     starts = range(0, len(texts), batch_size)
-    watched = terminal.bar("texts", starts, len(starts)) if bar else starts
+    watched = progress.over("texts", starts, len(starts)) if bar else starts
     found = [
         predict(params, texts.rows(np.minimum(np.arange(i, i + batch_size), len(texts) - 1), width)) for i in watched
     ]

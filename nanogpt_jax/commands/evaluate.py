@@ -14,7 +14,7 @@ from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.evaluation import compare, texts
 from nanogpt_jax.evaluation.statistics import Estimate
 from nanogpt_jax.evaluation.texts import Text
-from nanogpt_jax.host import terminal
+from nanogpt_jax.host import progress
 from nanogpt_jax.run.opened import Run, newest, open_run
 
 
@@ -108,19 +108,19 @@ def run(asked: Options) -> int:
         if text:
             found["nats"] = loss.token_nats(
                 model.score, model.params, text.tokens, model.mesh, block_size=T, stride=asked.stride,
-                batch_size=asked.batch_size, track=_bar(f"loss of {run.path}"),
+                batch_size=asked.batch_size, track=_watched(f"loss of {run.path}"),
             )  # fmt: skip
             column["loss"] = figures.of_text(found["nats"], text, T, asked.stride)
         if choices:
-            scores = multiple_choice.score_choices(model, choices, _bar(f"choices of {run.path}"))
+            scores = multiple_choice.score_choices(model, choices, _watched(f"choices of {run.path}"))
             found |= {f"choices {name}": each for name, each in scores.items()}
             column["choices"] = figures.of_choices(scores, asked.choices)
         if words:
-            scores = multiple_choice.score_last_words(model, words, _bar(f"last words of {run.path}"))
+            scores = multiple_choice.score_last_words(model, words, _watched(f"last words of {run.path}"))
             found |= {f"words {name}": each for name, each in scores.items()}
             column["last_word"] = figures.of_last_words(scores, asked.last_word)
         if tasks:
-            column["lm_eval"] = _lm_eval().measure(model, tasks, _bar(f"lm-eval on {run.path}"))
+            column["lm_eval"] = _lm_eval().measure(model, tasks, _watched(f"lm-eval on {run.path}"))
         _print(column)
         columns.append(column)
         sides.append(compare.Side(str(run.path), T, text, found))
@@ -239,6 +239,6 @@ def _row(name: str, figure: Estimate, digits: int, unit: str = "") -> None:
     print(f"    {name:<14}{figure.value:>{digits + 6}.{digits}f}{error} {unit}".rstrip())
 
 
-def _bar(what: str) -> Any:
-    """An `evaluation.loss.Track`: a progress bar on a terminal; elsewhere nothing."""
-    return functools.partial(terminal.bar, what)
+def _watched(what: str) -> Any:
+    """An `evaluation.loss.Track`."""
+    return functools.partial(progress.over, what)

@@ -1,10 +1,10 @@
 """`nanogpt-jax import-hf` and `export-hf`: GPT-2 in Hugging Face's files to a run directory, and back; GGUF too."""
 
-import contextlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, UserError, command_line, program
 from nanogpt_jax.config.command_line import CommandLine, Read, flag
-from nanogpt_jax.host import files, messages, terminal
+from nanogpt_jax.host import files, messages
+from nanogpt_jax.host.progress import Progress
 from nanogpt_jax.model import sizes
 
 NO_COMPARE = "do not compare with transformers, which takes the memory of a second model"
@@ -124,10 +125,11 @@ def run_import(asked: ImportOptions) -> int:
     from nanogpt_jax.run import run_dir
     from nanogpt_jax.run.checkpoint import save_params
 
-    with _progress("reading", len(weights.their_shapes(model.cfg))) as advance:
+    with Progress("reading", len(weights.their_shapes(model.cfg))) as progress:
+        taken = itertools.count(1)
 
         def read(tensor: str) -> Any:
-            advance()
+            progress.update(next(taken))
             return model.weights.read(tensor)
 
         params = weights.from_hugging_face(model.cfg, read)
@@ -323,16 +325,3 @@ def _write_into(folder: Path, texts: dict[str, str], tensors: dict[str, Any]) ->
     except SafetensorError as e:  # raised for a full disk
         raise OSError(str(e)) from None
     shutil.copymode(folder / "config.json", folder / WEIGHTS)  # it was readable by the owner alone
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Any]:
-    from rich.progress import Progress
-
-    console = terminal.console()
-    if not console.is_terminal:  # rich before 14 prints an empty line for a bar that is disabled
-        yield lambda: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)

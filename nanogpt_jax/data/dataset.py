@@ -14,8 +14,8 @@ from nanogpt_jax.config import DataConfig, UserError
 from nanogpt_jax.data import corpora, prepare, shards, text_file, tokenizer
 from nanogpt_jax.data.batches import Mixture
 from nanogpt_jax.data.corpus import Corpus, sha256_of_json
-from nanogpt_jax.data.progress import Progress
 from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.host.progress import Progress
 
 LONGEST_CYCLE = 1 << 16  # sequences in which a mixture keeps its proportions
 

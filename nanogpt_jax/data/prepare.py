@@ -25,8 +25,8 @@ import numpy as np
 from nanogpt_jax.config import DataConfig, UserError
 from nanogpt_jax.data import hub, shards, tokenizer
 from nanogpt_jax.data.corpus import Corpus, OnProgress, sha256_of_json
-from nanogpt_jax.data.progress import Progress
 from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.host.progress import Progress
 
 FORMAT = 1  # version of the folder and of how corpora compose their texts; a new one prepares everything anew
 MIB = 1 << 20

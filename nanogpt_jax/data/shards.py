@@ -13,9 +13,9 @@ import numpy as np
 
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.corpus import Block
-from nanogpt_jax.data.progress import Progress
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files
+from nanogpt_jax.host.progress import Progress
 
 PIECE = 1 << 16  # characters of a document that are encoded at a time
 SHARD = 1 << 22  # characters in a shard: the most that an interruption loses, and that a thread holds

@@ -13,13 +13,11 @@ import re
 import select
 import stat
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-Item = TypeVar("Item")
 
 # Control characters except \n and \t, and the marks that switch the direction of writing.
 OBEYED = re.compile("\r\n|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -76,16 +74,6 @@ def console() -> "Console":
     from rich.console import Console
 
     return Console(file=unfiltered(sys.stderr))
-
-
-def bar(what: str, items: Iterable[Item], n: int) -> Iterable[Item]:
-    """`items`, which are n, with a progress bar named `what` on standard error if that is a terminal."""
-    if not sys.stderr.isatty():
-        return items
-    from rich.markup import escape
-    from rich.progress import track
-
-    return track(items, escape(visible(what)), n, console=console(), transient=True)
 
 
 def _own(stream: TextIO) -> TextIO:

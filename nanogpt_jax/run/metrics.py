@@ -1,20 +1,16 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for, and the progress bar."""
+"""Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for."""
 
 import contextlib
 import errno
 import json
 import math
 import os
-import sys
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from nanogpt_jax.config import TrainConfig, UserError
-from nanogpt_jax.host import files, terminal
+from nanogpt_jax.host import files
 from nanogpt_jax.run.run_dir import checkpoint_steps, delete_replaced
-
-LINE_SECONDS = 60  # between two lines of progress, at most, without a bar
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -95,62 +91,3 @@ def _wandb(run_dir: Path) -> Any:
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     # the directory's name is the run's id, so that a resumed run goes on in the same chart
     return wandb.init(project="nanogpt-jax", id=run_dir.resolve().name, dir=str(run_dir), resume="allow", mode=mode)  # pyright: ignore
-
-
-class Progress:
-    """Step, loss, tokens/s and time left: a bar on a terminal, and a line now and then elsewhere."""
-
-    def __init__(self, step: int, steps: int):
-        self._steps = steps
-        self._started, self._began_at = time.monotonic(), step
-        self._bar = None
-        self._next_line, self._line_due = step, 0.0
-        if sys.stderr.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[now]}  left"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Bar(*columns, console=terminal.console(), transient=True, redirect_stdout=sys.stdout.isatty())
-            self._task = self._bar.add_task("", total=steps, completed=step, now="compiling the step")
-            self._bar.start()
-
-    def begin(self) -> None:
-        """The step is compiled: estimate the time left from now on."""
-        self._started = time.monotonic()
-        if self._bar:
-            self._bar.update(self._task, now="loss ...")
-
-    def update(self, step: int, loss: float, tokens_per_second: float, done: int) -> None:
-        """Show a step. As several steps are read at once, `done` is the number taken by now."""
-        if self._bar:
-            self._bar.update(self._task, completed=step, now=f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
-        elif step >= self._next_line or time.monotonic() >= self._line_due:
-            left = (time.monotonic() - self._started) / (done - self._began_at) * (self._steps - done)
-            print(
-                f"step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  left {left:.0f} s",
-                file=sys.stderr,
-            )
-            self._next_line, self._line_due = step + max(self._steps // 20, 1), time.monotonic() + LINE_SECONDS
-
-    def say(self, text: str) -> None:
-        """Print a line that stays, above the bar."""
-        print(_for(sys.stdout, text), flush=True)
-
-    def note(self, text: str) -> None:
-        """Print a line that stays, on standard error, as it is no result."""
-        print(_for(sys.stderr, text), file=sys.stderr)
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
-
-
-def _for(stream: TextIO, text: str) -> str:
-    """`text`, escaped if `stream` is a terminal. While there is a bar, rich prints, and bypasses our filter."""
-    return terminal.visible(text) if stream.isatty() else text

@@ -21,10 +21,10 @@ from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.host import memory, runtime
+from nanogpt_jax.host.progress import Progress
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution, gpt2, sizes
 from nanogpt_jax.run.checkpoint import load_first_params
-from nanogpt_jax.run.metrics import Progress
 from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.training.compiled import CompiledStep
 from nanogpt_jax.training.step import TrainState, TrainStep, init_state
@@ -73,7 +73,8 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
     t, start, clock = cfg.train, run.step, time.monotonic()
     if 0 < task.patience <= run.stale:  # it had ended early
         return Outcome(start, 0.0, None, {})
-    progress, log = Progress(start, t.steps), run.log  # opened now: what is wrong with it is told before the first step
+    log = run.log  # opened now: what is wrong with it is told before the first step
+    progress = Progress("step", t.steps, start, patience=0, now="compiling the step")
     reader = _Reader(cfg, task, run, progress)
     ahead = batches.prefetch(_on_device(cfg, task, step, start), depth=2)
     if note := _slow(cfg):
@@ -192,7 +193,7 @@ class _Reader:
     def begin(self) -> None:
         """Restart the clocks, so that compile time does not count in the speed or the time left."""
         self._clock = time.monotonic()
-        self._progress.begin()
+        self._progress.begin(now="loss ...")
 
     def add(self, first: int, n: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append((first, n, metrics))
@@ -242,5 +243,5 @@ class _Reader:
             if step % t.log_every == 0 or step == t.steps:
                 row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
                 self._run.log.write(step, {**row, "tokens_per_second": round(speed, 1)})
-                self._progress.update(step, loss, speed, first + n)
+                self._progress.update(step, f"loss {loss:.4f}  {speed:,.0f} tokens/s", measured=first + n)
                 self._clock, self._counted = now, 0
