@@ -14,7 +14,8 @@ from nanogpt_jax.model import execution, gpt2
 from nanogpt_jax.run.checkpoint import load_params
 from nanogpt_jax.training.language_model import next_token
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.step import TrainState, TrainStep, init_state, make_train_step, state_shapes
+from nanogpt_jax.training.state import TrainState, init_state, state_shapes
+from nanogpt_jax.training.step import TrainStep, make_train_step
 
 
 def make_state(cfg: Config, given: Any = None, mesh: Mesh | None = None) -> TrainState:

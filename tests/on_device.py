@@ -23,7 +23,8 @@ from nanogpt_jax.inference import generate
 from nanogpt_jax.model import attention, decoding, execution, gpt2
 from nanogpt_jax.training.language_model import mean_loss, next_token
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.step import init_state, make_train_step
+from nanogpt_jax.training.state import init_state
+from nanogpt_jax.training.step import make_train_step
 
 ON = {
     "cpu": ["reference", "blocked", "xla"],

@@ -35,7 +35,10 @@ MAY_IMPORT = {
 # what one `rm -r` removes: the room, with the command beside it, if it has one
 SLICES = {"bench": "", "classify": "commands/classify.py", "interop": "commands/huggingface.py"}
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
-PURE = ["model", "training/step.py", "training/optim.py", "distributed/sharding.py", "inference/generate.py"]
+PURE = [
+    *("model", "training/step.py", "training/state.py", "training/optim.py", "distributed/sharding.py"),
+    "inference/generate.py",
+]
 IMPURE_NAMES = {"print", "open", "input"}
 IMPURE_MODULES = {"time", "os", "sys", "pathlib", "json", "logging", "random", "datetime", "shutil", "socket"}
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "nanogpt_jax", "configs", "train.py", "sample.py", "tests"}
@@ -108,7 +111,7 @@ def test_only_checkpoint_imports_orbax_and_only_the_model_and_the_state_import_f
     for path in modules_of(PACKAGE):
         names = {name.split(".")[0] for name in imported(path)}
         assert "orbax" not in names or path.name == "checkpoint.py", path
-        assert "flax" not in names or room_of(path) == "model" or path.name == "step.py", path
+        assert "flax" not in names or room_of(path) == "model" or path.name == "state.py", path
         assert "lm_eval" not in names or path.name == "lm_eval_adapter.py", path  # an extra
         assert "torch" not in names or room_of(path) in ("bench", "interop"), path
 

@@ -39,7 +39,8 @@ from nanogpt_jax.run.checkpoint import Checkpointer, load_params
 from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.run.run_dir import checkpoint_steps
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.step import init_state, make_train_step, state_shapes
+from nanogpt_jax.training.state import init_state, state_shapes
+from nanogpt_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 TINY = execution.resolve(ModelConfig(block_size=12, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True), "cpu")

@@ -61,6 +61,17 @@ def commands_of(pages: list[Path]) -> list[list[str]]:
     return sorted(map(list, {tuple(command) for command in commands}))
 
 
+def test_a_readers_way_to_the_step_is_as_short_as_the_page_says():
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    way, total = page[: page.index(" lines to the whole step")].rsplit(": ", 1)
+    whole = [(name, int(lines)) for name, lines in re.findall(r"`([a-z0-9_/.]+)` \((\d+)(?: lines)?\)", way)]
+    parts = [int(lines) for lines in re.findall(r"first (\d+) of", " ".join(way.split()))]
+    assert (len(whole), len(parts)) == (3, 2)
+    for name, lines in whole:
+        assert len((PACKAGE / name).read_text(encoding="utf-8").splitlines()) == lines, name
+    assert sum(lines for _, lines in whole) + sum(parts) == int(total) <= 450
+
+
 def test_the_front_page_is_one_that_people_read():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 160

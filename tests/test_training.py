@@ -51,7 +51,8 @@ from nanogpt_jax.training import language_model, loop
 from nanogpt_jax.training.compiled import CompiledStep
 from nanogpt_jax.training.gradients import make_gradients
 from nanogpt_jax.training.optim import decay_mask, make_optimizer, make_schedule
-from nanogpt_jax.training.step import TrainStep, first_state, update
+from nanogpt_jax.training.state import first_state
+from nanogpt_jax.training.step import TrainStep, update
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60

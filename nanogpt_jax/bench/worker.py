@@ -130,7 +130,8 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     from nanogpt_jax.training.compiled import CompiledStep
     from nanogpt_jax.training.language_model import next_token
     from nanogpt_jax.training.optim import make_optimizer
-    from nanogpt_jax.training.step import init_state, make_train_step
+    from nanogpt_jax.training.state import init_state
+    from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)
     cfg, how = execution.choose(cfg, platform, mesh.size)

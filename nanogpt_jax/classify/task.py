@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from nanogpt_jax.classify import head, scores
 from nanogpt_jax.classify.data import LabelledData, Texts
@@ -22,6 +23,9 @@ from nanogpt_jax.host.messages import printable
 from nanogpt_jax.model import sizes
 from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.task import Objective, Scores, Task
+
+# the last layer, where distributed/sharding.py has the rules for GPT-2
+HEAD_RULES = ((r"head/kernel$", P("fsdp")), (r"head/bias$", P()))
 
 Predict = Callable[[Params, np.ndarray], jax.Array]
 
@@ -45,7 +49,7 @@ def objective(cfg: ClassifierConfig, width: int, weights: np.ndarray) -> Objecti
     """Initial weights, and the loss of rows [B, W+2]; weights [Y] of the labels."""
     init = functools.partial(head.init_params, cfg.model, cfg.classify.n_labels)
     loss = functools.partial(head.mean_loss, cfg.model, weights=weights, freeze=cfg.classify.freeze)
-    return Objective(init, loss, width + 2)
+    return Objective(init, loss, width + 2, rules=HEAD_RULES)
 
 
 def param_shapes(cfg: ClassifierConfig) -> Params:

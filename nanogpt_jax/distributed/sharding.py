@@ -11,7 +11,8 @@ from nanogpt_jax.config import UserError
 
 # The first rule that matches a path decides. `fsdp` splits arrays that would otherwise be replicated. `tensor` splits
 # heads and hidden units: each device computes its own, and one sum a layer combines them.
-RULES: tuple[tuple[str, P], ...] = (
+Rules = tuple[tuple[str, P], ...]
+RULES: Rules = (
     (r"wte$", P("tensor", "fsdp")),
     (r"wpe$", P(None, "fsdp")),
     (r"h/attn/c_attn/kernel$", P(None, "fsdp", None, "tensor", None)),
@@ -21,8 +22,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"h/mlp/c_fc/bias$", P(None, "tensor")),
     (r"h/mlp/c_proj/kernel$", P(None, "tensor", "fsdp")),
     (r"(ln_1|ln_2|ln_f)/(scale|bias)$|c_proj/bias$", P()),
-    (r"head/kernel$", P("fsdp")),  # a classifier's
-    (r"head/bias$", P()),
 )
 
 BATCH = P(("data", "fsdp"))  # the first axis of tokens [B, T+1]; micro-batches are cut inside the step
@@ -33,13 +32,13 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def rule_for(name: str) -> P | None:
-    return next((spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})", name)), None)
+def rule_for(name: str, more: Rules = ()) -> P | None:
+    return next((spec for pattern, spec in RULES + more if re.search(rf"(^|/)({pattern})", name)), None)
 
 
-def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, more: Rules = ()) -> P:
     """The PartitionSpec of the parameter `name`; UserError if no rule matches or a dimension is not divisible."""
-    spec = rule_for(name)
+    spec = rule_for(name, more)
     if spec is None:
         raise UserError(f"no sharding rule matches parameter {name} {shape}; add one to distributed/sharding.py")
     for size, axis in zip(shape, spec, strict=False):
@@ -53,8 +52,9 @@ def shard(mesh: Mesh, spec: P = P()) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: Mesh, tree: Any, more: Rules = ()) -> Any:
     """A NamedSharding for each leaf of `tree` (arrays or ShapeDtypeStructs): parameters, or a whole training state.
+    `more`: rules for parameters that GPT-2 does not have.
 
     The path of an optimizer's moment ends in its parameter's path (0/mu/h/mlp/c_fc/kernel), so it is sharded alike.
     Everything else (counters, coefficients) is replicated.
@@ -62,12 +62,12 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
     def lay(path: tuple, x: jax.ShapeDtypeStruct) -> NamedSharding:
         name = path_name(path)
-        own = name == "step" or (name.startswith("opt_state") and rule_for(name) is None)
-        return shard(mesh, P() if own else spec_for(name, x.shape, mesh))
+        own = name == "step" or (name.startswith("opt_state") and rule_for(name, more) is None)
+        return shard(mesh, P() if own else spec_for(name, x.shape, mesh, more))
 
     return jax.tree_util.tree_map_with_path(lay, tree)
 
 
-def laid_out(mesh: Mesh, shapes: Any) -> Any:
+def laid_out(mesh: Mesh, shapes: Any, more: Rules = ()) -> Any:
     """`shapes` as ShapeDtypeStructs with the sharding of each leaf, as restoring a checkpoint needs them."""
-    return jax.tree.map(lambda x, place: x.update(sharding=place), shapes, shardings(mesh, shapes))
+    return jax.tree.map(lambda x, place: x.update(sharding=place), shapes, shardings(mesh, shapes, more))

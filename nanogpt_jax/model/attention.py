@@ -19,8 +19,6 @@ import jax.numpy as jnp
 from nanogpt_jax.model.dropout import dropout
 from nanogpt_jax.model.kernels import blocked_attention
 
-HEADS = ((0,), (0,))  # the batch axis of lax.dot_general: N, the heads of all sequences
-
 
 def causal_mask(T: int, documents: jax.Array | None = None) -> jax.Array:
     """[1 or B, 1, T, T] bool: position t may look at positions 0..t, or at those of its own document [B, T]."""
@@ -46,6 +44,9 @@ def reference(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) ->
     # Weights on the left: jnp.einsum would put V there, a product that XLA:CPU computes more slowly.
     y = jax.lax.dot_general(weights.astype(v.dtype), v.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1))))
     return y.swapaxes(1, 2)
+
+
+HEADS = ((0,), (0,))  # the batch axis of lax.dot_general: N, the heads of all sequences
 
 
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:

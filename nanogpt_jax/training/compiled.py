@@ -12,7 +12,8 @@ import numpy as np
 from nanogpt_jax.host import memory, runtime
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution
-from nanogpt_jax.training.step import Metrics, TrainState, TrainStep
+from nanogpt_jax.training.state import TrainState
+from nanogpt_jax.training.step import Metrics, TrainStep
 
 
 class CompiledStep:

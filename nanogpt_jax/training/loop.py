@@ -27,7 +27,8 @@ from nanogpt_jax.model import execution, gpt2, sizes
 from nanogpt_jax.run.checkpoint import load_first_params
 from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.training.compiled import CompiledStep
-from nanogpt_jax.training.step import TrainState, TrainStep, init_state
+from nanogpt_jax.training.state import TrainState, init_state
+from nanogpt_jax.training.step import TrainStep
 from nanogpt_jax.training.task import Task
 
 

@@ -9,7 +9,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,23 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanogpt_jax.config import Config
-from nanogpt_jax.distributed.sharding import BATCH, laid_out, shard
+from nanogpt_jax.distributed.sharding import BATCH, shard
 from nanogpt_jax.model.execution import Execution
-from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.gradients import Gradients, make_gradients
 from nanogpt_jax.training.optim import make_schedule
+from nanogpt_jax.training.state import TrainState, layout, state_shapes
 from nanogpt_jax.training.task import Objective
 
 Metrics = dict[str, jax.Array]
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that a step changes. `step` counts the updates made."""
-
-    step: jax.Array  # [] int32
-    params: Params
-    opt_state: optax.OptState
 
 
 def update(
@@ -49,36 +39,6 @@ def update(
     params = optax.apply_updates(state.params, updates)
     state = TrainState(state.step + 1, params, opt_state)  # pyright: ignore[reportArgumentType]
     return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-
-
-def first_state(
-    tx: optax.GradientTransformation, objective: Objective, seed: int, given: Params | None = None, positions: int = 0
-) -> TrainState:
-    """The state at step 0. Weights depend on the seed alone.
-
-    `given` weights replace them; a shorter context takes their first `positions`. Those that `given` lacks are new.
-    """
-    params = objective.init(jax.random.key(seed))
-    if given is not None:
-        params = {**params, **given, "wpe": given["wpe"][:positions]}
-    return TrainState(jnp.int32(0), params, tx.init(params))
-
-
-def state_shapes(tx: optax.GradientTransformation, objective: Objective, mesh: Mesh) -> TrainState:
-    """A state of jax.ShapeDtypeStructs, with the sharding of each leaf on `mesh`."""
-    return laid_out(mesh, jax.eval_shape(lambda: first_state(tx, objective, 0)))
-
-
-def init_state(
-    cfg: Config, tx: optax.GradientTransformation, objective: Objective, shapes: TrainState, given: Params | None = None
-) -> TrainState:
-    """`first_state`, created sharded as in `shapes` (`state_shapes`): no device ever holds more than its part."""
-    born = functools.partial(first_state, tx, objective, cfg.train.seed, positions=cfg.model.block_size)
-    return jax.jit(lambda given: born(given=given), out_shardings=_layout(shapes))(given)
-
-
-def _layout(shapes: TrainState) -> TrainState:
-    return jax.tree.map(lambda x: x.sharding, shapes)
 
 
 @dataclass(frozen=True)
@@ -114,8 +74,8 @@ def make_train_step(
     @functools.partial(
         jax.jit,
         donate_argnums=0,
-        in_shardings=(_layout(shapes), rows_layout, None),
-        out_shardings=(_layout(shapes), shard(mesh)),
+        in_shardings=(layout(shapes), rows_layout, None),
+        out_shardings=(layout(shapes), shard(mesh)),
     )
     def train_step(state: TrainState, rows: jax.Array, n: jax.Array):
         if K == 1:  # no loop, in which a GPU would ask the host whether to go on

@@ -3,11 +3,12 @@
 # B batch, W int32 numbers of a row
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
+from nanogpt_jax.distributed.sharding import Rules
 from nanogpt_jax.model.gpt2 import Params
 
 Scores = dict[str, float]
@@ -15,11 +16,12 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step needs: initial weights, and the loss of a batch."""
+    """What a step needs: initial weights, the loss of a batch, and the layout of parameters."""
 
     init: Callable[[jax.Array], Params]  # key -> initial weights
     loss: Callable[[Params, jax.Array, jax.Array | None], jax.Array]  # params, rows [B, W], dropout key -> nats []
     row_length: int  # W
+    rules: Rules = field(default=(), kw_only=True)  # as in distributed/sharding.py, for parameters that GPT-2 lacks
 
 
 @dataclass(frozen=True)
