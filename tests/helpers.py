@@ -1,12 +1,14 @@
-"""What several test files need to train a little and to look into a run."""
+"""What several test files need: to train a little, to look into a run, and to give a command wrong input."""
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from nanogpt_jax import config
+from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import laid_out
@@ -40,3 +42,22 @@ def load(run: Path | str, which: str = "best", mesh: Mesh | None = None, **more:
     """The parameters of a run, and their step."""
     shapes = gpt2.param_shapes(config.read_json(Path(run) / "config.json").model)
     return load_params(Path(run), laid_out(mesh, shapes) if mesh else shapes, which, **more)
+
+
+def refusal(code: int, out: str, err: str, *words: str) -> None:
+    """What every wrong input gets: exit code 2, and on standard error `error: `, these words and no traceback."""
+    assert code == 2, out + err
+    assert re.search("^error: ", err, re.M), err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+def refused(program: Callable[[list[str]], int], line: str | Sequence[object], capture: Any, *words: str) -> str:
+    """Gives a program of this process wrong input -> what it said. `capture`: pytest's capsys or capfd."""
+    arguments = line.split() if isinstance(line, str) else [str(word) for word in line]
+    code = cli.guarded(program, arguments)
+    out, err = capture.readouterr()
+    refusal(code, out, err, *words)
+    assert not out
+    return err

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import make_state, trees
+from helpers import make_state, refused, trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_jax import cli, config
+from nanogpt_jax import config
 from nanogpt_jax.cli import door
 from nanogpt_jax.commands import evaluate
 from nanogpt_jax.config import MeshConfig, UserError
@@ -486,7 +486,7 @@ WRONG_ITEMS = [
 @pytest.mark.parametrize(("kind", "content", "words"), [w[1:] for w in WRONG_ITEMS], ids=[w[0] for w in WRONG_ITEMS])
 def test_wrong_items(here, kind, content, words, capsys):
     Path("bad.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(f"runs/a --{kind} bad.jsonl", words, capsys)
+    refused(evaluate.main, f"runs/a --{kind} bad.jsonl", capsys, *words)
 
 
 WRONG_COMMANDS = [
@@ -561,16 +561,7 @@ def test_wrong_commands(here, spoilt, line, words, capsys, monkeypatch):
 
     # lm-eval's own 14,000 tasks take seconds to look through
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kw: TaskManager(**kw | {"include_defaults": False}))
-    refused(line, words, capsys)
-
-
-def refused(line: str, words: list[str], capsys) -> None:
-    assert cli.guarded(evaluate.main, line.split()) == 2
-    shown = capsys.readouterr()
-    assert shown.err.startswith("error: ")
-    assert not shown.out
-    for word in words:
-        assert word in shown.err, shown.err
+    refused(evaluate.main, line, capsys, *words)
 
 
 def test_without_lm_eval_it_says_how_to_have_it(here, monkeypatch, capsys):
@@ -578,7 +569,7 @@ def test_without_lm_eval_it_says_how_to_have_it(here, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "nanogpt_jax.evaluation.lm_eval_adapter", raising=False)
     monkeypatch.setattr("nanogpt_jax.evaluation.lm_eval_adapter", None, raising=False)
     monkeypatch.delattr("nanogpt_jax.evaluation.lm_eval_adapter")
-    refused("runs/a --lm-eval own_words", ["--lm-eval needs pip install 'nanogpt-jax[lm-eval]'"], capsys)
+    refused(evaluate.main, "runs/a --lm-eval own_words", capsys, "--lm-eval needs pip install 'nanogpt-jax[lm-eval]'")
 
 
 def test_in_a_process_of_its_own_a_mistake_is_one_line_before_jax_starts(here, clean_env):

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers import load, make_state
+from helpers import load, make_state, refusal, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -100,12 +100,14 @@ def assert_bits_equal(a: Any, b: Any) -> None:
     jax.tree.map(same, a, b)
 
 
-def command(*words: str | Path) -> int:
+def command_of(words: list[str]) -> int:
     """`nanogpt-jax WORDS`, in this process."""
-    name, *rest = map(str, words)
-    return cli.guarded(
-        {"import-hf": huggingface.main_import, "export-hf": huggingface.main_export}[name], [*rest, "--no-compare"]
-    )
+    name, *rest = words
+    return {"import-hf": huggingface.main_import, "export-hf": huggingface.main_export}[name]([*rest, "--no-compare"])
+
+
+def command(*words: str | Path) -> int:
+    return cli.guarded(command_of, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -718,13 +720,9 @@ def test_wrong_models(place, tmp_path, capsys, spoil, message):
     folder = shutil.copytree(place / "hf", tmp_path / "hf")
     spoil(folder)
     start = time.monotonic()
-    assert command("import-hf", folder, tmp_path / "run") == 2
+    shown = refused(command_of, ["import-hf", folder, tmp_path / "run"], capsys, *message)
     assert time.monotonic() - start < 20, "no matter what it says, it is found soon"
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
     assert len(shown) < 1200
-    for word in message:
-        assert word in shown
     assert not (tmp_path / "run").exists()
     assert not list(tmp_path.glob(".*"))
 
@@ -774,10 +772,7 @@ def test_wrong_commands(place, monkeypatch, capsys, line, message):
             (place / "gpt2" / name).write_text(text, encoding="utf-8")
     else:
         shutil.rmtree(place / "gpt2")
-    assert command(*line.split()) == 2
-    shown = capsys.readouterr().err
-    for word in message:
-        assert word in shown
+    refused(command_of, line, capsys, *message)
     assert not (place / "new").exists()
     assert not list(place.glob(".*"))
     assert (place / "pipe.gguf").is_fifo()
@@ -1087,9 +1082,7 @@ def test_wrong_starts(train, place, flags, message):
     (place / "home").mkdir(exist_ok=True)
     flags = flags if "run-dir" in flags else f"{flags} --run-dir never"
     code, said = train(*flags.split())
-    assert code == 2
-    for word in message:
-        assert word in said
+    refusal(code, "", said, *message)
     assert not (place / "never").exists()
     assert (place / "run/checkpoints/0").is_dir()
 
