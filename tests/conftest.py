@@ -16,6 +16,7 @@ BEFORE = os.environ.get("XLA_FLAGS")
 QUICK = f"{BEFORE or ''} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1".strip()
 os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] + [B, C] is a mistake as often as it is meant
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as runtime has it
 # Programs compiled by one test or subprocess serve the next: pytest-xdist's workers inherit the place from the parent.

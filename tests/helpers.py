@@ -1,11 +1,14 @@
 """What several test files need: to train a little, to look into a run, and to give a command wrong input."""
 
+import os
 import re
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from jax.sharding import Mesh
 
 from nanogpt_jax import cli, config
@@ -14,6 +17,7 @@ from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.model import execution, gpt2
 from nanogpt_jax.run.checkpoint import load_params
+from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.training.language_model import next_token
 from nanogpt_jax.training.optim import make_optimizer
 from nanogpt_jax.training.state import TrainState, init_state, state_shapes
@@ -61,3 +65,29 @@ def refused(program: Callable[[list[str]], int], line: str | Sequence[object], c
     refusal(code, out, err, *words)
     assert not out
     return err
+
+
+def with_flags(base: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A command line of flags and values, in which `flags` replace those of `base`."""
+    merged = dict(zip(base[::2], base[1::2], strict=True)) | dict(zip(flags[::2], flags[1::2], strict=True))
+    return [word for pair in merged.items() for word in pair]
+
+
+def numbers(run: Path | str) -> list[dict[str, Any]]:
+    """What a run has logged, without its speed: the same in every run of the same command."""
+    return [
+        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(Path(run) / "metrics.jsonl")
+    ]
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, owner: Any, call: int) -> None:
+    """Send this process a SIGINT when the loop makes its `call`-th batch with owner.batch."""
+    make, calls = owner.batch, []
+
+    def batch(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return make(*args, **options)
+
+    patch.setattr(owner, "batch", batch)

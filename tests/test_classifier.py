@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import load, make_state, refusal, refused, trees
+from helpers import interrupt_at, load, make_state, numbers, refusal, refused, trees, with_flags
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -473,8 +472,7 @@ def lines(n: int = 40) -> list[tuple[str, str]]:
 
 
 def train(*flags: str) -> int:
-    merged = dict(zip(SMALL[::2], SMALL[1::2], strict=True)) | dict(zip(flags[::2], flags[1::2], strict=True))
-    return classify.main(["train", *(word for pair in merged.items() for word in pair)])
+    return classify.main(["train", *with_flags(SMALL, flags)])
 
 
 @pytest.fixture(scope="module")
@@ -602,27 +600,9 @@ def test_a_picture_that_cannot_be_is_refused_before_the_work(at, monkeypatch):
         classify.main(["eval", "runs/c", "--picture", "/proc/x.svg"])
 
 
-def numbers(run: str) -> list[dict]:
-    rows = read_metrics(Path(run) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-
-
 def final(run: str, which: str = "latest"):
     cfg = config.read_json(Path(run) / "config.json", ClassifierConfig)
     return load_params(Path(run), task.param_shapes(cfg), which)
-
-
-def stop_at(patch: pytest.MonkeyPatch, call: int) -> None:
-    """A SIGINT to this process when the loop makes its `call`-th batch."""
-    make, calls = labelled.Texts.batch, []
-
-    def batch(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGINT)
-        return make(self, *args, **kwargs)
-
-    patch.setattr(labelled.Texts, "batch", batch)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_and_ends_early_as_the_whole_one(at, monkeypatch, capsys):
@@ -632,7 +612,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_ends_early_as_the_whole_one(at, m
     flags += "--model.dropout 0.1 --classify.class-weights balanced".split()
     assert train(*flags, "--run-dir", "whole") == 0
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)
+        interrupt_at(patch, labelled.Texts, 4)
         assert train(*flags, "--run-dir", "cut") == 130
     out = capsys.readouterr().out
     assert "SIGINT: saved step" in out

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import load, make_state, make_step, trees
+from helpers import interrupt_at, load, make_state, make_step, numbers, trees, with_flags
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -400,7 +400,7 @@ def test_a_second_signal_says_where_the_run_stands(train, monkeypatch, capsys, d
             os.kill(os.getpid(), signal.SIGINT)
         return method(self, *args)
 
-    raise_signal_at(monkeypatch, 9)  # when the step is compiled
+    interrupt_at(monkeypatch, batches, 9)  # when the step is compiled
     monkeypatch.setattr(Checkpointer, during, interrupted)
     monkeypatch.setattr(signals, "PATIENCE", 100)  # else it would end these tests if the save takes longer
     flags = "--train.steps 1000 --train.save-every 0 --train.eval-every 0 --run-dir r --resume never".split()
@@ -659,18 +659,13 @@ def train(tmp_path, monkeypatch):
     ).split()
 
     def main(*flags: str) -> int:
-        merged = dict(zip(base[::2], base[1::2], strict=True)) | dict(zip(flags[::2], flags[1::2], strict=True))
-        return door("train").main([word for pair in merged.items() for word in pair])
+        return door("train").main(with_flags(base, flags))
 
     return main
 
 
 def rows(run: str) -> list[dict]:
     return metrics.read_metrics(Path(run) / "metrics.jsonl")
-
-
-def numbers(run: str) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(run)]
 
 
 def final_params(run: str):
@@ -680,7 +675,7 @@ def final_params(run: str):
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch, capsys):
     assert train("--train.steps", "20", "--run-dir", "whole") == 0
     with monkeypatch.context() as patch:
-        raise_signal_at(patch, 3)
+        interrupt_at(patch, batches, 3)
         assert train("--train.steps", "20", "--run-dir", "cut") == 130
     assert "SIGINT: saved step" in capsys.readouterr().out
     assert checkpoint_steps(Path("cut"))[-1] < 20
@@ -691,19 +686,6 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch
     assert numbers("cut") == numbers("whole")
     assert [row["step"] for row in rows("whole") if "train/loss" in row] == list(range(1, 21))
     assert_trees_equal(final_params("cut"), final_params("whole"))
-
-
-def raise_signal_at(monkeypatch, call: int) -> None:
-    """Send this process a SIGINT when the loop makes its `call`-th batch."""
-    make, calls = batches.batch, []
-
-    def batch(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGINT)
-        return make(*args, **kwargs)
-
-    monkeypatch.setattr(batches, "batch", batch)
 
 
 def test_resume_on_another_mesh_is_the_same_to_rounding(train):
@@ -810,7 +792,7 @@ def test_a_state_that_is_not_finite_is_never_saved(case, train, monkeypatch, cap
 
 
 def test_a_stopped_run_whose_state_is_not_finite_is_not_saved(train, monkeypatch):
-    raise_signal_at(monkeypatch, 3)
+    interrupt_at(monkeypatch, batches, 3)
     monkeypatch.setattr(loop, "are_finite", lambda _: False)
     with pytest.raises(UserError, match=r"step \d+: there are nan or inf in the parameters"):
         train("--train.steps", "20", "--run-dir", "r")

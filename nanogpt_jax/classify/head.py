@@ -32,7 +32,7 @@ def logits(
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, C]
     last = gpt2.LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, last).astype(jnp.float32)  # pyright: ignore
     last = lax.stop_gradient(last) if freeze else last
-    return last @ params["head"]["kernel"] + params["head"]["bias"]
+    return last @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
 def unpack(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

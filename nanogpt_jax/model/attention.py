@@ -58,7 +58,7 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax
     layout; else it would transpose all of it at every step.
     """
     scores = jax.lax.dot_general(k, q, (((2,), (2,)), HEADS), preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    may_look = jnp.arange(k.shape[1]) <= position[:, :, None]
+    may_look = jnp.arange(k.shape[1])[None, None] <= position[:, :, None]
     scores = jnp.where(may_look, scores.swapaxes(1, 2), jnp.finfo(jnp.float32).min)  # [N, T, S]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jax.lax.dot_general(weights, v, (((2,), (1,)), HEADS))

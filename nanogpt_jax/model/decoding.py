@@ -35,7 +35,7 @@ def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> Cache:
 def _extend(cfg: ModelConfig, params: gpt2.Params, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """tokens [B, T] that follow the cached ones -> vectors [B, T, C], and the cache with T more positions a row."""
     T = tokens.shape[1]
-    x = gpt2.embed(cfg, params, tokens, cache.length[:, None] + jnp.arange(T))
+    x = gpt2.embed(cfg, params, tokens, cache.length[:, None] + jnp.arange(T)[None])
     keys, values = [], []
     for block, k, v in zip(params["h"], cache.k, cache.v, strict=True):
         x, (k, v) = _extend_layer(cfg, block, x, (k, v), cache.length)

@@ -50,7 +50,8 @@ class Linear(nn.Module):
         y = (project_few if self.transposed else project)(x, kernel, len(self.inputs))
         if self.bias:
             # added in float32, so that its gradient is summed in it
-            y = (y + self.param("bias", nn.initializers.zeros, self.outputs)).astype(y.dtype)
+            bias = self.param("bias", nn.initializers.zeros, self.outputs)
+            y = (y + jnp.broadcast_to(bias, y.shape)).astype(y.dtype)
         return y
 
 
@@ -87,7 +88,7 @@ class SelfAttention(nn.Module):
             y = attention.BACKENDS[cfg.attention](q, k, v, documents=documents, **drop)
         else:
             q, k, v = (x.swapaxes(1, 2).reshape(B * cfg.n_head, T, cfg.head_dim) for x in (q, k, v))
-            position = jnp.repeat(start[:, None] + jnp.arange(T), cfg.n_head, axis=0)  # [B·H, T]
+            position = jnp.repeat(start[:, None] + jnp.arange(T)[None], cfg.n_head, axis=0)  # [B·H, T]
             row = jnp.arange(B * cfg.n_head)[:, None]
             k, v = (old.at[row, position].set(new) for old, new in zip(cache, (k, v), strict=True))
             y = attention.cached(q, k, v, position).reshape(B, cfg.n_head, T, cfg.head_dim).swapaxes(1, 2)
@@ -145,7 +146,7 @@ def param_shapes(cfg: ModelConfig) -> Params:
 
 
 def embed(cfg: ModelConfig, params: Params, tokens: jax.Array, position: jax.Array) -> jax.Array:
-    """tokens [B, T] int32, position [T] or [B, T] -> [B, T, C]: the sum of a token's and a position's embedding."""
+    """tokens [B, T] int32, position [1 or B, T] -> [B, T, C]: the sum of a token's and a position's embedding."""
     return (params["wte"][tokens] + params["wpe"][position]).astype(cfg.dtype)
 
 
@@ -155,7 +156,7 @@ def separate(cfg: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]
     A document begins with the end-of-text token before it, as the prompt of a new text does. So the part of a document
     in a window is computed as if nothing else were there.
     """
-    begins, place = tokens == cfg.end_of_text, jnp.arange(tokens.shape[1])
+    begins, place = tokens == cfg.end_of_text, jnp.arange(tokens.shape[1])[None]
     return jnp.cumsum(begins, axis=1), place - lax.cummax(jnp.where(begins, place, 0), axis=1)
 
 
@@ -173,7 +174,7 @@ def head(cfg: ModelConfig, params: Params, x: jax.Array, decoding: bool = False)
 
 def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
     """tokens [B, T] int32 -> [B, T, C]: each position's vector after the last block."""
-    documents, position = separate(cfg, tokens) if cfg.separate_documents else (None, jnp.arange(tokens.shape[1]))
+    documents, position = separate(cfg, tokens) if cfg.separate_documents else (None, jnp.arange(tokens.shape[1])[None])
     x = embed(cfg, params, tokens, position)
     keys, train = None, dropout_key is not None and cfg.dropout > 0
     if dropout_key is not None and train:

@@ -32,7 +32,7 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array):
 
 def _cross_entropy_backward(saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array):
     e, total, targets = saved
-    is_target = jnp.arange(e.shape[-1]) == targets[..., None]
+    is_target = jax.nn.one_hot(targets, e.shape[-1], dtype=bool)
     return e * (g / total)[..., None] - jnp.where(is_target, g[..., None], 0), None
 
 

@@ -103,9 +103,9 @@ def _row(documents: jax.Array | None, number: jax.Array, shape: tuple[int, ...])
 
 def _scores(q: jax.Array, k: jax.Array, start: int, end: int, documents: jax.Array | None) -> jax.Array:
     """[end - start, end] float32; the least float32 at masked positions."""
-    may_look = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+    may_look = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
     if documents is not None:
-        may_look &= documents[:end] == documents[start:end, None]
+        may_look &= documents[None, :end] == documents[start:end, None]
     return jnp.where(may_look, _dot("td,sd->ts", q[start:end], k[:end]), jnp.finfo(jnp.float32).min)
 
 

@@ -36,8 +36,8 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None):
     mean = wide.mean(-1, keepdims=True)
     per_std = lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + EPSILON)
     mean, per_std = materialize(mean, per_std)
-    y = (wide - mean) * (per_std * scale)
-    y = y if bias is None else y + bias
+    y = (wide - mean) * (per_std * scale[None])
+    y = y if bias is None else y + bias[None]
     return y.astype(x.dtype).reshape(x.shape), (x, mean, per_std, scale, bias)
 
 
@@ -47,7 +47,7 @@ def _layer_norm_backward(saved, g: jax.Array):
     x, mean, per_std = lax.optimization_barrier((x, mean, per_std))  # else a GPU would recompute the two from x
     normed = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) - mean) * per_std
     wide = g.astype(jnp.float32).reshape(normed.shape)
-    scaled = wide * scale
+    scaled = wide * scale[None]
     along, across = (scaled * normed).mean(-1, keepdims=True), scaled.mean(-1, keepdims=True)
     dx = (scaled - across) * per_std - normed * (along * per_std)
     return dx.astype(x.dtype).reshape(x.shape), (wide * normed).sum(0), None if bias is None else wide.sum(0)
