@@ -43,6 +43,12 @@ def clean_env() -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": QUICK}
 
 
+@pytest.fixture(scope="session")
+def users_env() -> dict[str, str]:
+    """An environment for a subprocess with the compiler flags, too, that a user would have."""
+    return {**os.environ, "XLA_FLAGS": BEFORE or ""}
+
+
 @pytest.fixture
 def popen() -> Iterator[Callable[..., subprocess.Popen]]:
     """subprocess.Popen, but no process outlives the test, however that ends."""

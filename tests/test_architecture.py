@@ -1,6 +1,9 @@
 """The rooms and their walls: who may import whom, as data, and read from the code's own imports."""
 
 import ast
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -212,3 +215,20 @@ def test_the_top_level_is_fixed():
 def test_the_doors_fit_on_a_screen():
     for name in ("train.py", "sample.py"):
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 80, name
+
+
+def test_a_wheel_brings_every_file_and_runs_without_the_repository(tmp_path, clean_env):
+    """pip install of it: the commands, train.py and sample.py as commands, and the configurations by their names."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(site)
+    for path in [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in (".py", ".c", ".md")]:
+        assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), path
+    command = [sys.executable, "-m", "nanogpt_jax", "train", "shakespeare_char", "--print-config"]
+    env = {**clean_env, "PYTHONPATH": str(site)}
+    printed = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert "shakespeare_char.toml" in printed
+    subprocess.run([*command[:3], "sample", "--help"], cwd=tmp_path, env=env, capture_output=True, check=True)

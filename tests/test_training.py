@@ -103,6 +103,46 @@ def test_golden_losses():
     np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), rtol=2e-5)
 
 
+RECIPE = Path(__file__).parent / "fixtures" / "recipe.json"
+
+
+def sentences(n: int) -> str:
+    """A text that is the same with every Python, unlike its documentation."""
+    chance = random.Random(0)
+    nouns, verbs = "gato perro ratón niña casa luna".split(), "persigue mira sueña encuentra".split()
+    names = [f"{chance.choice('el la un'.split())} {chance.choice(nouns)}" for _ in range(2 * n)]
+    return "\n".join(f"{a} {chance.choice(verbs)} {b}." for a, b in zip(names[::2], names[1::2], strict=True))
+
+
+def test_the_default_recipe_learns_and_resumes_bit_for_bit_with_the_compiler_flags_of_users(tmp_path, users_env):
+    """`python train.py`, shortened: its losses, gradient norms and weights. Renewed like the golden losses."""
+    (tmp_path / "text.txt").write_text(sentences(2000), encoding="utf-8")
+    command = [
+        sys.executable,
+        str(Path(__file__).parent.parent / "train.py"),
+        "--data.source",
+        "text.txt",
+        "--train.steps",
+        "60",
+    ]
+    command += ["--train.save-every", "30", "--train.eval-every", "0", "--run-dir", "run"]
+
+    def train() -> tuple[list[dict[str, Any]], tuple[Any, int]]:
+        subprocess.run(command, cwd=tmp_path, env=users_env, capture_output=True, check=True, timeout=300)
+        return numbers(tmp_path / "run"), load(tmp_path / "run", "latest")
+
+    logged, whole = train()
+    params = {name: float(optax.tree.norm(tree)) for name, tree in whole[0].items()}
+    found = {"logged": logged, "norms": params}
+    expected = json.loads(RECIPE.read_text())
+    assert logged[0]["train/loss"] > 2 * logged[-1]["val/loss"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3), found, expected)
+    shutil.rmtree(tmp_path / "run/checkpoints/60")
+    again, resumed = train()
+    assert again == logged
+    assert_trees_equal(resumed, whole)
+
+
 def test_python_looks_through_a_layer_once(monkeypatch):
     """Two layers of two halves are four of them: half a second at the start of a run, more for a deep model."""
     seen = []
