@@ -103,6 +103,11 @@ def _answer(main: Main, argv: list[str] | None) -> int:
         return 2
     except BrokenPipeError:  # `sample.py | head`: the reader has gone
         return 141
+    except OSError as e:  # a name that is too long, a folder that may not be searched: Path.exists raises these too
+        if e.filename is None:
+            raise
+        print(f"error: cannot use {os.fsdecode(e.filename)}: {e.strerror}", file=sys.stderr)
+        return 2
 
 
 def out_of_memory(error: Exception) -> str:

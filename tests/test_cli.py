@@ -121,7 +121,9 @@ WRONG_FILES = [
     ("a number for a bool", "[model]\nbias = 1", ["model.bias=1 must be true or false (bad.toml)"]),
     ("a bool for a number", "[model]\nn_layer = true", ["model.n_layer=True must be a whole number"]),
     ("impossible", "[model]\nn_embd = 30", ["model.n_embd=30 must be a multiple of model.n_head=4 (bad.toml)"]),
-    ("not text", b"\xff\xfe\x00", ["is not UTF-8 text"]),
+    ("not text", b"\xff\xfe\xfa", ["is not UTF-8 text"]),
+    ("UTF-16", "[model]".encode("utf-16"), ["bad.toml is UTF-16 or binary", "iconv -f UTF-16 -t UTF-8 bad.toml > bad-utf8.toml"]),
+    ("UTF-16 without a mark", "[model]".encode("utf-16-be"), ["iconv -f UTF-16BE -t UTF-8 bad.toml > bad-utf8.toml"]),
 ]  # fmt: skip
 
 
@@ -165,6 +167,45 @@ def test_wrong_data_and_run_directories(place, monkeypatch, capsys, arguments, w
     assert (place / "home" / "thesis.txt").read_text() == "mine"
     assert (place / "model" / "config.json").is_file()
     assert (place / "runs/done/checkpoints/10").is_dir()
+
+
+LONG = "n" * 300  # file systems allow 255
+LONG_NAMES = [
+    *("train {}", "train {}.toml", "train --data.source {}", "train --data.source text.txt --data.dir {}"),
+    *("train --data.source text.txt --data.tokenizer {}", "train --data.source text.txt --run-dir {}"),
+    *("train --data.source text.txt --init-from {}", "sample {}", "sample runs/done --prompt-file {}"),
+    *("prepare {}", "prepare text.txt --config {}", "prepare text.txt --dir {}", "prepare text.txt --tokenizer {}"),
+    *("eval {}", "eval runs/done --data {}", "eval runs/done --choices {}", "eval runs/done --json {}"),
+    *("eval runs/done --lm-eval a --include-path {}", "classify train --data.source {}.csv", "classify eval {}"),
+    *("classify predict {} --file text.txt", "import-hf {} new", "import-hf {}.safetensors new"),
+    *("export-hf {} new", "export-hf runs/done {}", "export-hf runs/done {}.gguf", "bench {}", "bench --json {}"),
+    *("scaling --json {}", "scaling --picture {}.svg"),
+]
+
+
+@pytest.mark.parametrize("line", [line for line in LONG_NAMES if line.split()[0] in cli.offered()])
+def test_a_name_that_is_too_long_is_no_traceback(place, monkeypatch, capsys, line):
+    monkeypatch.chdir(place)
+    refused(cli._main, line.format(LONG), capsys, LONG)
+
+
+@pytest.mark.parametrize("line", [line for line in LONG_NAMES if line.split()[0] in cli.offered()])
+def test_a_folder_that_may_not_be_searched_is_no_traceback(place, monkeypatch, capsys, line):
+    """Root may search any, so the system's answer is made here."""
+    monkeypatch.chdir(place)
+    real = {name: getattr(os, name) for name in ("stat", "lstat", "open", "mkdir", "scandir", "listdir", "readlink")}
+
+    def barred(name: str) -> Callable[..., Any]:
+        def call(path: Any = ".", *rest: Any, **more: Any) -> Any:
+            if isinstance(path, str | Path) and "locked/" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real[name](path, *rest, **more)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, barred(name))
+    refused(cli._main, line.format("locked/n"), capsys)
 
 
 def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
@@ -714,9 +755,9 @@ def test_a_run_directory_may_be_a_link(done):
     done.rename(done.with_name("disk"))
     done.symlink_to("disk")
     attempt("--run-dir", "done")
-    attempt("--run-dir", "done", "--overwrite", begin=True)
+    attempt("--run-dir", "done", "--overwrite", then=save)
     assert done.is_symlink()
-    assert not (done / "checkpoints").exists()
+    assert [p.name for p in (done / "checkpoints").iterdir()] == ["5"]
 
 
 @pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -740,15 +781,24 @@ def test_a_start_that_fails_takes_away_what_it_made_and_nothing_else(done, error
     assert not done.with_name("a").exists()
 
 
-def test_a_run_is_overwritten_when_the_new_one_has_begun_and_not_before(done):
+def save(run: Path) -> None:
+    """A checkpoint that is only a folder."""
+    (run / "checkpoints/5/params").mkdir(parents=True)
+
+
+def test_a_run_is_overwritten_when_the_new_one_has_a_checkpoint_and_not_before(done, capsys):
     before = content(done)
     with pytest.raises(UserError, match="no such mesh"):
         attempt("--run-dir", "done", "--overwrite", "--train.seed", "7", then=fail(UserError("no such mesh")))
     assert content(done) == before
     assert (done / "checkpoints/10/params").is_dir()
+    assert capsys.readouterr().err == ""
     attempt("--run-dir", "done", "--overwrite", "--train.seed", "7", begin=True)
+    assert content(done) == before
+    assert capsys.readouterr().err == "note: no checkpoint was made, so the run before is back in done\n"
+    attempt("--run-dir", "done", "--overwrite", "--train.seed", "7", then=save)
     assert config.read_json(done / "config.json").train.seed == 7
-    assert not (done / "checkpoints").exists()
+    assert [p.name for p in (done / "checkpoints").iterdir()] == ["5"]
     assert not [p for p in done.iterdir() if p.name.startswith(".")]
 
 

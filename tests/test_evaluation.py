@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import make_state, refused, trees
+from helpers import load, make_state, refused, trees
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ from nanogpt_jax.distributed.sharding import shard
 from nanogpt_jax.evaluation import compare, figures, likelihood, loss, multiple_choice, statistics, texts
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.run import run_dir
-from nanogpt_jax.run.checkpoint import Checkpointer
+from nanogpt_jax.run.checkpoint import Checkpointer, save_params
 from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.run.opened import open_run
 
@@ -562,6 +563,24 @@ def test_wrong_commands(here, spoilt, line, words, capsys, monkeypatch):
     # lm-eval's own 14,000 tasks take seconds to look through
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kw: TaskManager(**kw | {"include_defaults": False}))
     refused(evaluate.main, line, capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("--data text.txt", ["runs/large at step 0 gives a loss that is not finite: it has diverged"]),
+        ("--choices choices.jsonl", ["the model gives likelihoods that are not finite: it has diverged"]),
+        ("--last-word last.jsonl", ["the model gives likelihoods that are not finite: it has diverged"]),
+    ],
+)
+def test_weights_that_are_finite_and_too_large_are_no_result(here, what, words, capsys):
+    if not Path("runs/large").exists():
+        shutil.copytree("runs/a", "runs/large", ignore=shutil.ignore_patterns("checkpoints"))
+        params = load("runs/a")[0]
+        params["ln_f"]["scale"] = params["ln_f"]["scale"] * 1e37
+        save_params(Path("runs/large"), {**params, "wte": params["wte"] * 1e3})
+    refused(evaluate.main, f"runs/large {what} --json large.json", capsys, *words)
+    assert not Path("large.json").exists()
 
 
 def test_without_lm_eval_it_says_how_to_have_it(here, monkeypatch, capsys):

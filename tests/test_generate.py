@@ -69,6 +69,11 @@ def text_of(params: gpt2.Params, prompts: list[str], n: int = 50, **more) -> lis
     return generate_text(CFG, params, LETTERS, prompts, **(DEFAULTS | {"max_new_tokens": n} | more))
 
 
+def test_a_model_whose_weights_are_finite_and_too_large_is_refused(params):
+    with pytest.raises(config.UserError, match="gives logits that are not finite: it has diverged"):
+        text_of(jax.tree.map(lambda p: p * 1e37, params), ["hello"], 3)
+
+
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 
@@ -584,6 +589,7 @@ WRONG = {
     "{run} --prompt-file {run}": "cannot read --prompt-file={run}: Is a directory",
     "{run} --prompt-file empty": "--prompt-file=empty is empty",
     "{run} --prompt-file latin1": "--prompt-file=latin1 is not UTF-8 text",
+    "{run} --prompt-file rows.parquet": "--prompt-file=rows.parquet is not text but Parquet\n       give the text",
     "{run} --prompt a --prompt-file empty": "--prompt and --prompt-file=empty exclude each other",
     "{run} --checkpoint 4": "{run} has no checkpoint 4; it has 3, best and latest",
 }
@@ -594,6 +600,7 @@ def test_wrong_input_is_named_and_exits_with_2(run, arguments, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("empty").touch()
     Path("latin1").write_bytes(b"\xe9t\xe9")
+    Path("rows.parquet").write_bytes(b"PAR1\x15\0")
     err = refused(cli.door("sample").main, arguments.format(run=run, runs=run.parent), capsys)
     assert err.startswith("error: " + WRONG[arguments].format(run=run, runs=run.parent))
 

@@ -311,3 +311,11 @@ def test_items_pass_through_their_progress_which_says_a_line_now_and_then(monkey
     assert list(progress.over("texts\x1b", iter("abcd"), 4)) == ["a", "b", "c", "d"]
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["texts\\x1b 2/4  left 12 s", "texts\\x1b 3/4  left 5 s", "texts\\x1b 4/4  left 0 s"]
+
+
+def test_a_link_that_leads_to_itself_is_an_error_and_stays(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for use in (files.check_writable, lambda path: files.write_result(path, "x"), files.target):
+        with pytest.raises(OSError, match="symbolic links"):
+            use(tmp_path / "loop")
+    assert (tmp_path / "loop").is_symlink()

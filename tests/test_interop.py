@@ -893,15 +893,16 @@ def test_overwrite_replaces_the_files_and_leaves_others(place, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_overwrite_follows_no_link_in_a_directory(place, tmp_path):
+def test_overwrite_neither_follows_nor_replaces_a_link_in_a_directory(place, tmp_path, capsys):
     shutil.copytree(place / "out", tmp_path / "out")
     (tmp_path / "out/config.json").unlink()
     (tmp_path / "out/config.json").symlink_to(tmp_path / "elsewhere.json")
     (tmp_path / "elsewhere.json").write_text("mine")
-    assert command("export-hf", place / "run", tmp_path / "out", "--overwrite") == 0
+    refused(
+        command_of, ["export-hf", place / "run", tmp_path / "out", "--overwrite"], capsys, "out/config.json is not a"
+    )
     assert (tmp_path / "elsewhere.json").read_text() == "mine"
-    assert not (tmp_path / "out/config.json").is_symlink()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == set(huggingface.EXPORTED)
+    assert (tmp_path / "out/config.json").is_symlink()
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["directory", "pipe"])

@@ -268,6 +268,25 @@ def test_rows_without_text_links_to_files_that_are_taken_and_pipes_are_what_they
         dataset.open_data(DataConfig(source="~nosuchuser/x.txt"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "suffix"),
+    [
+        ("a.txt", '{"text": "x", "n": 1}\n' * 3, "jsonl"),
+        ("b.txt", "label,text\na,x\nb,y\n", "csv"),
+        ("c.text", 'text\t"label"\r\nx\ta\r\ny\tb\r\n', "tsv"),
+        ("d.txt", "A text, and more text\nthan a, b\nor, c\n", ""),
+        ("e.txt", '{"text": "x"}\n' * 2, ""),
+        ("f.txt", '{"text": "x"}\n{"text": "x"}\n{"text": "x"\n', ""),
+        ("g.txt", "the text,\nline by line,\nof a poem,\n", ""),
+    ],
+)
+def test_rows_in_a_text_are_told(capsys: pytest.CaptureFixture[str], name: str, content: str, suffix: str):
+    Path(name).write_bytes(content.encode())
+    corpora.read(name)
+    said = f"note: {name} looks like rows with a field 'text', and is read as one text"
+    assert capsys.readouterr().err == (f"{said}\n      to read its rows, name it .{suffix}\n" if suffix else "")
+
+
 def test_a_folder_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str]):
     for name in ("a.TXT", "b.text", "c.Md", "d.JSONL", "e.pdf", "f.PDF", "g.csv", "h", ".i.txt", ".git/j", "k.txt.gz"):
         spoil(f"f/{name}", b'{"text": "x"}\n')

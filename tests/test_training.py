@@ -1001,10 +1001,17 @@ def test_a_good_checkpoint_that_does_not_fit_the_settings_is_not_called_damaged(
         (run / "checkpoints/20/checksums.json").unlink()
         (run / "checkpoints/20/meta/metadata").write_text("{}")
     other = replace(cfg, model=replace(cfg.model, block_size=99))
-    with pytest.raises(UserError, match=r"config.json\n +wpe.* is \(16, 8\) in the checkpoint, and \(99, 8\) by") as e:
-        load_params(run, gpt2.param_shapes(other.model))
-    assert "rm -r" not in str(e.value)
-    assert "checkpoint 10" not in str(e.value)
+    shapes = make_step(other).state
+    words = r"config.json\n +wpe.* is \(16, 8\) in the checkpoint, and \(99, 8\) by"
+    with Checkpointer(run, 2) as resume:
+        for read in (
+            lambda: load_params(run, gpt2.param_shapes(other.model)),
+            lambda: resume.restore({"params": shapes.params, "opt_state": shapes.opt_state}),
+        ):
+            with pytest.raises(UserError, match=words) as e:
+                read()
+            assert "rm -r" not in str(e.value)
+            assert "checkpoint 10" not in str(e.value)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(saved):

@@ -196,7 +196,9 @@ def _jax_decode(cfg: Config, order: dict[str, Any]):
     S = sampler.cache_length(P + new, cfg.model.block_size)
 
     def run() -> int:
-        _, state = generate.prefill(cfg.model, rules, params, tokens, lengths, None, seed, np.int32(0), cache_length=S)
+        _, state, _ = generate.prefill(
+            cfg.model, rules, params, tokens, lengths, None, seed, np.int32(0), cache_length=S
+        )
         for done in range(1, new, 16):
             n = np.int32(min(16, new - done))
             drawn, state = generate.decode(cfg.model, rules, params, state, seed, np.int32(done), n, chunk=16)

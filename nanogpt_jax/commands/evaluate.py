@@ -110,6 +110,8 @@ def run(asked: Options) -> int:
                 model.score, model.params, text.tokens, model.mesh, block_size=T, stride=asked.stride,
                 batch_size=asked.batch_size, track=_watched(f"loss of {run.path}"),
             )  # fmt: skip
+            if not np.isfinite(found["nats"]).all():
+                raise UserError(f"{run.path} at step {step} gives a loss that is not finite: it has diverged")
             column["loss"] = figures.of_text(found["nats"], text, T, asked.stride)
         if choices:
             scores = multiple_choice.score_choices(model, choices, _watched(f"choices of {run.path}"))

@@ -261,7 +261,7 @@ def _refuse_target(out: Path, overwrite: bool) -> None:
                 f"{out} is not empty\n       choose another directory, or overwrite its files with --overwrite"
             )
         for name in EXPORTED:
-            if os.path.isdir(out / name) or files.is_special(out / name):
+            if files.kind_of(out / name) not in ("file", ""):
                 raise UserError(f"{out / name} is not a file, and is not overwritten\n       choose another directory")
         _check_writable(place / OVER, out)
     else:
@@ -297,7 +297,7 @@ def _download(name: str) -> Path:
 def _write(out: Path, texts: dict[str, str], tensors: dict[str, Any]) -> None:
     """Write all files under temporary names, then rename each, so that every file is the complete old or new one.
 
-    A new directory is renamed as a whole. Links in an old one are replaced, not followed.
+    A new directory is renamed as a whole. Links in an old one are refused before, by `_refuse_target`.
     """
     if not out.is_dir():
         with files.folder_beside(out) as partial:

@@ -3,6 +3,7 @@
 All three go through `coerce`, so a wrong key or value gets the same message everywhere.
 """
 
+import codecs
 import dataclasses
 import json
 import math
@@ -130,7 +131,15 @@ def find_config(name: str) -> Path:
 
 def read_toml(path: Path, kind: Kind = Config) -> dict[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # some editors write a byte order mark
+        content = path.read_bytes()
+        if b"\0" in content:
+            marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            encoding = "UTF-16" if marked else "UTF-16BE" if content[0] == 0 else "UTF-16LE"
+            raise UserError(
+                f"{path} is {encoding} or binary, and a TOML file is UTF-8 text\n"
+                f"       convert it: iconv -f {encoding} -t UTF-8 {word(path)} > {word(f'{path.stem}-utf8.toml')}"
+            )
+        text = content.decode("utf-8-sig")  # some editors write a byte order mark
         return flatten(tomllib.loads(text), str(path), kind)
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{path} is not valid TOML: {e}") from None

@@ -67,6 +67,12 @@ def corpus(source: str, field: str, folder: Path, known: Collection[str]) -> Cor
             before += share
 
     if one_text:
+        if suffix := records.looks_like(next(text_file.blocks(files[0], str(files[0])), ""), field):
+            print(
+                f"note: {source} looks like rows with a field {field!r}, and is read as one text\n"
+                f"      to read its rows, name it .{suffix}",
+                file=sys.stderr,
+            )
         origin = {"path": str(files[0].resolve())}
         identity = known_by[0] if size <= SMALL else f"{files[0].name} {known_by[0]}"
         return Corpus(files[0].stem, identity, origin, False, blocks)

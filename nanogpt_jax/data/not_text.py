@@ -146,6 +146,8 @@ def _plausible(some: bytes, encoding: str) -> bool:
 def _other_kind(kind: Kind, source: Source, what: str, packed: bool) -> UserError:
     if packed:
         remedy = f"unpack it first: {gunzip(source)}; then {kind.remedy.format(**_names(unpacked(source)))}"
+    elif kind.name == "Parquet" and isinstance(source, Path) and source.suffix.lower() == ".parquet":
+        remedy = GIVE  # it has the right name: rows are not wanted here
     else:
         remedy = kind.remedy.format(**_names(source))
     return UserError(f"{what} is not text but {kind.name}\n       {remedy}")

@@ -4,6 +4,7 @@ Rows come from .jsonl, .ndjson, .json, .csv, .tsv and .parquet, each with the nu
 streamed, so memory does not grow with the file. To add a format, write a function and add a line to `ROWS`.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -26,6 +27,21 @@ def suffix(path: Path) -> str:
 def unit(path: Path) -> str:
     """The word for what a row's number counts: "line" or "row"."""
     return "row" if suffix(path) == ".parquet" else "line"
+
+
+def looks_like(beginning: str, field: str) -> str:
+    """The suffix for a text whose first lines are rows with this field: "jsonl", "csv", "tsv"; else ""."""
+    lines = [line for line in beginning.split("\n", 4)[:4] if line.strip()]
+    if len(lines) < 3:
+        return ""
+    with contextlib.suppress(ValueError, RecursionError):
+        if all(isinstance(row := json.loads(line), dict) and field in row for line in lines[:3]):
+            return "jsonl"
+    for suffix, separator in (("csv", ","), ("tsv", "\t")):
+        header = [name.strip(' \r"') for name in lines[0].split(separator)]
+        if field in header and len(header) > 1 and all(separator in line for line in lines[1:3]):
+            return suffix
+    return ""
 
 
 def rows(

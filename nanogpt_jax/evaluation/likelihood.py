@@ -87,5 +87,7 @@ def log_likelihoods(
         for row, i in enumerate(members.tolist()):
             end = len(sequences[i]) - 1
             part = slice(end - len(pairs[i][1]), end)
+            if not np.isfinite(nats[0, row, part]).all():
+                raise UserError("the model gives likelihoods that are not finite: it has diverged")
             found[i] = Likelihood(-math.fsum(nats[0, row, part].tolist()), bool(likeliest[0, row, part].all()))
     return [found[i] for i in range(len(pairs))]

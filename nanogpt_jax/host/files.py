@@ -67,8 +67,11 @@ def write_result(path: Path, content: str | bytes) -> None:
 
 
 def target(path: Path) -> Path:
-    """The file that `path` leads to. It need not exist."""
-    return Path(os.path.realpath(path))
+    """The file that `path` leads to. It need not exist. OSError if links lead in a circle."""
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return found
 
 
 def is_special(path: Path) -> bool:

@@ -105,14 +105,15 @@ def for_decoding(cfg: ModelConfig, params: gpt2.Params) -> gpt2.Params:
 
 @partial(jax.jit, static_argnames=("cfg", "rules", "cache_length"))
 def prefill(cfg: ModelConfig, rules: Rules, params, tokens, lengths, seen, seed, count, *, cache_length: int):
-    """The first token after each prompt: tokens [B, P] of `lengths` [B], padded on the right -> [B, 1], and the state.
+    """The first token after each prompt: tokens [B, P] of `lengths` [B], padded on the right -> [B, 1], the state, and
+    whether the logits are finite.
 
     `count`: tokens that the rows have generated before; `cache_length` >= P: positions to allocate in the cache.
     """
     cache = decoding.init_cache(cfg, len(tokens), cache_length)
     logits, cache = decoding.prefill(cfg, params, tokens, lengths, cache)
     state = _next(rules, logits, cache, seen, row_keys(seed, len(tokens)), count)
-    return state.token[:, None], state
+    return state.token[:, None], state, jnp.isfinite(logits.max())  # of the padding they are -inf
 
 
 @partial(jax.jit, static_argnames=("cfg", "rules", "chunk"), donate_argnames="state")

@@ -53,9 +53,11 @@ def generate_text(
         room = S - max(row.cached for row in active)
         if state is None or room == 0:
             tokens, lengths, seen = _windows(cfg, rules, rows, S, least=cfg.block_size // 2 if slides else 1)
-            tokens, state = generate.prefill(
+            tokens, state, finite = generate.prefill(
                 cfg, rules, params, tokens, lengths, seen, random, np.int32(count), cache_length=S
             )
+            if not finite:
+                raise UserError("the model gives logits that are not finite: it has diverged")
             steps = 1
         else:
             steps = min(CHUNK, room, max_new_tokens - count)

@@ -284,7 +284,7 @@ def _restore(manager: ocp.CheckpointManager, folder: Path, items: Any) -> Any:
     except Exception as e:  # orbax raises a bare Exception if an array cannot be read
         if isinstance(e, MemoryError) or "out of memory" in str(e).lower():
             raise
-        differs = _misfit(manager, step, items["params"].item)
+        differs = _misfit(folder, items["params"].item)
         if checksums.exist(folder) or differs:
             raise UserError(
                 f"checkpoint {folder} does not fit the settings in {folder.parents[1] / 'config.json'}\n"
@@ -298,10 +298,11 @@ def _restore(manager: ocp.CheckpointManager, folder: Path, items: Any) -> Any:
     return restored
 
 
-def _misfit(manager: ocp.CheckpointManager, step: int, wanted: Any) -> str:
+def _misfit(folder: Path, wanted: Any) -> str:
     """The first parameter whose shape in a checkpoint differs from that of the settings, in words; "" if none does."""
     try:
-        found = _by_name(manager.item_metadata(step)["params"].tree)
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            found = _by_name(reader.metadata((folder / "params").resolve()).item_metadata.tree)
     except Exception:  # it is damaged
         return ""
     wanted = _by_name(wanted)

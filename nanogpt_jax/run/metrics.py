@@ -1,7 +1,6 @@
 """Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for."""
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from typing import Any
 
 from nanogpt_jax.config import TrainConfig, UserError
 from nanogpt_jax.host import files
-from nanogpt_jax.run.run_dir import checkpoint_steps, delete_replaced
+from nanogpt_jax.run.run_dir import checkpoint_steps
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -27,7 +26,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, cfg: TrainConfig, step: int):
         """Drops lines after `step`: those steps will be taken again."""
-        self._run_dir, self._path, self._is_new = run_dir, run_dir / "metrics.jsonl", True
+        self._run_dir, self._path = run_dir, run_dir / "metrics.jsonl"
         try:
             kept = [row for row in read_metrics(self._path) if row["step"] <= step]
             files.write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -42,13 +41,10 @@ class MetricsLog:
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, **known}).encode() + b"\n"
         try:
-            if os.write(self._file, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while line:  # a full disk takes a part, and then says why it takes no more
+                line = line[os.write(self._file, line) :]
         except OSError as e:  # the next start drops the incomplete line
             raise self._failed(e) from None
-        if self._is_new:
-            delete_replaced(self._run_dir)
-            self._is_new = False
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

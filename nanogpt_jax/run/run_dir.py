@@ -220,7 +220,7 @@ def has_begun(run_dir: Path) -> bool:
 
 
 def delete_replaced(run_dir: Path) -> None:
-    """Delete the run that was set aside. To be called once its replacement has begun."""
+    """Delete the run that was set aside. To be called once its replacement has a checkpoint."""
     shutil.rmtree(run_dir / SET_ASIDE, ignore_errors=True)
 
 
@@ -237,13 +237,15 @@ def _set_aside(run_dir: Path) -> None:
 
 
 def _settle(run_dir: Path, is_new: bool) -> None:
-    """Finish a start that succeeded, failed or was killed. A run that has begun replaces the one set aside; a run that
-    has not is removed, and the old one moved back. `is_new`: the directory is new too."""
+    """Finish a start that succeeded, failed or was killed. A run with a checkpoint replaces the one set aside; a run
+    without is removed, and the old one moved back. `is_new`: the directory is new too."""
     with contextlib.suppress(OSError):  # if a disk fails now, the next start tries again
         if os.path.lexists(run_dir / SET_ASIDE):
-            if has_begun(run_dir):
+            if checkpoint_steps(run_dir):
                 delete_replaced(run_dir)
             else:
+                if has_begun(run_dir):
+                    print(f"note: no checkpoint was made, so the run before is back in {run_dir}", file=sys.stderr)
                 _remove_written(run_dir)
                 os.rename(run_dir / SET_ASIDE, run_dir / BEING_MOVED)
         elif is_new and not has_begun(run_dir):
