@@ -40,12 +40,13 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, clean_env):
+def place(tmp_path_factory):
     """An empty directory with a text, a finished run in runs/done, and ways to spoil things."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text.txt").write_text("El gato persigue al ratón. " * 100, encoding="utf-8")
-    done = run(folder, clean_env, "train.py", *SMALL, "--train.steps", "10", "--run-dir", "runs/done")
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.door("train").main([*SMALL, "--train.steps", "10", "--run-dir", "runs/done"]) == 0
     return folder
 
 
@@ -54,7 +55,20 @@ def run(folder: Path, env: dict, script: str, *arguments: str, timeout: float = 
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 
-def failed(result: subprocess.CompletedProcess, *words: str) -> None:
+@pytest.fixture
+def go(place, monkeypatch, capsys):
+    """go("train", *arguments): train.py in this process and in `place`, for what needs no process of its own."""
+    monkeypatch.chdir(place)
+
+    def call(script: str, *arguments: str) -> SimpleNamespace:
+        code = cli.guarded(cli.door(script).main, list(arguments))
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return call
+
+
+def failed(result: Any, *words: str) -> None:
     refusal(result.returncode, result.stdout, result.stderr, *words)
 
 
@@ -385,12 +399,12 @@ def test_a_want_of_memory_is_an_error_and_no_other_one_is_hidden(capsys):
         cli.guarded(other, [])
 
 
-def test_a_finished_run_is_left_alone(place, clean_env):
+def test_a_finished_run_is_left_alone(place, go):
     before = {p: p.stat().st_mtime_ns for p in (place / "runs/done/checkpoints").rglob("*")}
-    again = run(place, clean_env, "train.py", *SMALL, "--train.steps", "10", "--run-dir", "runs/done")
+    again = go("train", *SMALL, "--train.steps", "10", "--run-dir", "runs/done")
     assert again.returncode == 0
     assert "is finished: step 10 of 10\n" in again.stdout
-    fewer = run(place, clean_env, "train.py", *SMALL, "--train.steps", "6", "--run-dir", "runs/done")
+    fewer = go("train", *SMALL, "--train.steps", "6", "--run-dir", "runs/done")
     assert "is at step 10 already, beyond train.steps=6" in fewer.stdout
     assert "--train.steps 20" in fewer.stdout
     assert {p: p.stat().st_mtime_ns for p in (place / "runs/done/checkpoints").rglob("*")} == before
@@ -493,11 +507,11 @@ def test_a_signal_before_the_first_step_ends_the_process_without_a_traceback(pla
     assert "go on with the same command" in out
 
 
-def test_a_start_that_fails_leaves_no_directory(place, clean_env):
-    failed(run(place, clean_env, "train.py", "--data.source", "gone.txt", "--run-dir", "runs/none"), "gone.txt")
+def test_a_start_that_fails_leaves_no_directory(place, go):
+    failed(go("train", "--data.source", "gone.txt", "--run-dir", "runs/none"), "gone.txt")
     assert not (place / "runs/none").exists()
     longer = ("--data.source", "text.txt", "--model.block-size", "999999", "--run-dir", "runs/none")
-    failed(run(place, clean_env, "train.py", *longer), "set model.block_size to at most")
+    failed(go("train", *longer), "set model.block_size to at most")
     assert not (place / "runs/none").exists()
 
 
@@ -520,19 +534,19 @@ def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(place, clean_env):
     assert re.search(r"step +\d+/20 .*loss \d\.\d{4} +[\d,]+ tokens/s +left \d+:\d\d:\d\d", text), text
 
 
-def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(place, clean_env):
+def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(place, go):
     shutil.copytree(place / "runs/done", place / "runs/truncated")
     big = max(
         (place / "runs/truncated/checkpoints/10").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
     )
     os.truncate(big, 10)
     longer = [*SMALL, "--train.steps", "20", "--run-dir", "runs/truncated"]
-    result = run(place, clean_env, "train.py", *longer)
+    result = go("train", *longer)
     failed(result, "checkpoints/10 is damaged", f"{big.relative_to(place)} has 10 bytes")
     advice = re.search("go on from checkpoint 5: (.*)", result.stderr)
     assert advice
     subprocess.run(shlex.split(advice[1]), cwd=place, check=True)  # to the letter
-    result = run(place, clean_env, "train.py", *longer)
+    result = go("train", *longer)
     assert result.returncode == 0, result.stderr
     assert "from step 5" in result.stdout
 
@@ -590,23 +604,23 @@ sys.exit(cli.guarded(train.main))
     assert "next:" in result.stdout
 
 
-def test_a_run_with_damaged_files_goes_on_or_says_which(place, clean_env):
+def test_a_run_with_damaged_files_goes_on_or_says_which(place, go):
     shutil.copytree(place / "runs/done", place / "runs/worn")
     longer = [*SMALL, "--train.steps", "20", "--run-dir", "runs/worn"]
     scores = place / "runs/worn/checkpoints/10/metrics/metrics"
     kept = scores.read_bytes()
     scores.write_bytes(kept[:5])
-    for script, arguments in (("train.py", longer), ("sample.py", ["runs/worn"])):
-        failed(run(place, clean_env, script, *arguments), "checkpoints/10 is damaged", "metrics/metrics has 5 bytes")
+    for script, arguments in (("train", longer), ("sample", ["runs/worn"])):
+        failed(go(script, *arguments), "checkpoints/10 is damaged", "metrics/metrics has 5 bytes")
     scores.write_bytes(kept)
     log = place / "runs/worn/metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join([lines[0], b"\xff\x00\n", b"7\n", *lines[1:], b'{"step": 1']))
-    result = run(place, clean_env, "train.py", *longer)
+    result = go("train", *longer)
     assert result.returncode == 0, result.stderr
     assert log.read_bytes().startswith(b"".join(lines))
     shutil.rmtree(place / "runs/worn/checkpoints")
-    result = run(place, clean_env, "train.py", *longer)
+    result = go("train", *longer)
     assert result.returncode == 0, result.stderr
     assert "note: runs/worn has no checkpoint to go on from, so it starts over" in result.stderr
 
@@ -869,7 +883,8 @@ def test_a_disk_that_fills_up_while_training_stops_it_with_a_word_about_the_last
     with MetricsLog(done, cfg, 10) as log:
         log.write(11, {"train/loss": 1.0, "perplexity": math.inf})
         with monkeypatch.context() as patch:
-            patch.setattr(os, "write", lambda *_: 3)  # what a disk takes that is about to be full
+            taken = iter([3])  # what a disk takes that is about to be full
+            patch.setattr(os, "write", lambda *_: next(taken, None) or fail(OSError(28, os.strerror(28)))(done))
             with pytest.raises(UserError, match=r"No space left on device(.|\n)*goes on from checkpoint 10"):
                 log.write(12, {"train/loss": 1.0})
     assert read_metrics(done / "metrics.jsonl")[-1] == {"step": 11, "train/loss": 1.0, "perplexity": None}
@@ -987,8 +1002,8 @@ def test_the_newest_run_is_one_that_has_learned(tmp_path):
     assert newest(tmp_path).name == "stopped"
 
 
-def test_sample_without_an_argument_takes_the_newest_run(place, clean_env):
-    result = run(place, clean_env, "sample.py", "--prompt", "El gato", "--max-new-tokens", "9")
+def test_sample_without_an_argument_takes_the_newest_run(place, go):
+    result = go("sample", "--prompt", "El gato", "--max-new-tokens", "9")
     assert result.returncode == 0, result.stderr
     assert len(result.stdout) == len("El gato") + 9 + 1
     assert result.stdout.startswith("El gato")

@@ -633,7 +633,7 @@ def test_a_damaged_run_is_named(run, file, content, message, tmp_path, capsys):
 
 
 def test_a_tokenizer_of_another_run_is_named(params):
-    with pytest.raises(config.UserError, match="the tokenizer has 30 tokens, the model 28"):
+    with pytest.raises(config.UserError, match="the tokenizer has 30 tokens, the model only 28"):
         generate_text(CFG, params, CharTokenizer.make(LETTERS.stored.decode() + "äö"), ["a"], **DEFAULTS)
 
 

@@ -116,11 +116,8 @@ def run_import(asked: ImportOptions) -> int:
             f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt), and its {model.cfg.vocab_size} "
             "tokens are not GPT-2's\n       name a directory that has it: --tokenizer DIR"
         )
-    if tokenizer.n_vocab > model.cfg.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.n_vocab} tokens, the model only {model.cfg.vocab_size}: they do "
-            "not belong together\n       name the right one: --tokenizer DIR"
-        )
+    hint = "name the right one: --tokenizer DIR"
+    tokenizers.check_fit(tokenizer, model.cfg.vocab_size, f"the tokenizer in {folder}", hint)
 
     from nanogpt_jax.run import run_dir
     from nanogpt_jax.run.checkpoint import save_params

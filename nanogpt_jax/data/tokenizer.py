@@ -281,6 +281,13 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} is not a file, but a pipe or a device: nothing is read from it")
 
 
+def check_fit(tokenizer: Tokenizer, vocab_size: int, what: str = "the tokenizer", hint: str = "") -> None:
+    """UserError if `what` has tokens that a model of `vocab_size` lacks. `hint`: what to do."""
+    if tokenizer.n_vocab > vocab_size:
+        hint = hint or "they are not of one run"
+        raise UserError(f"{what} has {tokenizer.n_vocab} tokens, the model only {vocab_size}\n       {hint}")
+
+
 def pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
     """The text of `blocks`, cut into pieces of about `size` characters that do not depend on the blocks.
 

@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.data.tokenizer import Tokenizer, check_fit
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.evaluation.loss import Score, Track, make_score, read_back, rows, silent
-from nanogpt_jax.inference.sampler import bucket, check_fit, prompt_ids
+from nanogpt_jax.inference.sampler import bucket, prompt_ids
 from nanogpt_jax.model import gpt2
 
 
@@ -29,7 +29,7 @@ class Model:
     score: Score = field(init=False)
 
     def __post_init__(self) -> None:
-        check_fit(self.cfg, self.tokenizer)
+        check_fit(self.tokenizer, self.cfg.vocab_size)
         object.__setattr__(self, "score", make_score(self.cfg, self.mesh))
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.data.tokenizer import Tokenizer, check_fit
 from nanogpt_jax.inference import generate
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.model import execution, gpt2
@@ -41,7 +41,7 @@ def generate_text(
     assert prompts, "nothing to continue"
     assert max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}"
     assert all(stop), "an empty stop string is in every text"
-    check_fit(cfg, tokenizer)
+    check_fit(tokenizer, cfg.vocab_size)
     cfg = dataclasses.replace(execution.resolve(cfg, jax.default_backend()), vocab_size=tokenizer.n_vocab)
     params = generate.for_decoding(cfg, params)
     rows = [_Row(prompt_ids(tokenizer, p)[-cfg.block_size :], max_new_tokens, tokenizer, stop) for p in prompts]
@@ -79,14 +79,6 @@ def opening_and_continuation(
     ends = np.flatnonzero(opening == tokenizer.end_of_text)
     prompt = tokenizer.decode(opening[: ends[0]] if len(ends) else opening)
     return prompt + generate_text(cfg, params, tokenizer, [prompt], rules=Rules(), max_new_tokens=300, seed=seed)[0]
-
-
-def check_fit(cfg: ModelConfig, tokenizer: Tokenizer) -> None:
-    """UserError if the tokenizer has tokens that the model lacks."""
-    if tokenizer.n_vocab > cfg.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}: they are not of one run"
-        )
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -38,11 +38,8 @@ def open_run(path: Path, kind: type[Kind] = Config) -> Run[Kind]:
     """Open a run. UserError if it is none of this kind, has no checkpoint, or if its files do not fit together."""
     cfg = config.read_json(existing(path) / "config.json", kind)
     found = tokenizer.load(path / "tokenizer")
-    if found.n_vocab > cfg.model.vocab_size:
-        raise UserError(
-            f"{path} is damaged: its tokenizer has {found.n_vocab} tokens, and by {path / 'config.json'} "
-            f"model.vocab_size={cfg.model.vocab_size}\n       if that file was changed, bring the old one back"
-        )
+    hint = f"if {path / 'config.json'} was changed, bring the old one back"
+    tokenizer.check_fit(found, cfg.model.vocab_size, f"{path} is damaged: its tokenizer", hint)
     if not checkpoint_steps(path):
         raise UserError(f"{path} has no checkpoint yet")
     return Run(path, cfg, found)
