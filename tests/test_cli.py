@@ -559,7 +559,7 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(
         pytest.param("os.mkdir = refuse", id="folder cannot be made", marks=pytest.mark.slow),
     ],
 )
-def test_a_save_that_fails_is_an_error_and_keeps_what_was_saved(place, tmp_path, clean_env, spoil):
+def test_a_save_that_fails_is_an_error_and_keeps_what_was_saved(place, tmp_path, clean_env, go, monkeypatch, spoil):
     shutil.copytree(place / "runs/done", tmp_path / "runs/full")
     shutil.copy(place / "text.txt", tmp_path)
     limited = f"""
@@ -580,7 +580,8 @@ sys.exit(cli.guarded(train.main))
     command = [sys.executable, "-c", limited, *longer]
     result = subprocess.run(command, cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=120)
     failed(result, "could not save step 1", "the last whole checkpoint is step 10")
-    result = run(tmp_path, clean_env, "train.py", *longer)
+    monkeypatch.chdir(tmp_path)
+    result = go("train", *longer)
     assert result.returncode == 0, result.stderr
     assert "from step 10" in result.stdout
 

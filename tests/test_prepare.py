@@ -664,21 +664,19 @@ def test_the_configs_for_the_hub_are_known_by_name():
         assert corpora.read(cfg.source, field=cfg.field).documents
 
 
-def test_train_and_sample_on_a_mixture_of_documents(clean_env):
-    """Real processes: prepared on first use, trained, sampled from its start, with a vocabulary that has no newline."""
+def test_train_and_sample_on_a_mixture_of_documents(capsys):
+    """Prepared on first use, trained, sampled from its start, with a vocabulary that has no newline."""
     letters = "".join(c for c in PYTHON_TEXT if c.isalpha() or c == " ")
     write_rows("a.jsonl", [letters[i * 1000 : i * 1000 + 1000] for i in range(30)] + ["short"])
     write_rows("b.jsonl", ["El gato persigue al ratón. " * 200, "corto"])  # its validation opens the sample
     small = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --train.batch-size 4".split()
-    words = [sys.executable, str(ROOT / "train.py"), "--data.mixture", "b.jsonl=1,a.jsonl=2", "--train.steps", "8"]
-    done = subprocess.run([*words, *small], env=clean_env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "b.jsonl + a.jsonl: " in done.stdout
-    assert "a sample:\n\ncorto" in done.stdout
-    words = [sys.executable, str(ROOT / "sample.py"), "--max-new-tokens", "9"]
-    done = subprocess.run(words, env=clean_env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout) <= 9 + 1  # end-of-text may come earlier
+    mixture = ["--data.mixture", "b.jsonl=1,a.jsonl=2", "--train.steps", "8"]
+    assert cli.guarded(cli.door("train").main, [*mixture, *small]) == 0
+    out = capsys.readouterr().out
+    assert "b.jsonl + a.jsonl: " in out
+    assert "a sample:\n\ncorto" in out
+    assert cli.guarded(cli.door("sample").main, ["--max-new-tokens", "9"]) == 0
+    assert len(capsys.readouterr().out) <= 9 + 1  # end-of-text may come earlier
 
 
 # ---- wrong inputs ---------------------------------------------------------------------------------------------------

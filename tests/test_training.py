@@ -114,18 +114,11 @@ def sentences(n: int) -> str:
     return "\n".join(f"{a} {chance.choice(verbs)} {b}." for a, b in zip(names[::2], names[1::2], strict=True))
 
 
-def test_the_default_recipe_learns_and_resumes_bit_for_bit_with_the_compiler_flags_of_users(tmp_path, users_env):
-    """`python train.py`, shortened: its losses, gradient norms and weights. Renewed like the golden losses."""
+def test_the_default_recipe_learns_and_resumes_exactly_with_the_compiler_flags_of_users(tmp_path, users_env):
+    """`python train.py`, shorter and with half the layers: its losses, gradient norms and weights."""
     (tmp_path / "text.txt").write_text(sentences(2000), encoding="utf-8")
-    command = [
-        sys.executable,
-        str(Path(__file__).parent.parent / "train.py"),
-        "--data.source",
-        "text.txt",
-        "--train.steps",
-        "60",
-    ]
-    command += ["--train.save-every", "30", "--train.eval-every", "0", "--run-dir", "run"]
+    flags = "--data.source text.txt --train.steps 60 --train.save-every 30 --train.eval-every 0 --model.n-layer 2"
+    command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), *flags.split(), "--run-dir", "run"]
 
     def train() -> tuple[list[dict[str, Any]], tuple[Any, int]]:
         subprocess.run(command, cwd=tmp_path, env=users_env, capture_output=True, check=True, timeout=300)
@@ -243,10 +236,10 @@ def test_update_is_a_function_that_vmap_takes():
     cfg, how = execution.choose(change(TINY, model__n_layer=1), "cpu")
     objective = language_model.next_token(cfg.model)
     gradients = make_gradients(cfg, make_mesh(cfg.mesh), objective, how)
-    rows = jnp.asarray(np.random.default_rng(0).integers(0, 65, (3, 8, 17)), jnp.int32)
+    rows = jnp.asarray(np.random.default_rng(0).integers(0, 65, (2, 8, 17)), jnp.int32)
 
     def run(seed, rate):
-        tx = make_optimizer(replace(cfg.optim, learning_rate=rate), 3)
+        tx = make_optimizer(replace(cfg.optim, learning_rate=rate, warmup_steps=1), 3)
         state = first_state(tx, objective, seed)
         for batch in rows:
             state, metrics = update(tx, gradients, state, batch, None)
@@ -691,6 +684,7 @@ def test_dispatches_cover_every_step_once_and_stop_where_something_happens(start
 def train(tmp_path, monkeypatch):
     """train(*flags) runs train.py's main in an empty directory on a small text and returns its exit code."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nanogpt_jax.inference.sampler.opening_and_continuation", lambda *_, **__: "")  # not asked for
     Path("text.txt").write_text(TEXT, encoding="utf-8")
     base = (
         "--data.source text.txt --model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 "
