@@ -272,6 +272,7 @@ def test_rows_without_text_links_to_files_that_are_taken_and_pipes_are_what_they
     ("name", "content", "suffix"),
     [
         ("a.txt", '{"text": "x", "n": 1}\n' * 3, "jsonl"),
+        ("-", '{"n": 1}\n{"text": null}\n{"text": "x"}\n', "jsonl"),
         ("b.txt", "label,text\na,x\nb,y\n", "csv"),
         ("c.text", 'text\t"label"\r\nx\ta\r\ny\tb\r\n', "tsv"),
         ("d.txt", "A text, and more text\nthan a, b\nor, c\n", ""),
@@ -280,8 +281,11 @@ def test_rows_without_text_links_to_files_that_are_taken_and_pipes_are_what_they
         ("g.txt", "the text,\nline by line,\nof a poem,\n", ""),
     ],
 )
-def test_rows_in_a_text_are_told(capsys: pytest.CaptureFixture[str], name: str, content: str, suffix: str):
-    Path(name).write_bytes(content.encode())
+def test_rows_in_a_text_are_told(monkeypatch, capsys, name: str, content: str, suffix: str):
+    if name == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    else:
+        Path(name).write_bytes(content.encode())
     corpora.read(name)
     said = f"note: {name} looks like rows with a field 'text', and is read as one text"
     assert capsys.readouterr().err == (f"{said}\n      to read its rows, name it .{suffix}\n" if suffix else "")

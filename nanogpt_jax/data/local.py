@@ -28,6 +28,7 @@ def corpus(source: str, field: str, folder: Path, known: Collection[str]) -> Cor
     In the formats of records.py, each row is one. Text that can be read only once is stored in `folder`. `known` are
     the other sources that may be meant if there is no such file.
     """
+    given = source
     if source == "-":
         source = str(_spool(sys.stdin.buffer, folder, source))
     path = Path(os.path.expanduser(source))  # Path.expanduser raises for an unknown user
@@ -69,7 +70,7 @@ def corpus(source: str, field: str, folder: Path, known: Collection[str]) -> Cor
     if one_text:
         if suffix := records.looks_like(next(text_file.blocks(files[0], str(files[0])), ""), field):
             print(
-                f"note: {source} looks like rows with a field {field!r}, and is read as one text\n"
+                f"note: {given} looks like rows with a field {field!r}, and is read as one text\n"
                 f"      to read its rows, name it .{suffix}",
                 file=sys.stderr,
             )

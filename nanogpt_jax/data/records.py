@@ -35,7 +35,8 @@ def looks_like(beginning: str, field: str) -> str:
     if len(lines) < 3:
         return ""
     with contextlib.suppress(ValueError, RecursionError):
-        if all(isinstance(row := json.loads(line), dict) and field in row for line in lines[:3]):
+        rows = [json.loads(line) for line in lines[:3]]
+        if all(isinstance(row, dict) for row in rows) and any(field in row for row in rows):  # some have no text
             return "jsonl"
     for suffix, separator in (("csv", ","), ("tsv", "\t")):
         header = [name.strip(' \r"') for name in lines[0].split(separator)]
