@@ -104,7 +104,7 @@ def _answer(main: Main, argv: list[str] | None) -> int:
     except BrokenPipeError:  # `sample.py | head`: the reader has gone
         return 141
     except OSError as e:  # a name that is too long, a folder that may not be searched: Path.exists raises these too
-        if e.filename is None:
+        if not isinstance(e.filename, str | bytes):
             raise
         print(f"error: cannot use {os.fsdecode(e.filename)}: {e.strerror}", file=sys.stderr)
         return 2

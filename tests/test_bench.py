@@ -30,6 +30,7 @@ def test_the_bench_measures_and_writes_what_it_shows(work, rounds, flags, tmp_pa
     assert result["tokens_per_second"] == sorted(result["rounds"])[rounds // 2] > 0
     assert f"{result['tokens_per_second']:,.1f}" in done.stdout
     assert ("a single round" in done.stdout) == (rounds == 1)
+    assert result["times_as_fast"] == 1
     assert result["first_step_seconds"] > 0
     assert result["peak_memory_bytes"] > 10e6
     assert (result["share_of_peak"] > 0) == (work != "data")

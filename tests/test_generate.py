@@ -1,6 +1,7 @@
 """The laws of the inference room: the cache changes nothing, a seed is a text, and no half of anything is shown."""
 
 import concurrent.futures
+import gzip
 import shutil
 import subprocess
 import sys
@@ -590,6 +591,8 @@ WRONG = {
     "{run} --prompt-file empty": "--prompt-file=empty is empty",
     "{run} --prompt-file latin1": "--prompt-file=latin1 is not UTF-8 text",
     "{run} --prompt-file rows.parquet": "--prompt-file=rows.parquet is not text but Parquet\n       give the text",
+    "{run} --prompt-file r.PARQUET.gz": "--prompt-file=r.PARQUET.gz is not text but Parquet\n       unpack it first: "
+    "gunzip -c < r.PARQUET.gz > r.PARQUET; then give the text",
     "{run} --prompt a --prompt-file empty": "--prompt and --prompt-file=empty exclude each other",
     "{run} --checkpoint 4": "{run} has no checkpoint 4; it has 3, best and latest",
 }
@@ -601,6 +604,7 @@ def test_wrong_input_is_named_and_exits_with_2(run, arguments, tmp_path, monkeyp
     Path("empty").touch()
     Path("latin1").write_bytes(b"\xe9t\xe9")
     Path("rows.parquet").write_bytes(b"PAR1\x15\0")
+    Path("r.PARQUET.gz").write_bytes(gzip.compress(b"PAR1\x15\0"))
     err = refused(cli.door("sample").main, arguments.format(run=run, runs=run.parent), capsys)
     assert err.startswith("error: " + WRONG[arguments].format(run=run, runs=run.parent))
 

@@ -129,8 +129,8 @@ def test_the_default_recipe_learns_and_resumes_exactly_with_the_compiler_flags_o
     found = {"logged": logged, "norms": params}
     expected = json.loads(RECIPE.read_text())
     assert logged[0]["train/loss"] > 2 * logged[-1]["val/loss"]
-    # made on an Intel Xeon; other processors round in other ways, and 60 steps let that grow
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2), found, expected)
+    # limited to AVX2, AVX and SSE4.2 (--xla_cpu_max_isa), an Intel Xeon differed from AVX-512 by up to 1.3e-5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected)
     shutil.rmtree(tmp_path / "run/checkpoints/60")
     again, resumed = train()
     assert again == logged
@@ -237,10 +237,10 @@ def test_update_is_a_function_that_vmap_takes():
     cfg, how = execution.choose(change(TINY, model__n_layer=1), "cpu")
     objective = language_model.next_token(cfg.model)
     gradients = make_gradients(cfg, make_mesh(cfg.mesh), objective, how)
-    rows = jnp.asarray(np.random.default_rng(0).integers(0, 65, (2, 8, 17)), jnp.int32)
+    rows = jnp.asarray(np.random.default_rng(0).integers(0, 65, (3, 8, 17)), jnp.int32)
 
     def run(seed, rate):
-        tx = make_optimizer(replace(cfg.optim, learning_rate=rate, warmup_steps=1), 3)
+        tx = make_optimizer(replace(cfg.optim, learning_rate=rate), 3)
         state = first_state(tx, objective, seed)
         for batch in rows:
             state, metrics = update(tx, gradients, state, batch, None)

@@ -15,6 +15,7 @@ from nanogpt_jax.config import UserError, word
 from nanogpt_jax.data.shell import Source, converted, filtered, gunzip, is_gzip, named, stem, unpacked
 
 GIVE = "give the text itself"
+RENAME = "rename it: mv {file} {parquet}"
 CODES = rb"(?=[\s\S]{0,60}[\x00-\x08\x0e-\x1a])"  # in a text, no control codes follow soon
 AGAIN = "write its texts as .jsonl with the program that made it"
 
@@ -28,7 +29,7 @@ class Kind(NamedTuple):
 
 
 KINDS = [
-    Kind(b"PAR1" + CODES, "Parquet", "rename it: mv {file} {parquet}"),
+    Kind(b"PAR1" + CODES, "Parquet", RENAME),
     Kind(b"\x1f\x8b", "a gzip", "unpack it first: gunzip -c < {file} > {unpacked}"),
     Kind(b"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", "packed by bzip2", "unpack it first: bunzip2 -c < {file} > {unpacked}"),
     Kind(b"\xfd7zXZ\0", "packed by xz", "unpack it first: xz -dc < {file} > {unpacked}"),
@@ -144,12 +145,12 @@ def _plausible(some: bytes, encoding: str) -> bool:
 
 
 def _other_kind(kind: Kind, source: Source, what: str, packed: bool) -> UserError:
+    file = unpacked(source) if packed else source
+    # a file that has the name by which its rows are read was given where no rows are wanted
+    is_named_so = kind.remedy == RENAME and isinstance(file, Path) and file.suffix.lower() == ".parquet"
+    remedy = GIVE if is_named_so else kind.remedy.format(**_names(file))
     if packed:
-        remedy = f"unpack it first: {gunzip(source)}; then {kind.remedy.format(**_names(unpacked(source)))}"
-    elif kind.name == "Parquet" and isinstance(source, Path) and source.suffix.lower() == ".parquet":
-        remedy = GIVE  # it has the right name: rows are not wanted here
-    else:
-        remedy = kind.remedy.format(**_names(source))
+        remedy = f"unpack it first: {gunzip(source)}; then {remedy}"
     return UserError(f"{what} is not text but {kind.name}\n       {remedy}")
 
 

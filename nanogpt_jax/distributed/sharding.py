@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from nanogpt_jax.config import UserError
 
+Rules = tuple[tuple[str, P], ...]  # patterns of paths, and how an array with such a path is split
+
 # The first rule that matches a path decides. `fsdp` splits arrays that would otherwise be replicated. `tensor` splits
 # heads and hidden units: each device computes its own, and one sum a layer combines them.
-Rules = tuple[tuple[str, P], ...]
 RULES: Rules = (
     (r"wte$", P("tensor", "fsdp")),
     (r"wpe$", P(None, "fsdp")),

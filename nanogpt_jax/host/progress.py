@@ -26,7 +26,7 @@ class Progress:
         self._show(first)
 
     def begin(self, phase: str = "", now: str = "") -> None:
-        """Start over, if it is another phase; estimate the time left from now on."""
+        """Begin a phase: what is done, and the time left, count from now."""
         self._label = f"{self._what}: {phase}" if phase else self._what
         self._began, self._bytes, self._done, self._now = time.monotonic(), 0, self._first, now
         self._next_line, self._line_due = float(self._first), 0.0

@@ -106,7 +106,7 @@ def for_decoding(cfg: ModelConfig, params: gpt2.Params) -> gpt2.Params:
 @partial(jax.jit, static_argnames=("cfg", "rules", "cache_length"))
 def prefill(cfg: ModelConfig, rules: Rules, params, tokens, lengths, seen, seed, count, *, cache_length: int):
     """The first token after each prompt: tokens [B, P] of `lengths` [B], padded on the right -> [B, 1], the state, and
-    whether the logits are finite.
+    whether the logits are finite, [] bool.
 
     `count`: tokens that the rows have generated before; `cache_length` >= P: positions to allocate in the cache.
     """
