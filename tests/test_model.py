@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from nanogpt_jax import config
 from nanogpt_jax.config import ModelConfig, UserError
-from nanogpt_jax.model import attention, dropout, execution, gpt2, sizes
+from nanogpt_jax.model import attention, dropout, execution, gpt2, sizes, watching
 from nanogpt_jax.model.kernels import blocked_attention, norm_gelu
 from nanogpt_jax.model.kernels.linear import linear, project, project_few
 from nanogpt_jax.model.losses import cross_entropy
@@ -209,6 +209,42 @@ def test_persigue_looks_at_el_gato_and_itself():
     assert_close(weights.sum(-1), np.ones((1, 3, len(SENTENCE))), 1e-6)
 
 
+def test_what_is_watched_is_what_the_forward_pass_computed():
+    cfg = dataclasses.replace(SMALL, attention="reference")
+    params, tokens = random_params(cfg), jnp.arange(cfg.block_size) * 7 % cfg.vocab_size
+    seen = watching.watch(cfg, params, tokens)
+    assert (seen.logits == compiled(gpt2.forward, cfg)(params, tokens[None])[0]).all()
+    T, may_look = len(tokens), np.tri(len(tokens), dtype=bool)
+    assert seen.weights.shape == seen.scores.shape == (cfg.n_layer, cfg.n_head, T, T)
+    assert (np.asarray(seen.weights)[:, :, ~may_look] == 0).all()
+    x = np.asarray(seen.hidden, np.float64)
+    assert_close(x[0], params["wte"][tokens] + params["wpe"][:T], 1e-6)
+    for layer in range(cfg.n_layer):
+        block = gpt2_numpy.pick(params["h"], layer)
+        met = gpt2_numpy.layer_norm(block["ln_1"], x[layer])
+        q, k, v = (
+            np.einsum("tc,cnhd->nhtd", met, block["attn"]["c_attn"]["kernel"])
+            + block["attn"]["c_attn"]["bias"][:, :, None]
+        )
+        scores = q @ k.swapaxes(1, 2) / np.sqrt(cfg.head_dim)
+        assert_close(seen.scores[layer], scores, 1e-5)
+        assert_close(seen.weights[layer], gpt2_numpy.softmax(np.where(may_look, scores, -np.inf)), 1e-6)
+        assert_close(seen.value_norms[layer], np.linalg.norm(v, axis=-1), 1e-5)
+
+
+def test_the_lens_of_the_last_layer_is_the_answer_of_the_model():
+    params, tokens = random_params(SMALL), jnp.arange(SMALL.block_size) * 7 % SMALL.vocab_size
+    seen = watching.watch(SMALL, params, tokens)
+    lens = watching.lens(SMALL, params, seen, 3)
+    assert lens.likeliest.shape == lens.probability.shape == (SMALL.n_layer + 1, len(tokens), 3)
+    probability = jax.nn.softmax(seen.logits)
+    assert (lens.likeliest[-1, :, 0] == probability.argmax(-1)).all()
+    assert_close(lens.probability[-1, :, 0], probability.max(-1), 1e-6)
+    assert np.abs(lens.divergence[-1]).max() < 1e-6
+    assert (np.asarray(lens.divergence[:-1]) > 0).all()
+    assert (np.asarray(lens.likeliest) < SMALL.vocab_size).all()
+
+
 def test_gato_after_negro_is_another_vector():
     """The same word at the same place has another vector in another context, and the same one in the same."""
     words = ["El", "negro", "gato", *SENTENCE[2:]]
@@ -216,7 +252,7 @@ def test_gato_after_negro_is_another_vector():
 
     def vectors(text: str) -> np.ndarray:
         tokens = jnp.array([[words.index(word) for word in text.split()]])
-        return np.asarray(compiled(gpt2.hidden, SMALL)(params, tokens)[0])
+        return np.asarray(compiled(gpt2.hidden, SMALL)(params, tokens)[0][0])
 
     el_gato, negro_gato, el_gato_al = vectors("El gato"), vectors("negro gato"), vectors("El gato al")
     assert np.abs(el_gato[1] - negro_gato[1]).max() > 0.01
@@ -702,7 +738,7 @@ def vectors(cfg: ModelConfig, params, seed: int | None = None) -> np.ndarray:
 
 
 def for_many_keys(cfg: ModelConfig, params, keys):
-    return jax.vmap(lambda key: gpt2.hidden(cfg, params, jnp.asarray(CONTEXT), key))(keys)
+    return jax.vmap(lambda key: gpt2.hidden(cfg, params, jnp.asarray(CONTEXT), key)[0])(keys)
 
 
 def only(cfg: ModelConfig, **values: Any) -> dict[str, Any]:

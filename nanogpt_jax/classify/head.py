@@ -28,7 +28,7 @@ def logits(
 
     With a key, dropout is on. With `freeze` the gradient ends at the head, and the body has no dropout.
     """
-    x = gpt2.hidden(cfg, params, tokens, None if freeze else dropout_key)
+    x, _ = gpt2.hidden(cfg, params, tokens, None if freeze else dropout_key)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]  # [B, C]
     last = gpt2.LayerNorm(cfg.bias).apply({"params": params["ln_f"]}, last).astype(jnp.float32)  # pyright: ignore
     last = lax.stop_gradient(last) if freeze else last

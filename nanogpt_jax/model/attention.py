@@ -11,7 +11,7 @@ Position t looks at 0..t. With documents [B, T] int32, a query looks only at pos
 # B batch, T time of the queries, S of the keys if there is a cache, H heads, D head dim
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,15 @@ def causal_mask(T: int, documents: jax.Array | None = None) -> jax.Array:
     return causal if documents is None else causal & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
-def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """softmax(QKᵀ/√d_k) in float32: [B, H, T, S], each row a distribution over what its query may look at.
+def scaled_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """QKᵀ/√d_k [B, H, T, S] float32, before the mask: √d_k keeps the variance of the scores independent of D."""
+    return jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
-    The scores of independent q and k grow like √d_k; dividing keeps their variance, and so the gradients, in range.
-    """
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """softmax(QKᵀ/√d_k): [B, H, T, S], each row a distribution over what its query may look at."""
     mask = causal_mask(q.shape[1]) if mask is None else mask
-    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return jax.nn.softmax(jnp.where(mask, scaled_scores(q, k), jnp.finfo(jnp.float32).min), axis=-1)
 
 
 def reference(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) -> jax.Array:
@@ -41,9 +42,29 @@ def reference(q, k, v, *, documents=None, dropout_rate=0.0, dropout_key=None) ->
     weights = attention_weights(q, k, causal_mask(q.shape[1], documents))
     if dropout_key is not None:
         weights = dropout(weights, dropout_rate, dropout_key)
+    return weighted_mean(weights, v)
+
+
+def weighted_mean(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """weights [B, H, T, S], v [B, S, H, D] -> [B, T, H, D]."""
     # Weights on the left: jnp.einsum would put V there, a product that XLA:CPU computes more slowly.
     y = jax.lax.dot_general(weights.astype(v.dtype), v.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1))))
     return y.swapaxes(1, 2)
+
+
+class Watched(NamedTuple):
+    """What attention computed, to be looked at."""
+
+    scores: jax.Array  # [B, H, T, T] float32, before the mask
+    weights: jax.Array  # [B, H, T, T] float32
+    value_norms: jax.Array  # [B, H, T] float32, the length of each value vector
+
+
+def watched(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> tuple[jax.Array, Watched]:
+    """`reference` without dropout, and what it computed on the way."""
+    weights = attention_weights(q, k, causal_mask(q.shape[1], documents))
+    norms = jnp.linalg.norm(v.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    return weighted_mean(weights, v), Watched(scaled_scores(q, k), weights, norms)
 
 
 HEADS = ((0,), (0,))  # the batch axis of lax.dot_general: N, the heads of all sequences

@@ -49,8 +49,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
         y = (project_few if self.transposed else project)(x, kernel, len(self.inputs))
         if self.bias:
-            # added in float32, so that its gradient is summed in it
-            bias = self.param("bias", nn.initializers.zeros, self.outputs)
+            bias = self.param("bias", nn.initializers.zeros, self.outputs)  # float32, and so are its gradient's sums
             y = (y + jnp.broadcast_to(bias, y.shape)).astype(y.dtype)
         return y
 
@@ -71,10 +70,11 @@ class SelfAttention(nn.Module):
     """Multi-head causal self-attention. x [B, T, C] -> [B, T, C], and its keys and values [B, T, H, D].
 
     With a cache (k, v [B·H, S, D]) row b writes its T new positions at start[b] .. start[b] + T - 1. Every query looks
-    at its own position and all before it. Returns the extended cache.
+    at its own position and all before it. Returns the extended cache. With `watch`, an attention.Watched instead.
     """
 
     cfg: ModelConfig
+    watch: bool = False
 
     @nn.compact
     def __call__(self, x, cache=None, start: Any = None, train: bool = False, documents=None):
@@ -83,17 +83,19 @@ class SelfAttention(nn.Module):
         decoding = cache is not None
         qkv = Linear((C,), (3, *heads), cfg.bias, transposed=decoding, name="c_attn")(x)
         q, k, v = (x.squeeze(2) for x in jnp.split(qkv, 3, axis=2))  # Q = X·Wq, K = X·Wk, V = X·Wv: each [B, T, H, D]
-        if cache is None:
+        if self.watch:
+            y, kept = attention.watched(q, k, v, documents)
+        elif cache is None:
             drop = {"dropout_rate": cfg.dropout, "dropout_key": self.make_rng("dropout")} if train else {}
-            y = attention.BACKENDS[cfg.attention](q, k, v, documents=documents, **drop)
+            y, kept = attention.BACKENDS[cfg.attention](q, k, v, documents=documents, **drop), (k, v)
         else:
             q, k, v = (x.swapaxes(1, 2).reshape(B * cfg.n_head, T, cfg.head_dim) for x in (q, k, v))
             position = jnp.repeat(start[:, None] + jnp.arange(T)[None], cfg.n_head, axis=0)  # [B·H, T]
             row = jnp.arange(B * cfg.n_head)[:, None]
-            k, v = (old.at[row, position].set(new) for old, new in zip(cache, (k, v), strict=True))
+            kept = k, v = [old.at[row, position].set(new) for old, new in zip(cache, (k, v), strict=True)]
             y = attention.cached(q, k, v, position).reshape(B, cfg.n_head, T, cfg.head_dim).swapaxes(1, 2)
         std = INIT_STD / (2 * cfg.n_layer) ** 0.5
-        return Linear(heads, (C,), cfg.bias, std, decoding, name="c_proj")(y), (k, v)
+        return Linear(heads, (C,), cfg.bias, std, decoding, name="c_proj")(y), kept
 
 
 class MLP(nn.Module):
@@ -113,6 +115,7 @@ class Block(nn.Module):
     """One transformer block, pre-LN: x + attention(ln_1 x), then x + mlp(ln_2 x)."""
 
     cfg: ModelConfig
+    watch: bool = False
 
     @nn.compact
     def __call__(self, x, cache=None, start=None, train: bool = False, documents=None):
@@ -120,16 +123,15 @@ class Block(nn.Module):
             return dropout(x, self.cfg.dropout, self.make_rng("dropout")) if train else x
 
         y = LayerNorm(self.cfg.bias, name="ln_1")(x)
-        y, kv = SelfAttention(self.cfg, name="attn")(y, cache, start, train, documents)
+        y, kept = SelfAttention(self.cfg, self.watch, name="attn")(y, cache, start, train, documents)
         x = x + drop(y)
         x = x + drop(MLP(self.cfg, cache is not None, name="mlp")(LayerNorm(self.cfg.bias, name="ln_2")(x)))
-        return x, kv
+        return x, kept
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
     """GPT-2's initial weights: N(0, 0.02²), the two projections back into the residual stream scaled by 1/√(2L)."""
-    # weights do not depend on it, and other back-ends refuse the x below
-    cfg = dataclasses.replace(cfg, attention="reference")
+    cfg = dataclasses.replace(cfg, attention="reference")  # changes no weight; other back-ends refuse the x below
     wte_key, wpe_key, h_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, cfg.n_embd))
     return {
@@ -172,8 +174,9 @@ def head(cfg: ModelConfig, params: Params, x: jax.Array, decoding: bool = False)
     return without_padding(logits.astype(jnp.float32), cfg.vocab_size)
 
 
-def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-    """tokens [B, T] int32 -> [B, T, C]: each position's vector after the last block."""
+def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key=None, watch=False) -> tuple[jax.Array, Any]:
+    """tokens [B, T] int32 -> [B, T, C]: each position's vector after the last block. With `watch`, also what each
+    block met and made: its input [L, B, T, C] and an attention.Watched of [L, B, ...]; else None."""
     documents, position = separate(cfg, tokens) if cfg.separate_documents else (None, jnp.arange(tokens.shape[1])[None])
     x = embed(cfg, params, tokens, position)
     keys, train = None, dropout_key is not None and cfg.dropout > 0
@@ -184,19 +187,19 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key: jax
     def layer(x, scanned):
         block, key = scanned
         rngs = {"dropout": key} if train else None
-        x, _ = Block(cfg).apply({"params": block}, x, train=train, documents=documents, rngs=rngs)  # pyright: ignore
-        return x, None
+        y, kept = Block(cfg, watch).apply({"params": block}, x, train=train, documents=documents, rngs=rngs)  # pyright: ignore
+        return y, (x, kept) if watch else None
 
     # "dots" saves matrix products and recomputes elementwise operations; "block" saves only the inputs of blocks
     policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
     if cfg.remat != "none":
         layer = jax.checkpoint(layer, policy=policy[cfg.remat], prevent_cse=cfg.scan_unroll > 1)
-    return lax.scan(layer, x, (params["h"], keys), unroll=cfg.scan_unroll)[0]
+    return lax.scan(layer, x, (params["h"], keys), unroll=cfg.scan_unroll)
 
 
 def forward(cfg: ModelConfig, params: Params, tokens: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
     """tokens [B, T] int32, T <= block_size -> logits [B, T, V'] float32. With a key, dropout is on."""
     B, T = tokens.shape
     assert cfg.block_size >= T, f"{T} tokens do not fit into a context of {cfg.block_size}"
-    x = hidden(cfg, params, tokens, dropout_key)
+    x, _ = hidden(cfg, params, tokens, dropout_key)
     return head(cfg, params, x.reshape(B * T, cfg.n_embd)).reshape(B, T, -1)

@@ -43,11 +43,10 @@ def update(
 
 @dataclass(frozen=True)
 class TrainStep:
-    """`jitted` (state, rows [K, B, W] int32, n <= K) -> the state n steps later, and metrics of [K] float32 each.
+    """`jitted` (state, donated; rows [K, B, W] int32; n <= K) -> the state n steps later, and metrics of [K] float32.
 
     The loop's length n is a run-time value, so one program serves full calls, the last short one and single steps.
-    Every step is computed by the same instructions, wherever a run was interrupted: that makes resuming exact. The
-    state is donated.
+    Every step is computed by the same instructions, wherever a run was interrupted: that makes resuming exact.
     """
 
     jitted: Any
@@ -71,12 +70,9 @@ def make_train_step(
             new, metrics = update(tx, gradients, state, rows, key)
         return new, {**metrics, "learning_rate": jnp.asarray(schedule(state.step), jnp.float32)}
 
-    @functools.partial(
-        jax.jit,
-        donate_argnums=0,
-        in_shardings=(layout(shapes), rows_layout, None),
-        out_shardings=(layout(shapes), shard(mesh)),
-    )
+    placed = {"in_shardings": (layout(shapes), rows_layout, None), "out_shardings": (layout(shapes), shard(mesh))}
+
+    @functools.partial(jax.jit, donate_argnums=0, **placed)
     def train_step(state: TrainState, rows: jax.Array, n: jax.Array):
         if K == 1:  # no loop, in which a GPU would ask the host whether to go on
             state, metrics = one_step(state, rows[0])
