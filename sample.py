@@ -32,31 +32,22 @@ def main(argv: list[str]) -> int:
 
     from nanogpt_jax.distributed.mesh import start  # importing jax takes seconds
     from nanogpt_jax.inference.generate import Rules
-    from nanogpt_jax.inference.sampler import generate_text
+    from nanogpt_jax.inference.sampler import generate_text, stream_text
 
     start()
     params, step = run.load(asked.checkpoint)
     if not asked.run:
         print(f"from {run.path}, step {step}:", file=sys.stderr)
     rules = Rules(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty)
-    alone = asked.num_samples == 1
-    if alone:
+    model = (cfg.model, params, tokenizer, [prompt] * asked.num_samples)
+    how = {"rules": rules, "max_new_tokens": asked.max_new_tokens, "seed": asked.seed, "stop": asked.stop}
+    if asked.num_samples == 1:
         print(prompt, end="", flush=True)
-    texts = generate_text(
-        cfg.model,
-        params,
-        tokenizer,
-        [prompt] * asked.num_samples,
-        rules=rules,
-        max_new_tokens=asked.max_new_tokens,
-        seed=asked.seed,
-        stop=asked.stop,
-        on_text=(lambda _, piece: print(piece, end="", flush=True)) if alone else None,
-    )
-    if alone:
+        for _, piece in stream_text(*model, **how):
+            print(piece, end="", flush=True)
         print()
         return 0
-    for i, text in enumerate(texts, start=1):
+    for i, text in enumerate(generate_text(*model, **how), start=1):
         print(f"--- sample {i} ---\n{prompt}{text}")
     return 0
 

@@ -32,8 +32,9 @@ MAY_IMPORT = {
         *("interop", "classify"),
     },
     "cli": {"config", "host"},
+    "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"api"},
 }
 # what one `rm -r` removes: the room, with the command beside it, if it has one
 SLICES = {"bench": "", "classify": "commands/classify.py", "interop": "commands/huggingface.py"}

@@ -25,7 +25,7 @@ from nanogpt_jax.data import tokenizer as tokenizers
 from nanogpt_jax.data.tokenizer import CharTokenizer, Tokenizer
 from nanogpt_jax.inference import generate, native, sampler
 from nanogpt_jax.inference.generate import Rules
-from nanogpt_jax.inference.sampler import generate_text
+from nanogpt_jax.inference.sampler import CHUNK, generate_text, stream_text
 from nanogpt_jax.model import decoding, execution, gpt2
 
 quick = settings(max_examples=30, deadline=None)
@@ -316,13 +316,7 @@ def test_stop_strings_are_never_shown_in_part(text, stop, chunk):
 def test_a_stop_string_ends_the_text_and_the_stream(params):
     whole = text_of(params, PROMPTS, 60)
     stop = (whole[0][30:33], whole[2][10:12])
-    pieces = ["", "", ""]
-
-    def on_text(row: int, piece: str) -> None:
-        pieces[row] += piece
-
-    texts = text_of(params, PROMPTS, 60, stop=stop, on_text=on_text)
-    assert pieces == texts
+    texts = text_of(params, PROMPTS, 60, stop=stop)
     for text, full in zip(texts, whole, strict=True):
         assert text == full[: min((full.find(s) for s in stop if s in full), default=60)]
     assert len(texts[0]) <= 30
@@ -340,17 +334,15 @@ def test_half_a_character_waits_for_its_other_half(gpt2_tokenizer):
     assert cut.add(gpt2_tokenizer.encode("🙂").tolist()) == cut.text == "\ufffd"
 
 
-def test_streamed_pieces_make_up_the_result(gpt2_tokenizer):
+def test_text_is_streamed_piece_by_piece_and_pieces_are_whole_characters(gpt2_tokenizer):
     cfg = ModelConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8, bias=True)
-    pieces = ["", ""]
-
-    def on_text(row: int, piece: str) -> None:
-        pieces[row] += piece
-
     arguments = {"rules": Rules(temperature=100), "max_new_tokens": 80, "seed": 3}
-    texts = generate_text(cfg, random_params(cfg), gpt2_tokenizer, ["静", "a b c"], on_text=on_text, **arguments)
-    assert pieces == texts
-    assert any(ord(c) > 127 for c in "".join(texts))
+    pieces = list(stream_text(cfg, random_params(cfg), gpt2_tokenizer, ["静", "a b c"], **arguments))
+    assert {row for row, _ in pieces} == {0, 1}
+    assert len(pieces) > 2 * 80 / CHUNK
+    assert any(ord(c) > 127 for _, piece in pieces for c in piece)
+    texts = generate_text(cfg, random_params(cfg), gpt2_tokenizer, ["静", "a b c"], **arguments)
+    assert ["".join(piece for at, piece in pieces if at == row) for row in (0, 1)] == texts
 
 
 def test_end_of_text_ends_a_row_and_the_last_row_ends_the_work(gpt2_tokenizer, monkeypatch):

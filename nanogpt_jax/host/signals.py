@@ -32,12 +32,18 @@ def stop_on_signals(standing: Callable[[], str]) -> Iterator[StopRequest]:
     If a second signal ends the run at once, the KeyboardInterrupt carries `standing()`: where the run stands. A signal
     that our parent set to be ignored stays ignored: SIGHUP by nohup, SIGINT by a script with `&`. In this context, a
     closed terminal or reader is no error.
+
+    In a notebook or another interactive Python, a second signal raises KeyboardInterrupt as soon as the step is done,
+    but the process is never ended. In a thread, which hears no signals, this does nothing.
     """
 
     def last_words() -> str:
         return f"ended at once; {standing()}"
 
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     previous = {s: signal.getsignal(s) for s in LISTENED}
     previous = {s: handler for s, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
 
@@ -52,20 +58,30 @@ def stop_on_signals(standing: Callable[[], str]) -> Iterator[StopRequest]:
                 signal.signal(number, handler)
                 os.kill(os.getpid(), number)
 
+    interactive = hasattr(sys, "ps1")  # has a prompt
+    with contextlib.nullcontext() if interactive else _answered_at_once(last_words):
+        for s in previous:
+            signal.signal(s, listen)
+        try:
+            with terminal.outlived():
+                yield request
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(last_words()) from None
+        finally:
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def _answered_at_once(last_words: Callable[[], str]) -> Iterator[None]:
+    """Signals are answered by a thread: see `_answer`."""
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     woken = signal.set_wakeup_fd(writing.fileno())
     threading.Thread(target=_answer, args=[reading, last_words], daemon=True).start()
-    for s in previous:
-        signal.signal(s, listen)
     try:
-        with terminal.outlived():
-            yield request
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(last_words()) from None
+        yield
     finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
         signal.set_wakeup_fd(woken)
         writing.close()
 

@@ -7,7 +7,7 @@ of a batch fill up and slide at different times.
 
 import codecs
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -31,12 +31,30 @@ def generate_text(
     max_new_tokens: int,
     seed: int,
     stop: tuple[str, ...] = (),
-    on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """A continuation of each prompt, without the prompt, cut before the first stop string.
+    """A continuation of each prompt, without the prompt, cut before the first stop string."""
+    texts = [""] * len(prompts)
+    for row, piece in stream_text(
+        cfg, params, tokenizer, prompts, rules=rules, max_new_tokens=max_new_tokens, seed=seed, stop=stop
+    ):
+        texts[row] += piece
+    return texts
+
+
+def stream_text(
+    cfg: ModelConfig,
+    params: gpt2.Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    rules: Rules,
+    max_new_tokens: int,
+    seed: int,
+    stop: tuple[str, ...] = (),
+) -> Iterator[tuple[int, str]]:
+    """(row, piece) as text is generated; the pieces of a row join to the continuation of its prompt.
 
     If a prompt is longer than the context, its last block_size tokens are used. If it is empty, a new text begins.
-    `on_text(row, piece)` receives text as it is generated; the pieces of a row join to its continuation.
     """
     assert prompts, "nothing to continue"
     assert max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}"
@@ -66,10 +84,8 @@ def generate_text(
             )
         count += steps
         for index, (row, new) in enumerate(zip(rows, jax.device_get(tokens)[:, :steps].tolist(), strict=True)):
-            piece = row.add(new)
-            if piece and on_text:
-                on_text(index, piece)
-    return [row.text for row in rows]
+            if piece := row.add(new):
+                yield index, piece
 
 
 def opening_and_continuation(

@@ -2,6 +2,7 @@
 
     RUN/config.json   the settings          RUN/checkpoints/STEP/   orbax
     RUN/data.json     the data's manifest   RUN/tokenizer/          so that sampling needs no data
+    RUN/origin.json   where settings came from, and the versions that began the run
     RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
     RUN/import.json   where an imported model came from; it has no data and is not trained further in place
 
@@ -12,9 +13,11 @@ A run that must not be touched is refused before XLA starts: nothing here import
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -35,7 +38,7 @@ from nanogpt_jax.host import files
 from nanogpt_jax.run.plan import execution_here
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
-WRITTEN_FILES = ("config.json", "data.json", "metrics.jsonl")
+WRITTEN_FILES = ("config.json", "data.json", "origin.json", "metrics.jsonl")
 WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
@@ -316,6 +319,7 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
     try:
         if not steps or command.overwrite:
             _set_aside(run_dir)
+            files.write(run_dir / "origin.json", json.dumps(_origin(command), indent=2) + "\n")
         data.tokenizer.save(run_dir / "tokenizer")
         files.write(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
         files.write(run_dir / "config.json", config.to_json(cfg))
@@ -324,6 +328,16 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
             f"cannot write in {run_dir}: {e.strerror or e}\n"
             "       see to that (a full disk: free some space), then give the same command again"
         ) from None
+
+
+def _origin(command: Command) -> dict[str, dict[str, str]]:
+    """Where settings came from that are not defaults, and what computes the run: for people, read by `report`."""
+    settings = {key: where for key, where in command.origin.items() if where != "default"}
+    versions = {"python": platform.python_version()}
+    for package in ("nanogpt-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a clone that was never installed
+            versions[package] = importlib.metadata.version(package)
+    return {"settings": settings, "versions": versions}
 
 
 def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
