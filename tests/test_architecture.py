@@ -26,18 +26,24 @@ MAY_IMPORT = {
     "evaluation": {"config", "host", "model", "data", "inference", "distributed"},
     "interop": {"config", "host", "model", "data"},
     "classify": {"config", "host", "model", "data", "distributed", "run", "training"},
+    "pages": set(),
     "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
         *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
-        *("interop", "classify"),
+        *("interop", "classify", "pages"),
     },
     "cli": {"config", "host"},
     "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
     "__main__": {"cli"},
     "__init__": {"api"},
 }
-# what one `rm -r` removes: the room, with the command beside it, if it has one
-SLICES = {"bench": "", "classify": "commands/classify.py", "interop": "commands/huggingface.py"}
+# what one `rm -r` removes: the room, with the commands beside it, if it has any
+SLICES = {
+    "bench": [],
+    "classify": ["commands/classify.py"],
+    "interop": ["commands/huggingface.py"],
+    "pages": [],
+}
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [
     *("model", "training/step.py", "training/state.py", "training/optim.py", "distributed/sharding.py"),
@@ -77,7 +83,7 @@ def test_every_room_is_in_the_table():
 
 def was_removed(path: Path) -> bool:
     """Whether a slice went and took this along."""
-    gone = [PACKAGE / part for room in REMOVED for part in (room, SLICES[room]) if part]
+    gone = [PACKAGE / part for room in REMOVED for part in (room, *SLICES[room])]
     return any(path.resolve().is_relative_to(part) for part in gone)
 
 
@@ -85,9 +91,9 @@ def test_a_slice_is_known_to_its_command_alone_and_goes_with_it():
     for path in modules_of(PACKAGE):
         place = path.relative_to(PACKAGE).as_posix()
         assert not was_removed(path), f"{place} goes with its slice"
-        for room, command in SLICES.items():
+        for room, commands in SLICES.items():
             known = [name for name in imported(path) if f"{name}.".startswith(f"nanogpt_jax.{room}.")]
-            assert not known or room_of(path) == room or place == command, f"{place} imports {known[0]}"
+            assert not known or room_of(path) == room or place in commands, f"{place} imports {known[0]}"
 
 
 def test_a_command_imports_no_other_one():
@@ -226,7 +232,9 @@ def test_a_wheel_brings_every_file_and_runs_without_the_repository(tmp_path, cle
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(site)
-    for path in [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in (".py", ".c", ".md")]:
+    for path in [
+        p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in (".py", ".c", ".md", ".css", ".js", ".html")
+    ]:
         assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), path
     command = [sys.executable, "-m", "nanogpt_jax", "train", "shakespeare_char", "--print-config"]
     env = {**clean_env, "PYTHONPATH": str(site)}
