@@ -25,14 +25,15 @@ from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, MeshConfig, ModelConfig, UserError, settings
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.distributed.mesh import make_mesh, start
+from nanogpt_jax.distributed.sharding import shard
+from nanogpt_jax.evaluation import loss
 from nanogpt_jax.evaluation.likelihood import Model
-from nanogpt_jax.evaluation.loss import for_scoring, token_nats
 from nanogpt_jax.host import runtime
 from nanogpt_jax.inference import options
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.inference.sampler import stream_text
 from nanogpt_jax.model import gpt2, watching
-from nanogpt_jax.run.opened import open_run
+from nanogpt_jax.run import opened
 
 Text = str | Sequence[int] | np.ndarray  # or token ids
 
@@ -78,8 +79,7 @@ class Run:
         side by side, as `eval` does."""
         ids = self._ids(text, least=2, fits=False)
         mesh, T = make_mesh(MeshConfig()), self.config.model.block_size
-        model = Model(for_scoring(self.config.model, jax.default_backend()), self.params, self.tokenizer, mesh)
-        return token_nats(model.score, model.params, ids, mesh, block_size=T)
+        return loss.token_nats(loss.make_score(_plain(self.config), mesh), self.params, ids, mesh, block_size=T)
 
     def attention(self, text: Text) -> np.ndarray:
         """[L, H, T, T] float32: how much position t (third axis) looks at position s (last axis).
@@ -112,10 +112,17 @@ class Run:
 
 def load(run: str | PathLike[str], checkpoint: str = "best") -> Run:
     """Open a trained run. `checkpoint`: best (by validation loss), latest or a step. Takes seconds."""
-    opened = open_run(Path(run))
+    found = opened.open_run(Path(run))
     start()
-    params, _ = opened.load(str(checkpoint))
-    return Run(opened.cfg, params, opened.tokenizer)
+    params, _ = found.load(str(checkpoint))
+    return Run(found.cfg, params, found.tokenizer)
+
+
+def for_scoring(run: opened.Run, checkpoint: str = "best") -> tuple[Model, int]:
+    """An opened run for `evaluation/`, on all devices that are visible, and the checkpoint's step."""
+    params, step = run.load(checkpoint)
+    mesh = make_mesh(MeshConfig(data=-1))
+    return Model(_plain(run.cfg), jax.device_put(params, shard(mesh)), run.tokenizer, mesh), step
 
 
 def train(
@@ -150,7 +157,7 @@ def forward(params: gpt2.Params, config: Config | ModelConfig, tokens: jax.typin
 
 def _plain(cfg: Config | ModelConfig) -> ModelConfig:
     """The model's settings for this machine, without those of training."""
-    return for_scoring(cfg.model if isinstance(cfg, Config) else cfg, jax.default_backend())
+    return loss.for_scoring(cfg.model if isinstance(cfg, Config) else cfg, jax.default_backend())
 
 
 def _asked(how: Mapping[str, Any]) -> options.Options:

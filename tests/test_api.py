@@ -142,7 +142,7 @@ def test_forward_is_pure_and_jit_grad_and_vmap_take_it(run):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda run: run.generate("a", temperature=-1), "--temperature=-1 must be 0 (always the likeliest token)"),
+        (lambda run: run.generate("a", temperature=-1), "--temperature=-1.0 must be 0 (always the likeliest token)"),
         (lambda run: run.generate("a", temprature=1), "did you mean --temperature?"),
         (lambda run: run.generate("a", seed="x"), "--seed=x must be a whole number"),
         (lambda run: run.generate("é"), "character 'é' at position 0 is not among the"),

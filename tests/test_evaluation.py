@@ -16,7 +16,7 @@ from helpers import load, make_state, refused, trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_jax import config
+from nanogpt_jax import api, config
 from nanogpt_jax.cli import door
 from nanogpt_jax.commands import evaluate
 from nanogpt_jax.config import MeshConfig, UserError
@@ -105,7 +105,7 @@ def model(place) -> likelihood.Model:
     """runs/a on all 8 devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        return evaluate.load(open_run(Path("runs/a")))[0]
+        return api.for_scoring(open_run(Path("runs/a")))[0]
 
 
 def run(*words: str) -> dict:
@@ -317,7 +317,7 @@ def test_the_seam_of_context_and_continuation_follows_lm_eval(model, here):
 
     assert decoded(model, "El gato ", "negro") == ["El gato", " negro"]  # the space belongs to what follows
     assert decoded(model, "", "El") == [model.tokenizer.decode([0]), "El"]  # no newline in this vocabulary
-    pairs = evaluate.load(open_run(Path("runs/pairs")))[0]
+    pairs = api.for_scoring(open_run(Path("runs/pairs")))[0]
     assert decoded(pairs, "", " gato") == ["<|endoftext|>", " gato"]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nanogpt_jax import cli, config
+from nanogpt_jax import cli
 from nanogpt_jax.config import UserError, command_line
 from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.evaluation import compare, texts
@@ -94,14 +94,15 @@ def run(asked: Options) -> int:
     texts_of = _texts(asked, runs) if asked.wants_loss else [None] * len(runs)
     tasks = _lm_eval().load_tasks(asked.tasks, asked.include_path) if asked.tasks else None  # not after minutes
 
-    from nanogpt_jax.evaluation import figures, loss, multiple_choice  # jax takes seconds, so only now
+    from nanogpt_jax import api  # jax takes seconds, so only now
+    from nanogpt_jax.evaluation import figures, loss, multiple_choice
 
     choices = multiple_choice.read_choices(asked.choices) if asked.choices else []
     words = multiple_choice.read_last_words(asked.last_word) if asked.last_word else []
     columns: list[dict[str, Any]] = []
     sides: list[compare.Side] = []
     for run, text in zip(runs, texts_of, strict=True):
-        model, step = load(run, asked.checkpoint)
+        model, step = api.for_scoring(run, asked.checkpoint)
         T = run.cfg.model.block_size
         column: dict[str, Any] = {"run": str(run.path), "step": step}
         found: dict[str, np.ndarray] = {}
@@ -168,21 +169,6 @@ def _check_places(asked: Options) -> None:
 
 
 # ---- runs and texts -------------------------------------------------------------------------------------------------
-
-
-def load(run: Run, checkpoint: str = "best"):
-    """The run as an `evaluation.likelihood.Model` on all devices that are visible, and the checkpoint's step."""
-    import jax
-
-    from nanogpt_jax.distributed.mesh import make_mesh
-    from nanogpt_jax.distributed.sharding import shard
-    from nanogpt_jax.evaluation.likelihood import Model
-    from nanogpt_jax.evaluation.loss import for_scoring
-
-    params, step = run.load(checkpoint)
-    mesh = make_mesh(config.MeshConfig(data=-1))
-    params = jax.device_put(params, shard(mesh))
-    return Model(for_scoring(run.cfg.model, jax.default_backend()), params, run.tokenizer, mesh), step
 
 
 def _lm_eval() -> Any:

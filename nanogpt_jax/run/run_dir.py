@@ -396,7 +396,10 @@ def standing(run_dir: Path, argv: list[str], name: str = "train") -> str:
 
 
 def afterwards(run_dir: Path, argv: list[str], steps: int) -> str:
-    """Two commands for a finished run: sample from it, or train longer."""
+    """Commands for a finished run: sample from it, read about it, or train longer."""
     longer = command_again(argv, steps=2 * max([steps, *checkpoint_steps(run_dir)]))
     sample = f"{config.program('sample')} {config.word(run_dir)} --num-samples 3"
-    return f"next: {sample}\n      or train longer: {longer}"
+    about = f"      or read about it: {config.program('report')} {config.word(run_dir)}\n"
+    if not importlib.util.find_spec("nanogpt_jax.commands.report"):  # it may have been removed
+        about = ""
+    return f"next: {sample}\n{about}      or train longer: {longer}"
