@@ -1,6 +1,7 @@
 """Three lines of Python: what `import nanogpt_jax` offers."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,9 @@ def test_importing_it_takes_no_jax_and_changes_nothing(clean_env):
 def test_there_are_at_most_twelve_names(run):
     names = [*nanogpt_jax.__all__, *(name for name in dir(run) if not name.startswith("_"))]
     assert len(names) == 12, names
+    page = (Path(nanogpt_jax.__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = page.partition("## From Python")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(?:run\.)?(\w+)(?:\(.*?\))?`(?=[ ,].*\| )", table)) == set(names)
     for name in nanogpt_jax.__all__:
         assert name in dir(nanogpt_jax)
         assert getattr(nanogpt_jax, name).__doc__, name
