@@ -143,6 +143,7 @@ class WordTokenizer:
         assert isinstance(about, dict), "not what `make` stores"
         assert about.keys() == {"words", "end_of_text"}, "not what `make` stores"
         self._words: list[str] = about["words"]
+        assert isinstance(self._words, list), "words must be a list"
         assert all(isinstance(word, str) and word for word in self._words), "words must be text"
         n = len(self._words)
         self._id_of = {word: i for i, word in enumerate(self._words)}
