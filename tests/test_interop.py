@@ -788,6 +788,18 @@ def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys, end_of
     assert not (tmp_path / "model.gguf").exists()
 
 
+def test_a_word_model_is_not_exported(place, tmp_path, capsys):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    tokenizers.make("word", "El gato").save(tmp_path / "run" / "tokenizer")
+    for out, message in (
+        ("model.gguf", "llama.cpp has no tokenizer of words"),
+        ("out", "the run's tokenizer is of words"),
+    ):
+        assert command("export-hf", tmp_path / "run", tmp_path / out) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / out).exists()
+
+
 @contextlib.contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """A limit on the size of files stands in for it: small ones can be written."""
@@ -1070,7 +1082,7 @@ WRONG_STARTS = [
     ("longer context", "--init-from run --model.block-size 64", ["model.block_size=64", "has model.block_size=19"]),
     ("another tokenizer", "--init-from run --data.tokenizer char", ["data.tokenizer=char (command line) is another tokenizer than that of train.init_from=run"]),
     ("given twice", "--init-from run --train.init-from hf", ["exclude each other"]),
-    ("no such tokenizer", "--data.tokenizer chars", ["data.tokenizer=chars is none of char, gpt2, bpe:8192 or a folder", "did you mean char?"]),
+    ("no such tokenizer", "--data.tokenizer chars", ["data.tokenizer=chars is none of char, word, gpt2, bpe:8192 or a folder", "did you mean char?"]),
     ("no tokenizer there", "--data.tokenizer home", ["data.tokenizer=home holds no tokenizer"]),
     ("more frozen layers than layers", "--init-from run --optim.freeze-layers 4", ["optim.freeze_layers=4 exceeds model.n_layer=3"]),
     ("in place", "--init-from run --run-dir run", ["run holds an imported model", "--init-from run --run-dir NEW"]),
