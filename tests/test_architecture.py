@@ -41,7 +41,7 @@ SLICES = {
     "bench": [],
     "classify": ["commands/classify.py"],
     "interop": ["commands/huggingface.py"],
-    "pages": [],
+    "pages": ["commands/attend.py"],
 }
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [
