@@ -5,7 +5,7 @@
 const byId = (id) => document.getElementById(id);
 const page = JSON.parse(byId("data").textContent);
 const { T, L, H, K, words, levels } = page;
-const chosen = { head: page.head, query: T - 1, key: 0, pinned: false };
+const chosen = { head: page.head, query: Math.min(T - 1, 24), key: 0, pinned: false };
 
 // ---- numbers and texts ----------------------------------------------------------------------------------------------
 
@@ -127,14 +127,26 @@ function choices(box, options, choose, columns = () => 1) {
   };
 }
 
+/** A text that is read out, and not seen. */
+const heard = (textContent) => made("span", { className: "heard", textContent });
+
+/** An option: number, token and whether it is a part of a character; then what `show` says of it: a name, a figure. */
 function tokenOption(position) {
   const token = made("span", { className: "token", textContent: tokenOf(position) });
-  if (page.pieces[position] !== undefined) token.classList.add("piece");
-  return made("div", {}, token, made("span", { className: "figure" }));
-}
-function pieceSaid(position) {
   const whole = page.pieces[position];
-  return whole === undefined ? "" : `, ${whole ? said(words.pieceOf, { whole }) : words.piece}`;
+  const part = whole === undefined ? "" : `, ${whole ? said(words.pieceOf, { whole }) : words.piece}`;
+  if (part) {
+    token.classList.add("piece");
+    token.title = part.slice(2);
+  }
+  const [name, value] = [heard(""), made("span", { className: "figure" })];
+  const option = made("div", {}, heard(`${position + 1} `), token, heard(`${part}: `), name, value);
+  const now = ["", ""];
+  option.show = (what, text) => {
+    if (now[0] !== what) name.textContent = `${(now[0] = what)} `;
+    if (now[1] !== text) value.textContent = now[1] = text;
+  };
+  return option;
 }
 
 // ---- colours --------------------------------------------------------------------------------------------------------
@@ -200,8 +212,7 @@ function showStrip(what) {
     const x = found[position];
     const shown = x === null ? "–" : figure(x, 2, what === "difference" ? "exceptZero" : "auto");
     option.style.setProperty("--share", `${(60 * Math.abs(x ?? 0)) / most}%`);
-    option.lastChild.textContent = shown;
-    option.ariaLabel = `${named(position)}${pieceSaid(position)}: ${x === null ? words.noLoss : `${words[what]} ${shown}`}`;
+    option.show(x === null ? words.noLoss : words[what], shown);
   });
   byId("loss-low").textContent = `${words[what]}: ${figure(0, 1)}`;
   byId("loss-high").textContent = `${figure(most, 1)} ${words.nats}`;
@@ -216,7 +227,7 @@ if (page.difference) {
 // ---- all heads ------------------------------------------------------------------------------------------------------
 
 const headOptions = Array.from({ length: L * H }, (_, head) =>
-  made("div", { ariaLabel: headSaid(head) }, made("canvas", { className: "masked" }), made("span")),
+  made("div", {}, made("canvas", { className: "masked" }), made("span", { className: "figure" }), heard(` ${headSaid(head)}`)),
 );
 let columns = H;
 const markHead = choices(byId("heads"), headOptions, (head) => choose({ head }), () => columns);
@@ -237,7 +248,7 @@ function sortHeads() {
   box.style.gridTemplateColumns = `repeat(${columns}, minmax(26px, ${by === "place" ? 78 : 63}px))`;
   for (const head of order) {
     const place = `${Math.floor(head / H) + 1}·${(head % H) + 1}`;
-    headOptions[head].lastChild.textContent = by === "place" ? place : `${place}: ${figuresOf(head)[by]}`;
+    headOptions[head].querySelector(".figure").textContent = by === "place" ? place : `${place}: ${figuresOf(head)[by]}`;
   }
   box.replaceChildren(...order.map((head) => headOptions[head]));
   if (byId("heads-details").open) fillHeadsTable(order);
@@ -258,7 +269,7 @@ let wholeHead = -1;
 let frame = { left: 0, top: 0, size: 1 }; // where the weights are on the canvas, in CSS pixels
 
 function drawMatrix() {
-  const { head, query, key } = chosen;
+  const { head } = chosen;
   if (head !== wholeHead) whole = picture(made("canvas"), head, T);
   wholeHead = head;
   const width = matrix.clientWidth;
@@ -278,13 +289,19 @@ function drawMatrix() {
   context.strokeStyle = colours.hatch;
   context.strokeRect(margin, margin, size, size);
   if (labelled) drawLabels(context, margin, cell);
-  context.strokeStyle = colours.mark;
-  context.lineWidth = 1;
-  context.strokeRect(margin - 0.5, margin + query * cell - 0.5, size + 1, cell + 1);
-  context.lineWidth = 2;
-  const box = Math.max(cell, 6); // a box that can be seen, around a cell that may be smaller
-  const [x, y] = [key, query].map((n) => margin + (n + 0.5) * cell - box / 2);
-  context.strokeRect(x, y, box, box);
+}
+/** The chosen row and cell, as boxes above the canvas: to move them is quick. */
+function markCell() {
+  const cell = frame.size / T;
+  const place = (mark, x, y, width, height) => {
+    mark.style.transform = `translate(${x}px, ${y}px)`;
+    mark.style.width = `${width}px`;
+    mark.style.height = `${height}px`;
+  };
+  const [x, y] = [frame.left + chosen.key * cell, frame.top + chosen.query * cell];
+  place(byId("row-mark"), frame.left - 1, y - 1, frame.size + 2, cell + 2);
+  const more = Math.max(2, (7 - cell) / 2); // so that a small cell's box is seen
+  place(byId("cell-mark"), x - more, y - more, cell + 2 * more, cell + 2 * more);
 }
 function hatched(context) {
   const tile = made("canvas", { width: 6, height: 6 });
@@ -305,14 +322,13 @@ function drawLabels(context, margin, cell) {
   context.textBaseline = "middle";
   for (let n = 0; n < T; n++) {
     const middle = margin + (n + 0.5) * cell;
-    context.fillStyle = n === chosen.query ? colours.mark : colours.ink;
+    context.fillStyle = colours.ink;
     context.textAlign = "right";
     context.fillText(tokenOf(n), margin - 4, middle, margin - 6);
     context.save();
     context.translate(middle, margin - 4);
     context.rotate(-Math.PI / 2);
     context.textAlign = "left";
-    context.fillStyle = n === chosen.key ? colours.mark : colours.ink;
     context.fillText(tokenOf(n), 0, 0, margin - 6);
     context.restore();
   }
@@ -327,13 +343,14 @@ function heaviest(head, query) {
 const rowCells = (w, key) => [`${key + 1}`, [tokenOf(key), "token"], weightShown(w), scoreShown(w, chosen.head, chosen.query), pushShown(w, chosen.head, key)];
 const rowHeads = () => [words.number, words.token, words.weight, words.score, words.push];
 
-function showRow() {
+/** In words: the chosen cell, and its row. */
+function showReading() {
   const { head, query, key } = chosen;
   const row = weightsOf(head, query);
   const w = key <= query ? row[key] : 0;
   byId("head-title").textContent = `${words.oneHead}: ${headName(head)}`;
   byId("head-figures").textContent = said(words.headSays, figuresOf(head));
-  matrix.ariaLabel = `${words.matrix}: ${headName(head)}`;
+  matrix.setAttribute("aria-label", `${words.matrix}: ${headName(head)}`);
   const looks = { query: named(query), key: named(key) };
   byId("reading").textContent = key > query ? said(words.readsMasked, looks)
     : Number.isNaN(w) ? said(words.readsLeftOut, looks)
@@ -349,7 +366,11 @@ function showRow() {
   const first = Number.isNaN(row[0]) ? words.leftOut : percent(row[0]);
   byId("row-says").textContent = said(words.rowSays, { query: named(query), entropy: figure(entropy, 2), distance: figure(distance, 1), first, sink: tokenOf(0), sum: figure(sum) })
     + (K && query + 1 > K ? ` ${said(words.rowKept, { kept: K, mass: percent(Math.max(0, 1 - sum)) })}` : "");
-
+}
+/** In tables and colours: the chosen row. */
+function showRow() {
+  const { head, query } = chosen;
+  const row = weightsOf(head, query);
   const present = [...row.keys()].filter((s) => !Number.isNaN(row[s]));
   const most = present.sort((a, b) => row[b] - row[a]).slice(0, 8);
   fillTable(byId("largest"), said(words.largest, { query: named(query) }), rowHeads(), most.map((s) => rowCells(row[s], s)));
@@ -362,8 +383,7 @@ function showRow() {
     option.classList.toggle("empty", masked);
     option.classList.toggle("key", s === query);
     option.style.setProperty("--share", masked || Number.isNaN(row[s]) ? "0%" : `${60 * Math.sqrt(row[s])}%`);
-    option.lastChild.textContent = shown;
-    option.ariaLabel = `${named(s)}: ${masked ? words.masked : `${words.weight} ${shown}`}`;
+    option.show(masked ? words.masked : words.weight, shown);
   });
 }
 function fillRowTable(row = weightsOf(chosen.head, chosen.query)) {
@@ -415,29 +435,35 @@ function showLens() {
 
 // ---- choosing and drawing -------------------------------------------------------------------------------------------
 
-let waiting = false;
-let drawn = {}; // what was last drawn
+let [waiting, later] = [false, 0];
+let [read, drawn] = [{}, {}]; // what was last said in words; what all of the page shows
 
+/** Says and marks the choice in the next frame, and draws the rest when the choice has rested for a moment. */
 function choose(change) {
   Object.assign(chosen, change);
   for (const name of ["query", "key"]) chosen[name] = Math.max(0, Math.min(T - 1, chosen[name]));
-  if (waiting) return;
+  if (!waiting) requestAnimationFrame(answer);
   waiting = true;
-  requestAnimationFrame(draw);
 }
-function draw() {
+const differs = (from, ...names) => names.some((name) => chosen[name] !== from[name]);
+function answer() {
   waiting = false;
-  const has = (name) => chosen[name] !== drawn[name];
-  if (has("head")) markHead(chosen.head);
-  if (has("head") || has("query") || has("key")) {
-    showRow();
+  if (!differs(read, "head", "query", "key")) return;
+  showReading();
+  markCell();
+  read = { ...chosen };
+  clearTimeout(later);
+  later = setTimeout(drawRest, 20);
+}
+function drawRest() {
+  if (differs(drawn, "head")) {
+    markHead(chosen.head);
     drawMatrix();
   }
-  if (has("key")) markKey(chosen.key);
-  if (has("query")) {
-    markQuery(chosen.query);
-    showLens();
-  }
+  if (differs(drawn, "head", "query")) showRow();
+  if (differs(drawn, "query")) showLens();
+  if (differs(drawn, "key")) markKey(chosen.key);
+  if (differs(drawn, "query")) markQuery(chosen.query);
   drawn = { ...chosen };
 }
 function repaint(given) {
@@ -445,6 +471,7 @@ function repaint(given) {
   headOptions.forEach((option, head) => picture(option.firstChild, head, Math.min(T, 64)));
   wholeHead = -1;
   drawMatrix();
+  markCell();
 }
 
 readColours();
@@ -452,7 +479,8 @@ showStrip("loss");
 sortHeads();
 byId("left-out-legend").hidden = !K;
 chosen.key = heaviest(chosen.head, chosen.query);
-draw();
+answer();
+drawRest();
 repaint();
 for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", () => repaint());
 addEventListener("beforeprint", () => repaint(ON_PAPER));
@@ -460,5 +488,6 @@ addEventListener("afterprint", () => repaint());
 addEventListener("resize", () => {
   sortHeads();
   drawMatrix();
+  markCell();
 });
 document.documentElement.dataset.ready = "true";

@@ -26,6 +26,7 @@ def _levels() -> np.ndarray:
 
 LEVELS = _levels()  # [256], rising from 0 to 1
 BETWEEN = (LEVELS[1:] + LEVELS[:-1]) / 2
+BETWEEN[0] = LEVELS[1] / RATIO**0.5  # what is stored as more than 0 has its score to 0.05 too
 MOVED_TO = 1 / 255  # the most that a weight may be moved for the sake of its row's sum
 
 
@@ -41,7 +42,7 @@ class Stored(NamedTuple):
 def stored(weights: np.ndarray, room: int = ROOM) -> Stored:
     """weights [L, H, T, T] of a causal model -> all of them, or the largest of each row if they exceed `room` bytes."""
     L, H, T, _ = weights.shape
-    if L * H * T * (T + 1) // 2 <= room:
+    if room >= L * H * T * (T + 1) // 2:
         triangle = np.tril_indices(T)
         return Stored(0, np.stack([coded(layer)[:, *triangle] for layer in weights]), None, (0.0, 0.0))
     K = min(T, max(1, room // (3 * L * H * T)))
@@ -147,7 +148,7 @@ def cosines(word: np.ndarray, others: np.ndarray, tokens: np.ndarray, seed: int 
     chance = np.random.default_rng(seed)
     i, j = chance.integers(0, len(tokens), (2, pairs))
     i, j = i[tokens[i] != tokens[j]], j[tokens[i] != tokens[j]]
-    found: list[list[np.ndarray]] = [[], [], [], []]
+    found: list[list[Any]] = [[], [], [], []]
     for x, y in zip(word.astype(np.float64), others.astype(np.float64), strict=True):
         deviation = y.std(0)
         scale = np.where(deviation > 0, deviation, 1)

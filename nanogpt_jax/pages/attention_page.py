@@ -175,7 +175,7 @@ def _word(word: Word, say: dict[str, str], language: str) -> str:
     return (
         f'<section aria-labelledby="word-title">\n<h2 id="word-title">{title}</h2>\n<ol>{items}</ol>\n'
         + "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
-        + f'<div class="scrolls" tabindex="0" role="region" aria-labelledby="word-title">{table}</div>\n</section>'
+        + f'<div class="scrolls" tabindex="0" role="group" aria-labelledby="word-title">{table}</div>\n</section>'
     )
 
 
