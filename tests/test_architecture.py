@@ -42,7 +42,7 @@ SLICES = {
     "bench": [],
     "classify": ["commands/classify.py"],
     "interop": ["commands/huggingface.py"],
-    "pages": ["commands/report.py"],
+    "pages": ["commands/attend.py", "commands/report.py"],
 }
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [
