@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
         *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
-        *("interop", "classify", "pages"),
+        *("interop", "classify", "pages", "api"),
     },
     "cli": {"config", "host"},
     "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
