@@ -126,7 +126,7 @@ ATTENTION = {
         ),
         "exact_whole": "No weight is left out.",
         "exact_left_out": (
-            "Of each row only the first and the largest are kept, {kept} weights: {mean} of it is left out in the mean, "
+            "Of each row only the first and the largest are kept, {kept} weights: {mean} is left out in the mean, "
             "{worst} in the worst row."
         ),
     },
