@@ -90,7 +90,8 @@ def weights_of(data: dict) -> np.ndarray:
         found[:, :, *np.tril_indices(T)] = levels.reshape(L, H, -1)
         return found
     keys = np.frombuffer(base64.b64decode(data["keys"]), "<u2").reshape(L, H, T, K)
-    found[:, :, : min(K, T), :] = np.where(np.tri(T, dtype=bool)[:K], 0, found[:, :, :K])
+    found[:, :, :K] = np.where(np.tri(T, dtype=bool)[:K], 0, found[:, :, :K])
+    found[..., 0] = 0
     for place in zip(*np.nonzero(levels.reshape(L, H, T, K)), strict=True):
         found[(*place[:3], keys[place])] = levels.reshape(L, H, T, K)[place]
     return found
@@ -127,7 +128,7 @@ def test_what_does_not_fit_is_left_out_the_smallest_first_and_its_mass_is_told()
     stored = attention.stored(weights, room=3 * 2 * 3 * 50 * 7)
     assert stored.kept == 7
     assert stored.keys is not None
-    kept = np.sort(weights, axis=-1)[..., -7:].sum(-1)
+    kept = weights[..., 0] + np.sort(weights[..., 1:], axis=-1)[..., -6:].sum(-1)
     np.testing.assert_allclose(stored.left_out, ((1 - kept).mean(), (1 - kept).max()), atol=1e-6)
     there = stored.codes > 0
     assert (np.diff(stored.keys.astype(int), axis=-1)[there[..., 1:] & there[..., :-1]] > 0).all()
@@ -289,7 +290,9 @@ def test_a_long_text_is_cut_and_said_and_what_is_left_out_is_said(here, capsys, 
     page = Path("page.html").read_text(encoding="utf-8")
     assert '<html lang="es">' in page
     assert "El texto tiene 162 tokens y el modelo ve 64 a la vez: esta página muestra los primeros 64." in page
-    assert re.search(r"solo se guardan los 5 mayores pesos: queda fuera \d+,\d % del peso de media, \d+,\d % en", page)
+    assert re.search(
+        r"solo se guardan el primero y los mayores, 5 pesos: queda fuera \d+,\d % de media, \d+,\d % en", page
+    )
     found = weights_of(data_of(page))
     assert np.isnan(found[:, :, 63]).sum(-1).min() >= 59
     assert not np.isnan(found[:, :, :5]).any()
@@ -552,7 +555,7 @@ def test_a_hover_a_touch_and_what_was_left_out(browser, pages):
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.995)
     assert reading(page).startswith("53 «.» looks at")
     assert page.is_visible("#left-out-legend")
-    assert "Of this row the page keeps the 5 largest" in page.text_content("#row-says")
+    assert "Of this row the first and the largest are kept, 5 in all" in page.text_content("#row-says")
     # a masked cell is hatched, of two colours; one of the triangle is of one
     colours = """(x, y) => { const all = new Set(), pen = matrix.getContext('2d'), n = matrix.width;
         for (const p of pen.getImageData(n * x, n * y, 14, 14).data.entries()) if (p[0] % 4 === 0) all.add(p[1]); return all.size; }"""
