@@ -47,6 +47,36 @@ def write_file(flag: str, place: str, content: str | bytes) -> None:
         raise UserError(f"cannot write {flag}={place}: {e.strerror or e}") from None
 
 
+def check_page(place: str | None, own: Path) -> Path:
+    """Where a page goes: to --out=`place`, or to `own`, its place in a run. UserError if it cannot be written.
+
+    The run may be a stranger's, so a link at `own` is not followed.
+    """
+    if place is not None:
+        check_file("--out", place)
+        return Path(place)
+    try:
+        kind = files.kind_of(own)
+        if kind in ("", "file"):
+            files.check_writable(own)
+    except OSError as e:
+        raise UserError(f"cannot write {own}: {e.strerror or e}\n       choose another place with --out") from None
+    if kind not in ("", "file"):
+        raise UserError(f"{own} is a {kind}, and not a file\n       take it away, or choose another place with --out")
+    return own
+
+
+def write_page(place: str | None, own: Path, content: str | bytes) -> None:
+    """Write a page to where `check_page` said."""
+    if place is not None:
+        write_file("--out", place, content)
+        return
+    try:
+        files.write(own, content)
+    except OSError as e:
+        raise UserError(f"cannot write {own}: {e.strerror or e}\n       choose another place with --out") from None
+
+
 def pyplot(flag: str, place: str) -> Any:
     """matplotlib.pyplot, drawing without a screen. UserError if it is not there, or cannot write `flag`=`place`."""
     try:

@@ -71,6 +71,12 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_shown():
     assert "<polyline" not in written()
 
 
+def test_a_link_in_the_place_of_the_page_is_not_followed(capsys):
+    os.symlink("../text.txt", "run/report.html")
+    refused(report.main, "run", capsys, "run/report.html is a link, and not a file", "--out")
+    assert Path("text.txt").read_text() != ""
+
+
 def test_texts_are_escaped():
     os.rename("run", "<b>&")
     told = json.loads(Path("<b>&/config.json").read_text())

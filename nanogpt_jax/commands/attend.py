@@ -15,7 +15,6 @@ from nanogpt_jax import cli
 from nanogpt_jax.config import ModelConfig, UserError, command_line
 from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.data import text_file
-from nanogpt_jax.host import files
 from nanogpt_jax.pages import attention, attention_page, tokens
 from nanogpt_jax.pages.attention_page import About, Other, Watched, Word
 from nanogpt_jax.run.opened import Run, open_run
@@ -129,10 +128,7 @@ def run(asked: Options) -> int:
     cfg, tokenizer = opened.cfg.model, opened.tokenizer
     about = About(str(opened.path), step, tokenizer.name, n_all, (asked.layer - 1, asked.head - 1), asked.language)
     made = attention_page.page(about, seen, lambda token: _bytes(opened, token), versus, word).encode()
-    if asked.out is None:
-        _write_own(out, made)
-    else:
-        cli.write_file("--out", asked.out, made)
+    cli.write_page(asked.out, out, made)
     print(f"{out}: {len(made) / 1e6:.1f} MB, {cfg.n_layer} layers of {cfg.n_head} heads over {len(ids)} tokens")
     if asked.npz:
         cli.write_file("--npz", asked.npz, _npz(seen))
@@ -200,28 +196,9 @@ def _check_fit(asked: Options, opened: Run, other: Run | None, n: int) -> None:
 
 def _check_places(asked: Options, opened: Run) -> Path:
     """Where the page goes; UserError if it, or what goes beside it, cannot be written."""
-    for name in ("out", "npz"):
-        if getattr(asked, name):
-            cli.check_file(f"--{name}", getattr(asked, name))
-    if asked.out:
-        return Path(asked.out)
-    out = opened.path / ATTENTION_PAGE
-    try:
-        kind = files.kind_of(out)
-        if kind in ("", "file"):
-            files.check_writable(out)
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}\n       choose another place with --out") from None
-    if kind not in ("", "file"):
-        raise UserError(f"{out} is a {kind}, and not a file\n       take it away, or choose another place with --out")
-    return out
-
-
-def _write_own(out: Path, made: bytes) -> None:
-    try:
-        files.write(out, made)
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}\n       choose another place with --out") from None
+    if asked.npz:
+        cli.check_file("--npz", asked.npz)
+    return cli.check_page(asked.out, opened.path / ATTENTION_PAGE)
 
 
 def _bytes(opened: Run, token: int) -> bytes:

@@ -18,6 +18,7 @@ from nanogpt_jax.model import sizes
 from nanogpt_jax.pages import drawing, html
 from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.run.opened import Run, newest, open_run
+from nanogpt_jax.run.run_dir import REPORT_PAGE
 
 CURVES = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm, unclipped", "tokens_per_second": "Tokens/s"}
 DERIVED = ("model.vocab_size", "model.end_of_text")  # settings that follow from the data
@@ -31,7 +32,7 @@ LOOKS = (
 
 @dataclass(frozen=True)
 class Options(command_line.Options):
-    out: str | None = flag("FILE", "where the page goes (default: report.html in the run directory)")
+    out: str | None = flag("FILE", "where the page goes (default: RUN/report.html)")
     checkpoint: str = flag("WHICH", "best, latest or a step", "best")
 
 
@@ -58,9 +59,8 @@ def main(argv: list[str]) -> int:
         return 0
     asked = read(argv)
     run = open_run(Path(asked.words[0]) if asked.words else newest(Path("runs")))
-    out = str(run.path / "report.html") if asked.out is None else asked.out
-    cli.check_file("--out", out)
-    cli.write_file("--out", out, page(run, asked.checkpoint))
+    out = cli.check_page(asked.out, run.path / REPORT_PAGE)
+    cli.write_page(asked.out, out, page(run, asked.checkpoint))
     print(f"{out}: open it in a browser")
     return 0
 
