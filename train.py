@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
             again = f"go on with the same command: {config.command_again(argv)}"
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}\n{again}")
             return 128 + outcome.signal
-        print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.validation['val/loss']:.4f} at the last step")
+        print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.loss} at the last step")
         print(f"a sample:\n\n{sample}\n\n{then}")
         return 0
 

@@ -20,7 +20,7 @@ class LabelledConfig:
     text_column: str = "text"  # the column with the text
     label_column: str = "label"  # the column with the label: a string or a whole number
     keep: Literal["first", "last"] = "first"  # which model.block_size tokens of a longer text are read
-    tokenizer: str = "char"  # char, gpt2, bpe:8192 (learned from the texts), or a folder that holds a tokenizer
+    tokenizer: str = "char"  # char, word, gpt2, bpe:8192 (learned from the texts), or a folder that holds one
     val_fraction: float = 0.1  # share of each label for validation
     test_fraction: float = 0.1  # share of each label for `classify eval`
 

@@ -124,9 +124,9 @@ def check_tokenizer(name: str, where: str) -> None:
             raise UserError(
                 f"data.tokenizer={name} must lie in bpe:257 to bpe:1048576 ({where}): 256 bytes and end-of-text are in"
             )
-    elif name not in ("char", "gpt2") and not Path(name).is_dir():
-        near = suggestion(name, ("char", "gpt2", "bpe:8192"))
-        raise UserError(f"data.tokenizer={name} is none of char, gpt2, bpe:8192 or a folder ({where}){near}")
+    elif name not in ("char", "word", "gpt2") and not Path(name).is_dir():
+        near = suggestion(name, ("char", "word", "gpt2", "bpe:8192"))
+        raise UserError(f"data.tokenizer={name} is none of char, word, gpt2, bpe:8192 or a folder ({where}){near}")
 
 
 def with_vocabulary(cfg: Settings, n_vocab: int, end_of_text: int | None, origin: Origin) -> Settings:

@@ -13,13 +13,16 @@ import sys
 import sysconfig
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from nanogpt_jax.config import UserError
-from nanogpt_jax.data import hub, local
+from nanogpt_jax.data import frases, hub, local
 from nanogpt_jax.data.corpus import Block, Corpus
 from nanogpt_jax.data.text_file import OnProgress
+from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files
 
 PYTHON_DOCS_LENGTH = 1_000_000  # characters
@@ -128,7 +131,33 @@ def _shakespeare_text(kept: Path) -> str:
     return content.decode()
 
 
+def spanish(folder: Path) -> Corpus:
+    """Spanish sentences from our own grammar, written on first use."""
+    del folder  # nothing to store
+    return Corpus("frases", frases.TEXT_SHA256, {"sentences": frases.SENTENCES}, False, _one_text(frases.text))
+
+
 CORPORA: dict[str, Callable[[Path], Corpus]] = {
     "python-docs": python_docs,
+    "frases": spanish,
     "shakespeare": shakespeare,
 }
+
+# corpora whose truth is known -> -log p of each word after the first, by (words, block_size, stride)
+BEST: dict[str, Callable[[Sequence[str], int, int], np.ndarray]] = {
+    "frases": lambda words, block_size, stride: frases.grammar().nats(words, block_size, stride)
+}
+
+
+def best_possible(
+    source: str, tokens: np.ndarray, tokenizer: Tokenizer, block_size: int, stride: int = 0
+) -> np.ndarray | None:
+    """The nats of each token of a text [N] after the first, by whoever knows how its source writes: [N-1] float64.
+
+    None unless that is known, and tokens are words. No model can be better in the same windows but by chance: see
+    `Grammar.nats`.
+    """
+    if source not in BEST or tokenizer.name != "word":
+        return None
+    words = [tokenizer.decode([i]).removeprefix(" ") for i in range(tokenizer.n_vocab)]
+    return BEST[source]([words[i] for i in tokens], block_size, stride)

@@ -106,7 +106,8 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
         else:
             progress.begin("reading")
             length, facts["sha256"] = _measure(corpus, progress.update)
-            pieces = shards.of_text(corpus.blocks(progress.update), int(length * (1 - cfg.val_fraction)))
+            cut = int(length * (1 - cfg.val_fraction))
+            pieces = shards.of_text(corpus.blocks(progress.update), cut, between_words=tok.name == "word")
             what = f" ({length} characters)"
         dtype = np.dtype(np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32).newbyteorder("<")
         progress.begin("tokens")
@@ -152,14 +153,16 @@ def _fill(cfg: DataConfig, corpus: Corpus, given: Tokenizer | None, partial: Pat
 
 
 def make_tokenizer(kind: str, sources: list[Corpus], progress: Progress) -> Tokenizer:
-    """A tokenizer of `kind` ("char", "bpe:8192") for all `sources`; UserError if they hold no text."""
+    """A tokenizer of `kind` ("char", "word", "bpe:8192") for all `sources`; UserError if they hold no text."""
 
     def texts() -> Iterator[str]:
         most = tokenizer.SAMPLE if kind.startswith("bpe") else sys.maxsize
         for corpus in sources:
             read = 0
-            for text, _ in corpus.blocks(progress.update):
+            for text, ends in corpus.blocks(progress.update):
                 yield text[: most - read]
+                if ends and kind == "word":
+                    yield "\n"  # or else the last word of a document would be one with the first of the next
                 read += len(text)
                 if read >= most:
                     break

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from nanogpt_jax.host import files
 from nanogpt_jax.host.progress import Progress
 
 PIECE = 1 << 16  # characters of a document that are encoded at a time
+SPACE = re.compile(r"\s")  # a word begins at each
 SHARD = 1 << 22  # characters in a shard: the most that an interruption loses, and that a thread holds
 
 
@@ -30,8 +32,11 @@ class Piece(NamedTuple):
     ends: bool  # end-of-text follows
 
 
-def of_text(blocks: Iterator[Block], cut: int) -> Iterator[Piece]:
-    """A text without documents: the first `cut` characters to train on, the rest to validate."""
+def of_text(blocks: Iterator[Block], cut: int, between_words: bool = False) -> Iterator[Piece]:
+    """A text without documents: the first `cut` characters to train on, the rest to validate.
+
+    `between_words`: if the cut falls into a word, it is moved to the word's end.
+    """
     rest = ""  # of the block with the cut
 
     def head() -> Iterator[str]:
@@ -41,6 +46,15 @@ def of_text(blocks: Iterator[Block], cut: int) -> Iterator[Piece]:
             yield block[0][:left]
             rest = block[0][left:]
             left -= len(block[0]) - len(rest)
+        while between_words and not (space := SPACE.search(rest)):
+            yield rest
+            if not (block := next(blocks, None)):
+                rest = ""
+                return
+            rest = block[0]
+        if between_words:
+            yield rest[: space.start()]
+            rest = rest[space.start() :]
 
     def tail() -> Iterator[str]:
         yield rest

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one token a character, GPT-2's byte pairs, or byte pairs learned from your own text.
+"""Text to token ids and back: a token a character or a word, GPT-2's byte pairs, or byte pairs learned from your text.
 
 A tokenizer is stored as bytes in one file beside `tokenizer.json`, and loads from these alone. So a run directory needs
 neither the corpus nor a network. To add a kind, write a class, and add a line to `TOKENIZERS` and one to `make`.
@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,9 @@ LONGEST = 4 << 20  # characters after which a text is cut anyway, to bound memor
 CUT = re.compile(r"(?<=\S)[ \n]")
 RUN = re.compile(r"\s{262144}")  # spaces and line ends that tiktoken can encode at once
 SAMPLE = 32 << 20  # characters of each source that byte pairs are learned from
+WORD = re.compile(r" ?\w+| ?[^\w\s]|\s")  # with the space before it, as in GPT-2's tokens, so that tokens join to text
+MOST_WORDS = 1 << 20
+MOST_COMPARED = 50_000  # words, to find one that an unknown one may have meant; this takes a second
 
 
 class UnknownText(UserError):
@@ -115,6 +119,101 @@ class CharTokenizer:
         ends = np.flatnonzero(known == len(self._code_points))
         parts = [part[i > 0 :] for i, part in enumerate(np.split(known, ends))]  # all but the first begin with the end
         return END_OF_TEXT.join(self._code_points[part].tobytes().decode("utf-32-le") for part in parts)
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        return self.decode(ids).encode()
+
+    def save(self, folder: Path) -> None:
+        _save(self, folder)
+
+
+class WordTokenizer:
+    """One token a word, a mark, or a space that stands alone; ids in the order of the words, and end-of-text last.
+
+    For small texts and pictures of them: a word, not a piece of one, has a column. A word has the space before it, so
+    " gato" and "gato" are two tokens, and text is the tokens side by side. Stored as JSON.
+    """
+
+    name = "word"
+    file = "words.json"
+
+    def __init__(self, stored: bytes) -> None:
+        self.stored = stored
+        about = json.loads(stored)
+        assert isinstance(about, dict) and about.keys() == {"words", "end_of_text"}, "not what `make` stores"
+        self._words: list[str] = about["words"]
+        assert isinstance(self._words, list) and all(isinstance(w, str) and w for w in self._words), "words are text"
+        n = len(self._words)
+        self._id_of = {word: i for i, word in enumerate(self._words)}
+        assert len(self._id_of) == n > 0, "words must be unique"
+        self.end_of_text: int | None = n if about["end_of_text"] else None
+        self.n_vocab = n if self.end_of_text is None else n + 1
+
+    @classmethod
+    def make(cls, texts: Iterable[str], end_of_text: bool = False) -> "WordTokenizer":
+        """All words of the texts, which are joined, and the newline, with which a sample begins. IndexError: no text.
+
+        UserError if there are too many to be worth it.
+        """
+        words: set[str] = set()
+        for text in pieces(texts, PIECE):
+            words.update(WORD.findall(text))
+            if len(words) > MOST_WORDS:
+                raise UserError(
+                    f"data.tokenizer=word: the text has more than {MOST_WORDS:,} different words\n"
+                    "       use data.tokenizer=bpe:8192, which makes rare words of pieces"
+                )
+        if not words:
+            raise IndexError("no text")
+        about = {"words": sorted(words | {"\n"}), "end_of_text": end_of_text}
+        return cls(json.dumps(about, ensure_ascii=False, indent=0).encode())
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.name, self.stored)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids [N] int32. UnknownText names a word that is not known.
+
+        If a text begins with a word that is known only after a space, it is read as if the space stood there, so that a
+        prompt can begin anywhere in a sentence.
+        """
+        words = self.split(text)
+        try:
+            return np.array([self._id_of[word] for word in words], np.int32)
+        except KeyError as e:
+            raise UnknownText(self._unknown(e.args[0], words)) from None
+
+    def split(self, text: str) -> list[str]:
+        """The words of a text, known or not."""
+        words = WORD.findall(text)
+        if words and words[0] not in self._id_of and " " + words[0] in self._id_of:
+            words[0] = " " + words[0]
+        return words
+
+    def knows(self, word: str) -> bool:
+        return word in self._id_of
+
+    def _unknown(self, word: str, words: list[str]) -> str:
+        """The error for the first word that is not known."""
+        text, shown = "".join(words), word if word.isspace() else word.removeprefix(" ")
+        position = len("".join(words[: words.index(word)])) + len(word) - len(shown)
+        composed = unicodedata.normalize("NFC", text)
+        if composed != text and all(map(self.knows, self.split(composed))):
+            remedy = "\n       its accents are characters of their own (NFD); write each letter with its accent (NFC)"
+        elif self.knows(shown) or self.knows(" " + shown):
+            remedy = f"\n       it is known only {'without a' if self.knows(shown) else 'after a'} space before it"
+        else:
+            few = self._words if len(self._words) <= MOST_COMPARED else []
+            remedy = suggestion(shown, sorted({known.removeprefix(" ") for known in few}))
+        remedy = remedy or "\n       leave it out, or train with --data.tokenizer=gpt2, which knows all text"
+        return (
+            f"word {shown!r:.80} at position {position} is not among the {len(self._words):,} words and marks that this "
+            f"tokenizer knows{remedy}"
+        )
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return "".join(END_OF_TEXT if i == self.end_of_text else self._words[i] for i in _checked(ids, self.n_vocab))
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self.decode(ids).encode()
@@ -210,20 +309,27 @@ class BytePairTokenizer(GPT2Tokenizer):
         return cls(_stored_ranks(ranks))
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": BytePairTokenizer}
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    "char": CharTokenizer,
+    "word": WordTokenizer,
+    "gpt2": GPT2Tokenizer,
+    "bpe": BytePairTokenizer,
+}
 # all that `save` may write into a folder
 FILES = ("tokenizer.json", *sorted({kind.file for kind in TOKENIZERS.values()}))
 
 
 def make(kind: str, texts: str | Iterable[str], end_of_text: bool = False) -> Tokenizer:
-    """A tokenizer of `kind` (char, gpt2 or bpe:N) for a text, or for texts, which are read once.
+    """A tokenizer of `kind` (char, word, gpt2 or bpe:N) for a text, or for texts, which are read once.
 
-    `end_of_text`: give a char tokenizer an id for it; the others always have one.
+    `end_of_text`: give a tokenizer of characters or words an id for it; the others always have one.
     """
     texts = [texts] if isinstance(texts, str) else texts
     name, _, size = kind.partition(":")
     if name == "char":
         return CharTokenizer.make(texts, end_of_text)
+    if name == "word":
+        return WordTokenizer.make(texts, end_of_text)
     return BytePairTokenizer.learn(texts, int(size)) if name == "bpe" else GPT2Tokenizer.make()
 
 
@@ -239,7 +345,7 @@ def find(place: str) -> Path:
             return folder
     raise UserError(
         f"data.tokenizer={place} holds no tokenizer: neither tokenizer.json nor tokenizer/tokenizer.json is there\n"
-        "       give a run directory, a folder of prepared tokens, or one of char, gpt2, bpe:8192"
+        "       give a run directory, a folder of prepared tokens, or one of char, word, gpt2, bpe:8192"
     )
 
 

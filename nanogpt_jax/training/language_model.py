@@ -3,6 +3,7 @@
 # B batch, T time
 
 import functools
+import math
 import operator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanogpt_jax.config import Config, ModelConfig
-from nanogpt_jax.data import batches
+from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.evaluation.loss import evaluate, make_score
 from nanogpt_jax.model import gpt2, losses, sizes
@@ -29,18 +30,25 @@ def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
     """Next-token prediction on `data`. The best checkpoint has the least loss over the whole validation split."""
     t, T = cfg.train, cfg.model.block_size
     score = make_score(cfg.model, mesh)
+    best = corpora.best_possible(cfg.data.title, data.val, data.tokenizer, T)
+    known: Scores = {} if best is None else {"best_possible": math.fsum(best.tolist()) / len(best)}
 
     def batch(steps: np.ndarray) -> np.ndarray:
         return batches.batch(data.train, seed=t.seed, step=steps, batch_size=t.batch_size, block_size=T)
 
     def scores(params: Params) -> Scores:
-        return evaluate(score, params, data.val, mesh, block_size=T, n_bytes=data.manifest["val"]["bytes"])
+        return {
+            **evaluate(score, params, data.val, mesh, block_size=T, n_bytes=data.manifest["val"]["bytes"]),
+            **known,
+        }
 
     return Task(
         **vars(next_token(cfg.model)),
         batch=batch,
         evaluate=scores,
-        summary="validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte",
+        summary="validation loss {loss:.4f}"
+        + (", the best possible {best_possible:.4f}" if known else "")
+        + ", {bits_per_byte:.4f} bits per byte",
         criterion=operator.itemgetter("loss"),
         tokens_per_step=t.batch_size * T,
     )

@@ -41,6 +41,12 @@ class Outcome:
     signal: signal.Signals | None
     validation: dict[str, float]
 
+    @property
+    def loss(self) -> str:
+        """The validation loss in words, beside the best possible one if that is known."""
+        best = self.validation.get("val/best_possible")
+        return f"{self.validation['val/loss']:.4f}" + ("" if best is None else f", the best possible {best:.4f},")
+
 
 def start_state(
     cfg: Config, tx: optax.GradientTransformation, task: Task, step: TrainStep, run: Recording
