@@ -494,7 +494,7 @@ def test_ids_outside_the_vocabulary(gpt2: tokenizer.Tokenizer, wrong: int):
                 decode([0, wrong])
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "word", "gpt2"])
 def test_saved_tokenizers_come_back(tmp_path: Path, kind: str):
     text = "a\r\nTöne 静 \u2028"
     tok = tokenizer.make(kind, text)
@@ -521,7 +521,7 @@ def test_tokenizers_differ_by_fingerprint(gpt2: tokenizer.Tokenizer):
         (
             "tokenizer.json",
             b'{"kind": "charr", "fingerprint": ""}',
-            "unknown kind 'charr', known: char, gpt2, bpe\n.*char?",
+            "unknown kind 'charr', known: char, word, gpt2, bpe\n.*char?",
         ),
         ("tokenizer.json", b'{"kind": "char", "fingerprint": ""}', "characters.txt is damaged, or tokenizer.json"),
         ("characters.txt", None, "no tokenizer in .*: characters.txt is missing"),

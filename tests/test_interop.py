@@ -1070,7 +1070,7 @@ WRONG_STARTS = [
     ("longer context", "--init-from run --model.block-size 64", ["model.block_size=64", "has model.block_size=19"]),
     ("another tokenizer", "--init-from run --data.tokenizer char", ["data.tokenizer=char (command line) is another tokenizer than that of train.init_from=run"]),
     ("given twice", "--init-from run --train.init-from hf", ["exclude each other"]),
-    ("no such tokenizer", "--data.tokenizer chars", ["data.tokenizer=chars is none of char, gpt2, bpe:8192 or a folder", "did you mean char?"]),
+    ("no such tokenizer", "--data.tokenizer chars", ["data.tokenizer=chars is none of char, word, gpt2, bpe:8192 or a folder", "did you mean char?"]),
     ("no tokenizer there", "--data.tokenizer home", ["data.tokenizer=home holds no tokenizer"]),
     ("more frozen layers than layers", "--init-from run --optim.freeze-layers 4", ["optim.freeze_layers=4 exceeds model.n_layer=3"]),
     ("in place", "--init-from run --run-dir run", ["run holds an imported model", "--init-from run --run-dir NEW"]),

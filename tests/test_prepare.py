@@ -87,7 +87,7 @@ def said(*argv: str, code: int = 0) -> tuple[str, str]:
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2", "bpe:400"])
+@pytest.mark.parametrize("kind", ["char", "word", "gpt2", "bpe:400"])
 def test_documents_are_the_same_in_every_form_and_keep_their_ends(kind: str):
     write_rows("rows.jsonl", TEXTS)
     write_rows("rows.parquet", TEXTS, number=list(range(60)))
@@ -184,7 +184,7 @@ def test_big_files_are_known_by_size_and_time_small_ones_by_content(monkeypatch:
 WITH_GAPS = ["one\nÜber", "", "two", None, 'thr"ee', "four, five", ""]
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "word", "gpt2"])
 @pytest.mark.parametrize(
     "source", ["rows.jsonl", "ROWS.NDJSON", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "rows.csv.gz", "texts"]
 )
@@ -220,7 +220,7 @@ def test_a_file_gives_the_same_tokens_by_every_way(monkeypatch: pytest.MonkeyPat
         assert [row["text"] for _, row in rows if row["text"]] == texts
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "word", "gpt2"])
 def test_a_text_gives_the_same_tokens_by_every_way(kind: str):
     text = "El gato negro\n" * 90
     for name, content in {
@@ -726,7 +726,7 @@ WRONG = [
     ("documents without text", lambda: write_rows("a.jsonl", ["", ""]), "a.jsonl", ["data.source=a.jsonl holds no text"]),
     ("documents without characters", lambda: write_rows("a.jsonl", ["", ""]), "a.jsonl --tokenizer gpt2", ["data.source=a.jsonl holds no text"]),
     ("one document", lambda: write_rows("a.jsonl", ["x"]), "a.jsonl", ["data.source=a.jsonl holds 1 document", "belongs into a .txt file"]),
-    ("an unknown tokenizer", lambda: None, "python-docs --tokenizer gtp2", ["data.tokenizer=gtp2 is none of char, gpt2, bpe:8192 or a folder", "did you mean gpt2?"]),
+    ("an unknown tokenizer", lambda: None, "python-docs --tokenizer gtp2", ["data.tokenizer=gtp2 is none of char, word, gpt2, bpe:8192 or a folder", "did you mean gpt2?"]),
     ("no number", lambda: None, "python-docs --tokenizer bpe", ["data.tokenizer=bpe must name its number of tokens, like bpe:8192"]),
     ("nothing after bpe", lambda: None, "python-docs --tokenizer bpe:0", ["must lie in bpe:257 to bpe:1048576"]),
     ("no number after bpe", lambda: None, "python-docs --tokenizer bpe:abc", ["data.tokenizer=bpe:abc must name its number of tokens"]),
@@ -818,7 +818,7 @@ sys.exit(cli.guarded(command.main, ["text.txt"]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["char", "gpt2", "bpe:1024"])
+@pytest.mark.parametrize("kind", ["char", "word", "gpt2", "bpe:1024"])
 def test_memory_does_not_grow_with_the_text(clean_env, kind: str):
     """Peak resident memory for 2 MB and for 200 MB; the page of data has 2 GB."""
     words, chance = PYTHON_TEXT.split(), random.Random(0)

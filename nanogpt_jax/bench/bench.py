@@ -130,6 +130,10 @@ def _vocab_size(tokenizer: str) -> int:
     kind, _, size = tokenizer.partition(":")
     if kind in ("char", "gpt2", "bpe"):
         return {"char": 65, "gpt2": 50257, "bpe": int(size or 0)}[kind]
+    if kind == "word":
+        raise UserError(
+            "data.tokenizer=word has as many tokens as the text has words; say how many: --model.vocab-size N"
+        )
     from nanogpt_jax.data import tokenizer as tokenizers
 
     return tokenizers.load(tokenizers.find(tokenizer)).n_vocab

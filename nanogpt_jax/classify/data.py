@@ -28,7 +28,7 @@ from nanogpt_jax.config import UserError, suggestion
 from nanogpt_jax.data import batches, hub, records, tables, text_file, tokenizer
 from nanogpt_jax.data.shell import Source
 from nanogpt_jax.data.tables import Row
-from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.data.tokenizer import Tokenizer, WordTokenizer
 from nanogpt_jax.host.messages import listed, printable
 
 
@@ -276,12 +276,13 @@ def _too_few(few: dict[str, int], n_labels: int, cfg: LabelledConfig) -> str:
 
 
 class Encoder:
-    """Encodes texts as a run does: cut to its context, without characters that its tokenizer lacks."""
+    """Encodes texts as a run does: cut to its context, without characters or words that its tokenizer lacks."""
 
     def __init__(self, tok: Tokenizer, block_size: int, keep: str):
         self._tok, self._block_size, self._keep = tok, block_size, keep
         ids = [i for i in range(tok.n_vocab) if i != tok.end_of_text]
         self._known = set(tok.decode(ids)) if tok.name == "char" else None
+        self._unit = "word" if tok.name == "word" else "character"
         self.cut = self.seen = 0  # number of texts that were cut, and of all
         self.dropped: Counter[str] = Counter()
 
@@ -293,7 +294,7 @@ class Encoder:
         found = [self._encode(text) for text in texts]
         if empty := [name(i) for i, ids in enumerate(found) if not len(ids)]:
             rest = f"\n       in all {len(empty):,} texts: {listed(empty)}" if len(empty) > 1 else ""
-            known = "has no character that the run's tokenizer knows; leave it out"
+            known = f"has no {self._unit} that the run's tokenizer knows; leave it out"
             raise UserError(f"{what}{', ' if what else ''}{empty[0]} {known}{rest}")
         starts = np.zeros(len(found) + 1, np.int64)
         np.cumsum([len(ids) for ids in found], out=starts[1:])
@@ -303,7 +304,11 @@ class Encoder:
         if self._known is not None and (unknown := set(text) - self._known):
             self.dropped.update(c for c in text if c in unknown)
             text = text.translate(dict.fromkeys(map(ord, unknown)))
-        ids = self._tok.encode(text)
+        if isinstance(self._tok, WordTokenizer):
+            ids, unknown = self._tok.encode_known(text)
+            self.dropped.update(word.removeprefix(" ") for word in unknown)
+        else:
+            ids = self._tok.encode(text)
         self.seen += 1
         self.cut += len(ids) > self._block_size
         return ids[: self._block_size] if self._keep == "first" else ids[-self._block_size :]
@@ -337,7 +342,9 @@ class Encoder:
             )
         if self.dropped:
             most = " ".join(repr(c) for c, _ in self.dropped.most_common(8))
-            notes.append(f"characters that the tokenizer does not know are left out, {self.dropped.total():,}: {most}")
+            notes.append(
+                f"{self._unit}s that the tokenizer does not know are left out, {self.dropped.total():,}: {most}"
+            )
         return notes
 
 

@@ -44,7 +44,8 @@ class Options(command_line.Options):
     )
     choices: str | None = flag(
         "FILE",
-        'multiple choice: {"ctx", "endings", "label"} as in HellaSwag, or {"query", "choices", "gold"}',
+        'multiple choice: {"ctx", "endings", "label"} as in HellaSwag, or {"query", "choices", "gold"}, each perhaps '
+        'with a "group"; or frases: what agrees with what in that corpus',
         heading="Items with an answer, one JSON object a line, or hf:NAME[:CONFIG[:SPLIT]] from the Hugging Face hub:",
     )
     last_word: str | None = flag("FILE", 'the last word of each {"text"}, as in LAMBADA')
@@ -117,7 +118,7 @@ def run(asked: Options) -> int:
         if choices:
             scores = multiple_choice.score_choices(model, choices, _watched(f"choices of {run.path}"))
             found |= {f"choices {name}": each for name, each in scores.items()}
-            column["choices"] = figures.of_choices(scores, asked.choices)
+            column["choices"] = figures.of_choices(scores, choices, asked.choices)
         if words:
             scores = multiple_choice.score_last_words(model, words, _watched(f"last words of {run.path}"))
             found |= {f"words {name}": each for name, each in scores.items()}
@@ -203,12 +204,18 @@ def _print(column: dict[str, Any]) -> None:
         unit = "token" if loss["tokens"] == 1 else "tokens"
         print(f"  {loss['text']}: {loss['tokens']:,} {unit} in windows of {loss['block_size']}{overlap}")
         _row("loss", loss["nats_per_token"], 6, "nats a token")
+        if best := loss.get("best_possible"):
+            above: Estimate = loss["above_best"]
+            _row("best possible", best, 6, "nats a token")
+            _row("above that", above, 6, f"nats a token: {above.value / best.value:.1%}")
         _row("perplexity", loss["perplexity"], 4)
         _row("bits per byte", loss["bits_per_byte"], 6)
     if choices := column.get("choices"):
         print(f"  {choices['source']}: {choices['items']:,} items, multiple choice")
         _row("acc", choices["acc"], 4)
         _row("acc_norm", choices["acc_norm"], 4)
+        for group, figures in choices.get("groups", {}).items():
+            _row(f"acc, {group}", figures["acc"], 4, f"({figures['items']:,} items)", width=34)
     if words := column.get("last_word"):
         print(f"  {words['source']}: {words['items']:,} items, last word")
         _row("acc", words["acc"], 4)
@@ -222,9 +229,9 @@ def _print(column: dict[str, Any]) -> None:
                 _row(name, Estimate(value, error if isinstance(error, float) else None), 4)
 
 
-def _row(name: str, figure: Estimate, digits: int, unit: str = "") -> None:
+def _row(name: str, figure: Estimate, digits: int, unit: str = "", width: int = 14) -> None:
     error = "" if figure.error is None else f" ± {figure.error:.{digits}f}"
-    print(f"    {name:<14}{figure.value:>{digits + 6}.{digits}f}{error} {unit}".rstrip())
+    print(f"    {name:<{width}}{figure.value:>{digits + 6}.{digits}f}{error} {unit}".rstrip())
 
 
 def _watched(what: str) -> Any:

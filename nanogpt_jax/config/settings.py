@@ -43,7 +43,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "python-docs"  # python-docs, frases, shakespeare, a file, a folder, a "GLOB", hf:NAME[:CONFIG][:FIELD], -
+    source: str = "python-docs"  # python-docs, frases, shakespeare, file, folder, "GLOB", hf:NAME[:CONFIG][:FIELD], -
     mixture: dict[str, float] = field(default_factory=dict)  # instead of source: sources and weights, A=3,B=1
     tokenizer: str = "char"  # char, word, gpt2, bpe:8192 (learned from the text), or a folder that holds one
     val_fraction: float = 0.1  # share for validation: the end of a single text, or some of several documents

@@ -1,8 +1,8 @@
 """A grammar that writes sentences, and what is known of its texts: each word's probability, so the best possible loss.
 
-A state is what is still to be said, as a stack: words, and symbols that the rules replace. No rule leads back to its own
-symbol, so there are finitely many states, and a sentence visits each at most once. Each word leads from a state to only
-one other, so whoever has read a text from the beginning of a sentence knows the state.
+A state is what is still to be said, as a stack: words, and symbols that the rules replace. No rule leads back to its
+own symbol, so there are finitely many states, and a sentence visits each at most once. A word leads from a state to one
+other only, so whoever has read a text from the beginning of a sentence knows the state.
 """
 
 # N words of a text, S states
@@ -92,7 +92,9 @@ class Grammar:
         state, found = 0, []
         for number, text in enumerate(words, start=1):
             if text not in self.arcs[state]:
-                raise ValueError(f"word {number}, {text!r}, cannot stand there; possible: {', '.join(self.arcs[state])}")
+                raise ValueError(
+                    f"word {number}, {text!r}, cannot stand there; possible: {', '.join(self.arcs[state])}"
+                )
             arc = self.arcs[state][text]
             found.append(arc.word)
             state = arc.to

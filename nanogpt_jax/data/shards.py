@@ -46,15 +46,13 @@ def of_text(blocks: Iterator[Block], cut: int, between_words: bool = False) -> I
             yield block[0][:left]
             rest = block[0][left:]
             left -= len(block[0]) - len(rest)
-        while between_words and not (space := SPACE.search(rest)):
-            yield rest
-            if not (block := next(blocks, None)):
-                rest = ""
-                return
-            rest = block[0]
         if between_words:
-            yield rest[: space.start()]
-            rest = rest[space.start() :]
+            while not (space := SPACE.search(rest)) and (block := next(blocks, None)):
+                yield rest
+                rest = block[0]
+            end = space.start() if space else len(rest)
+            yield rest[:end]
+            rest = rest[end:]
 
     def tail() -> Iterator[str]:
         yield rest

@@ -140,9 +140,11 @@ class WordTokenizer:
     def __init__(self, stored: bytes) -> None:
         self.stored = stored
         about = json.loads(stored)
-        assert isinstance(about, dict) and about.keys() == {"words", "end_of_text"}, "not what `make` stores"
+        assert isinstance(about, dict), "not what `make` stores"
+        assert about.keys() == {"words", "end_of_text"}, "not what `make` stores"
         self._words: list[str] = about["words"]
-        assert isinstance(self._words, list) and all(isinstance(w, str) and w for w in self._words), "words are text"
+        assert isinstance(self._words, list), "words must be a list"
+        assert all(isinstance(word, str) and word for word in self._words), "words must be text"
         n = len(self._words)
         self._id_of = {word: i for i, word in enumerate(self._words)}
         assert len(self._id_of) == n > 0, "words must be unique"
@@ -178,20 +180,25 @@ class WordTokenizer:
         If a text begins with a word that is known only after a space, it is read as if the space stood there, so that a
         prompt can begin anywhere in a sentence.
         """
-        words = self.split(text)
+        words = self._split(text)
         try:
             return np.array([self._id_of[word] for word in words], np.int32)
         except KeyError as e:
             raise UnknownText(self._unknown(e.args[0], words)) from None
 
-    def split(self, text: str) -> list[str]:
-        """The words of a text, known or not."""
+    def encode_known(self, text: str) -> tuple[np.ndarray, list[str]]:
+        """Token ids [N] int32 of the words that are known, and the others."""
+        words = self._split(text)
+        ids = np.array([self._id_of[word] for word in words if self._knows(word)], np.int32)
+        return ids, [word for word in words if not self._knows(word)]
+
+    def _split(self, text: str) -> list[str]:
         words = WORD.findall(text)
-        if words and words[0] not in self._id_of and " " + words[0] in self._id_of:
+        if words and not self._knows(words[0]) and self._knows(" " + words[0]):
             words[0] = " " + words[0]
         return words
 
-    def knows(self, word: str) -> bool:
+    def _knows(self, word: str) -> bool:
         return word in self._id_of
 
     def _unknown(self, word: str, words: list[str]) -> str:
@@ -199,17 +206,17 @@ class WordTokenizer:
         text, shown = "".join(words), word if word.isspace() else word.removeprefix(" ")
         position = len("".join(words[: words.index(word)])) + len(word) - len(shown)
         composed = unicodedata.normalize("NFC", text)
-        if composed != text and all(map(self.knows, self.split(composed))):
+        if composed != text and all(map(self._knows, self._split(composed))):
             remedy = "\n       its accents are characters of their own (NFD); write each letter with its accent (NFC)"
-        elif self.knows(shown) or self.knows(" " + shown):
-            remedy = f"\n       it is known only {'without a' if self.knows(shown) else 'after a'} space before it"
+        elif self._knows(shown) or self._knows(" " + shown):
+            remedy = f"\n       it is known only {'without a' if self._knows(shown) else 'after a'} space before it"
         else:
             few = self._words if len(self._words) <= MOST_COMPARED else []
             remedy = suggestion(shown, sorted({known.removeprefix(" ") for known in few}))
         remedy = remedy or "\n       leave it out, or train with --data.tokenizer=gpt2, which knows all text"
         return (
-            f"word {shown!r:.80} at position {position} is not among the {len(self._words):,} words and marks that this "
-            f"tokenizer knows{remedy}"
+            f"word {shown!r:.80} at position {position} is not among the {len(self._words):,} words and marks that "
+            f"this tokenizer knows{remedy}"
         )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -1,12 +1,12 @@
 """Multiple choice as in HellaSwag, and the last word of a passage as in LAMBADA, by lm-eval's rules (0.4.13).
 
 Items come from a file with a JSON object a line, in the form in which these data sets are published, or from the
-Hugging Face hub as hf:NAME[:CONFIG[:SPLIT]], where NAME may be a local folder.
+Hugging Face hub as hf:NAME[:CONFIG[:SPLIT]], where NAME may be a local folder. Those in `BUILT_IN` are written here.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from nanogpt_jax.config import UserError
-from nanogpt_jax.data import hub, records
+from nanogpt_jax.data import frases, hub, records
 from nanogpt_jax.evaluation.likelihood import Model, encode_pair, log_likelihoods
 from nanogpt_jax.evaluation.loss import Track, silent
+
+BUILT_IN: dict[str, Callable[[], list[dict[str, Any]]]] = {"frases": frases.items}  # a file of that name: ./frases
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Choice:
     context: str
     endings: tuple[str, ...]
     gold: int
+    group: str = ""  # items of a group have a figure of their own
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class LastWord:
 
 
 def read_choices(source: str) -> list[Choice]:
-    """Items of HellaSwag's form {"ctx", "endings", "label"} or lm-eval's {"query", "choices", "gold"}.
+    """Items of HellaSwag's form {"ctx", "endings", "label"} or lm-eval's {"query", "choices", "gold"}, which may have a
+    "group".
 
     If activity_label, ctx_a and ctx_b are present, as in the published HellaSwag, the texts are made from them as in
     lm-eval.
@@ -63,7 +67,10 @@ def _choice(where: str, row: dict[str, Any]) -> Choice:
         context, endings = _hellaswag(ctx), [_hellaswag(e) for e in endings]
     if not all(endings):
         raise UserError(f"{where}: {known[1]} holds an empty text")
-    return Choice(where, context, tuple(endings), gold)
+    group = row.get("group") or ""
+    if not isinstance(group, str):
+        raise UserError(f"{where}: group must be text, but is {group!r:.80}")
+    return Choice(where, context, tuple(endings), gold, group)
 
 
 def _hellaswag(text: str) -> str:
@@ -118,6 +125,8 @@ def _field(where: str, row: dict[str, Any], name: str) -> Any:
 
 
 def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
+    if source in BUILT_IN:
+        return [(f"{source}, item {number}", row) for number, row in enumerate(BUILT_IN[source](), start=1)]
     rows = list(_hub_rows(source) if source.startswith("hf:") else _file_rows(source))
     if not rows:
         raise UserError(f"{source} holds no items; give a file with one JSON object a line")

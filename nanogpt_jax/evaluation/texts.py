@@ -25,6 +25,11 @@ class Text:
     tokens: np.ndarray  # [N], of an integer type
     n_bytes: int  # in UTF-8
     tokenizer: Tokenizer
+    source: str = ""  # where all of it comes from, if it is one source
+
+    def best_possible(self, block_size: int, stride: int) -> np.ndarray | None:
+        """Each token's nats [N-1] by whoever knows how the source writes, in the same windows; None if nobody does."""
+        return corpora.best_possible(self.source, self.tokens, self.tokenizer, block_size, stride)
 
     def content(self) -> bytes:
         """The text itself, without end-of-text tokens."""
@@ -49,7 +54,7 @@ def given(source: str, corpus: Corpus, tokenizer: Tokenizer, run: Path) -> Text:
             raise UserError(f"--data={source} cannot be read with the tokenizer of {run}: {e}") from None
     if len(tokens) < 2:
         raise UserError(f"--data={source} has {len(tokens)} tokens; at least 2 are needed to predict one")
-    return Text(source, tokens, n_bytes, tokenizer)
+    return Text(source, tokens, n_bytes, tokenizer, source)
 
 
 @contextlib.contextmanager
@@ -84,4 +89,5 @@ def own(split: str, cfg: DataConfig, tokenizer: Tokenizer, run: Path) -> Text:
     tokens = data.val if split == "val" else data.train
     if isinstance(tokens, batches.Mixture):
         tokens = np.concatenate(tokens.parts)
-    return Text(f"{cfg.title} ({split})", tokens, data.manifest[split]["bytes"], tokenizer)
+    source = "" if cfg.mixture else cfg.source
+    return Text(f"{cfg.title} ({split})", tokens, data.manifest[split]["bytes"], tokenizer, source)

@@ -35,9 +35,10 @@ def write_gguf(path: Path, name: str, cfg: ModelConfig, tensors: dict[str, np.nd
     except ImportError:
         raise UserError("a .gguf file needs pip install 'nanogpt-jax[gguf]'") from None
     if tokenizer.end_of_text is None or not isinstance(tokenizer, GPT2Tokenizer):
+        words = tokenizer.name == "word"
         raise UserError(
-            f"{path} cannot be written: llama.cpp has no tokenizer of characters"
-            "\n       export to a directory, for transformers, or train with --data.tokenizer=gpt2"
+            f"{path} cannot be written: llama.cpp has no tokenizer of {'words' if words else 'characters'}\n"
+            f"       {'' if words else 'export to a directory, for transformers, or '}train with --data.tokenizer=gpt2"
         )
     writer = gguf.GGUFWriter(None, "gpt2")
     writer.add_name(name.encode("utf-8", "replace").decode())

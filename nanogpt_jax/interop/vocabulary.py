@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanogpt_jax.config import UserError
-from nanogpt_jax.data.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer, byte_symbols
+from nanogpt_jax.data.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer, WordTokenizer, byte_symbols
 from nanogpt_jax.host.messages import first_line
 from nanogpt_jax.interop.json_file import is_file, read_object, shown
 
@@ -318,6 +318,11 @@ def _word_level(tokenizer: CharTokenizer) -> dict[str, Any]:
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     """Name -> content of the files from which `AutoTokenizer.from_pretrained` makes a tokenizer with the same ids."""
+    if isinstance(tokenizer, WordTokenizer):
+        raise UserError(
+            "the run's tokenizer is of words (data.tokenizer=word); transformers splits text by rules of its own\n"
+            "       to export a model, train it with --data.tokenizer=char or bpe:1024"
+        )
     files: dict[str, Any] = {}
     settings: dict[str, Any] = {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
     about: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}

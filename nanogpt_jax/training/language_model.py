@@ -30,7 +30,7 @@ def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
     """Next-token prediction on `data`. The best checkpoint has the least loss over the whole validation split."""
     t, T = cfg.train, cfg.model.block_size
     score = make_score(cfg.model, mesh)
-    best = corpora.best_possible(cfg.data.title, data.val, data.tokenizer, T)
+    best = corpora.best_possible("" if cfg.data.mixture else cfg.data.source, data.val, data.tokenizer, T)
     known: Scores = {} if best is None else {"best_possible": math.fsum(best.tolist()) / len(best)}
 
     def batch(steps: np.ndarray) -> np.ndarray:
