@@ -12,6 +12,7 @@ A text may be given as token ids instead. What is wrong is a UserError, with the
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -28,7 +29,6 @@ from nanogpt_jax.distributed.mesh import make_mesh, start
 from nanogpt_jax.distributed.sharding import shard
 from nanogpt_jax.evaluation import loss
 from nanogpt_jax.evaluation.likelihood import Model
-from nanogpt_jax.host import runtime
 from nanogpt_jax.inference import options
 from nanogpt_jax.inference.generate import Rules
 from nanogpt_jax.inference.sampler import stream_text
@@ -138,9 +138,11 @@ def train(
     `cfg`: a TOML file, the name of a shipped one, or a Config; None: the defaults. `more`: settings by their names:
     {"train.steps": 100}. Ctrl-C (in a notebook: interrupt) saves a checkpoint and returns.
     """
-    argv = _command(cfg, more or {}, {"run-dir": run_dir, "resume": resume}) + ["--overwrite"] * overwrite
+    more = dict(more or {})
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") < "2":  # JAX was imported before us, and XLA would warn endlessly
+        more.setdefault("train.recompile", "off")
+    argv = _command(cfg, more, {"run-dir": run_dir, "resume": resume}) + ["--overwrite"] * overwrite
     command = config.load(argv)
-    runtime.set_up()  # where compiled programs are kept
     cli.door("train").main(argv)
     return load(command.run_dir)
 

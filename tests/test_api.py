@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +197,19 @@ def test_a_second_interrupt_never_ends_an_interactive_python(home, tmp_path, mon
     with pytest.raises(KeyboardInterrupt, match="ended at once"):
         nanogpt_jax.train(None, settings(home), run_dir=tmp_path)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_if_jax_was_imported_before_us_no_second_program_is_compiled(home, monkeypatch):
+    """XLA reads its environment once, and would write half a million warnings."""
+    given: list[list[str]] = []
+
+    def main(argv: list[str]) -> None:
+        given.append(argv)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "door", lambda name: SimpleNamespace(main=main))
+    for level in ("2", "0"):
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", level)
+        with pytest.raises(KeyboardInterrupt):
+            nanogpt_jax.train(None, settings(home), run_dir=home / "none")
+    assert [config.load(argv).cfg.train.recompile for argv in given] == ["auto", "off"]

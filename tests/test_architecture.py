@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "cli": {"config", "host"},
     "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
     "__main__": {"cli"},
-    "__init__": {"api"},
+    "__init__": {"api", "host"},
 }
 # what one `rm -r` removes: the room, with the commands beside it, if it has any
 SLICES = {

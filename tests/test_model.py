@@ -651,7 +651,7 @@ def test_bfloat16_stays_near_float32(plain):
     low = dataclasses.replace(THREE, dtype="bfloat16")
     low_loss, other, low_grads = run(low, PARAMS, TOKENS)
     assert other.dtype == np.float32
-    assert jax.eval_shape(functools.partial(gpt2.hidden, low), PARAMS, TOKENS).dtype == jnp.bfloat16
+    assert jax.eval_shape(functools.partial(gpt2.hidden, low), PARAMS, TOKENS)[0].dtype == jnp.bfloat16
     one, other = one[..., : low.vocab_size], other[..., : low.vocab_size]
     assert 0 < np.sqrt(((one - other) ** 2).mean()) < 0.02 * one.std()
     assert abs(low_loss - loss) < 0.02
@@ -732,7 +732,7 @@ KEYS = 400
 def vectors(cfg: ModelConfig, params, seed: int | None = None) -> np.ndarray:
     """hidden for CONTEXT: [B, T, C] without a seed, else [KEYS, B, T, C] for as many keys."""
     if seed is None:
-        return np.asarray(compiled(gpt2.hidden, cfg)(params, CONTEXT))
+        return np.asarray(compiled(gpt2.hidden, cfg)(params, CONTEXT)[0])
     keys = jax.random.split(jax.random.key(seed), KEYS)
     return np.asarray(compiled(for_many_keys, cfg)(params, keys))
 
