@@ -44,7 +44,7 @@ SLICES = {
     "classify": ["commands/classify.py"],
     "interop": ["commands/huggingface.py"],
     "lesson": [],
-    "pages": ["commands/report.py"],
+    "pages": ["commands/attend.py", "commands/report.py"],
 }
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [

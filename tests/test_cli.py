@@ -190,6 +190,8 @@ LONG_NAMES = [
     *("train --data.source text.txt --init-from {}", "sample {}", "sample runs/done --prompt-file {}"),
     *("prepare {}", "prepare text.txt --config {}", "prepare text.txt --dir {}", "prepare text.txt --tokenizer {}"),
     *("eval {}", "eval runs/done --data {}", "eval runs/done --choices {}", "eval runs/done --json {}"),
+    *("attend {} gato", "attend runs/done gato --out {}", "attend runs/done --text-file {}"),
+    *("attend runs/done gato --npz {}", "attend runs/done gato --picture {}.svg", "attend runs/done gato --versus {}"),
     *("eval runs/done --lm-eval a --include-path {}", "classify train --data.source {}.csv", "classify eval {}"),
     *("classify predict {} --file text.txt", "import-hf {} new", "import-hf {}.safetensors new"),
     *("export-hf {} new", "export-hf runs/done {}", "export-hf runs/done {}.gguf", "bench {}", "bench --json {}"),

@@ -13,6 +13,7 @@ A command line is two things: a class whose fields are its flags, and a `Command
 
 import difflib
 import json
+import keyword
 import os
 import shlex
 import shutil
@@ -172,6 +173,7 @@ class CommandLine(Generic[Read]):
                 continue
             name, equals, text = word[2:].partition("=")
             key = name.replace("-", "_")
+            key = f"{key}_" if keyword.iskeyword(key) else key  # no field can be called "in"
             key = f"{self.section}.{key}" if f"{self.section}.{key}" in settings else key
             if key not in flags and key not in settings:
                 raise self._unknown(key)
@@ -261,7 +263,8 @@ class CommandLine(Generic[Read]):
 
 
 def flag_of(key: str) -> str:
-    return f"--{key}".replace("_", "-")
+    """The flag of a field: "--batch-size" of batch_size, "--in" of in_."""
+    return f"--{key}".removesuffix("_").replace("_", "-")
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

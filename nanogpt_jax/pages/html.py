@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SLOT = re.compile(r"\{\{(\w+)\}\}")
+SLOT = re.compile(r"\{\{\{(\w+)\}\}\}|\{\{(\w+)\}\}")
 
 
 def page(title: str, body: str, *, style: str = "", script: str = "", data: Any = None, language: str = "en") -> str:
@@ -54,8 +54,8 @@ def escape(text: object) -> str:
 
 
 def filled(template: str, texts: Mapping[str, object]) -> str:
-    """`template` with each {{name}} replaced by that text, escaped. KeyError if there is none."""
-    return SLOT.sub(lambda slot: escape(texts[slot[1]]), template)
+    """`template` with each {{name}} replaced by that text, escaped, and each {{{name}}} by that HTML. KeyError."""
+    return SLOT.sub(lambda slot: str(texts[slot[1]]) if slot[1] else escape(texts[slot[2]]), template)
 
 
 def table(heads: list[str], rows: list[list[object]], caption: str) -> str:

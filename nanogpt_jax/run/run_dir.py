@@ -4,6 +4,7 @@
     RUN/data.json     the data's manifest   RUN/tokenizer/          so that sampling needs no data
     RUN/origin.json   where settings came from, and the versions that began the run
     RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
+    RUN/attention.html  the page of `nanogpt-jax attend`
     RUN/import.json   where an imported model came from; it has no data and is not trained further in place
 
 A run that is started over is moved to RUN/.overwritten until the new one has begun: until its first line of metrics or
@@ -38,7 +39,8 @@ from nanogpt_jax.host import files
 from nanogpt_jax.run.plan import execution_here
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
-WRITTEN_FILES = ("config.json", "data.json", "origin.json", "metrics.jsonl")
+ATTENTION_PAGE = "attention.html"
+WRITTEN_FILES = ("config.json", "data.json", "origin.json", "metrics.jsonl", ATTENTION_PAGE)
 WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
