@@ -48,6 +48,7 @@ def test_the_bench_measures_and_writes_what_it_shows(work, rounds, flags, tmp_pa
         ("--batch 4", "--batch is about generation, which is nanogpt-jax bench decode"),
         ("--model.n-layers 3", "did you mean model.n_layer?"),
         ("--run-dir x", "unknown flag --run-dir"),
+        ("frases", "data.tokenizer=word has as many tokens as the text has words; say how many: --model.vocab-size N"),
         ("trian", "trian is neither a kind of work nor a config file\n       did you mean train?"),
         ("nowhere", "no config file nowhere"),
         ("train data", "one kind of work at a time, but got train and data"),

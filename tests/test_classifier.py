@@ -32,6 +32,7 @@ from nanogpt_jax.cli import door
 from nanogpt_jax.commands import classify
 from nanogpt_jax.config import ModelConfig, UserError
 from nanogpt_jax.config.settings import types_of
+from nanogpt_jax.data import tokenizer
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.model import execution
 from nanogpt_jax.run.checkpoint import Checkpointer, load_params
@@ -452,6 +453,16 @@ def test_characters_that_the_tokenizer_lacks_are_left_out_and_counted(here):
     assert data.tokenizer.decode(tokens) == "el gato"
     assert encoder.notes() == ["characters that the tokenizer does not know are left out, 2: '€'"]
     with pytest.raises(UserError, match="text 7 has no character that the run's tokenizer knows"):
+        encoder.tokens(["€€"], lambda i: f"text {i + 7}")
+
+
+def test_words_that_the_tokenizer_lacks_are_left_out_and_counted():
+    encoder = labelled.Encoder(tokenizer.make("word", "el gato negro"), 40, "first")
+    tokens, starts = encoder.tokens(["gato-negro, el gatto negro"], str)
+    assert starts.tolist() == [0, 2]
+    assert tokens.tolist() == tokenizer.make("word", "el gato negro").encode("gato negro").tolist()
+    assert encoder.notes()[0].startswith("words that the tokenizer does not know are left out, 5: ")
+    with pytest.raises(UserError, match="text 7 has no word that the run's tokenizer knows"):
         encoder.tokens(["€€"], lambda i: f"text {i + 7}")
 
 

@@ -108,7 +108,7 @@ def test_unusable_text_files(tmp_path: Path, content: bytes, message: str):
         ),
         (
             "no/such.txt",
-            r"data\.source=no/such\.txt is neither a file nor a folder in /.*, nor one of python-docs, shakespeare$",
+            r"data\.source=no/such\.txt is neither a file nor a folder in /.*, nor one of python-docs, frases, shakespeare$",
         ),
         ("a\0b", r"cannot read data\.source="),
     ],

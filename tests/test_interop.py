@@ -788,6 +788,18 @@ def test_a_character_model_does_not_go_into_gguf(place, tmp_path, capsys, end_of
     assert not (tmp_path / "model.gguf").exists()
 
 
+def test_a_word_model_is_not_exported(place, tmp_path, capsys):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    tokenizers.make("word", "El gato").save(tmp_path / "run" / "tokenizer")
+    for out, message in (
+        ("model.gguf", "llama.cpp has no tokenizer of words"),
+        ("out", "the run's tokenizer is of words"),
+    ):
+        assert command("export-hf", tmp_path / "run", tmp_path / out) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / out).exists()
+
+
 @contextlib.contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """A limit on the size of files stands in for it: small ones can be written."""

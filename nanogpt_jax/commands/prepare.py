@@ -12,7 +12,7 @@ from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, DataConfig, UserError, command_line
 from nanogpt_jax.config.command_line import CommandLine, flag
 
-SOURCE = """python-docs, shakespeare, or
+SOURCE = """python-docs, frases, shakespeare, or
 FILE: a UTF-8 text, or .jsonl, .json, .csv, .tsv or .parquet with a text field; each may be packed as .gz
 FOLDER: every .txt, .text, .md, .jsonl, .ndjson and .parquet in it
 'GLOB': files by a pattern, like 'books/**/*.txt'

@@ -154,8 +154,7 @@ def best_possible(
 ) -> np.ndarray | None:
     """The nats of each token of a text [N] after the first, by whoever knows how its source writes: [N-1] float64.
 
-    None unless that is known, and tokens are words. No model can be better in the same windows but by chance: see
-    `Grammar.nats`.
+    None unless that is known, and tokens are words. Nobody is better on average in the same windows.
     """
     if source not in BEST or tokenizer.name != "word":
         return None

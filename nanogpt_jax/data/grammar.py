@@ -1,7 +1,7 @@
 """A grammar that writes sentences, and what is known of its texts: each word's probability, so the best possible loss.
 
-A state is what is still to be said, as a stack: words, and symbols that the rules replace. No rule leads back to its
-own symbol, so there are finitely many states, and a sentence visits each at most once. A word leads from a state to one
+A state is what is still to be said, as a stack: words, and symbols that the rules replace. No symbol leads back to
+itself, so there are finitely many states, and a sentence visits each at most once. A word leads from a state to one
 other only, so whoever has read a text from the beginning of a sentence knows the state.
 """
 
@@ -144,8 +144,9 @@ class Grammar:
 
         A model sees windows of a text (those of `batches.validation`), and so does this: of what stands before a window
         it knows only that it was text of this grammar. In a window it keeps the probability of every state (the forward
-        algorithm), until only one is possible. A model that has not seen the text can come out better by c nats in all
-        with a probability of at most exp(-c) (Markov's inequality for the ratio of the two likelihoods).
+        algorithm), until only one is possible. So on average nobody is better in the same windows. In a single window,
+        a model that has not seen it is better by c nats with a probability of at most exp(-c) (Markov's inequality for
+        the ratio of the likelihoods); in many, nearly so, as they know next to nothing of each other.
         ValueError if the grammar cannot say the text.
         """
         stride = stride or block_size
