@@ -36,7 +36,7 @@ function weightsOf(head, query) {
     for (let key = 0; key <= query; key++) row[key] = levels[codes[start + key]];
     return row;
   }
-  if (query + 1 > K) row.fill(NaN);
+  if (query + 1 > K) row.fill(NaN, 1); // the first is always kept
   const start = (head * T + query) * K;
   for (let i = start; i < start + K; i++) if (codes[i]) row[keys[i]] = levels[codes[i]];
   return row;
@@ -264,14 +264,9 @@ byId("heads-details").addEventListener("toggle", sortHeads);
 
 const matrix = byId("matrix");
 const labelled = T <= 40; // more would not be readable
-let whole; // the canvas of the chosen head, a pixel a weight
-let wholeHead = -1;
 let frame = { left: 0, top: 0, size: 1 }; // where the weights are on the canvas, in CSS pixels
 
 function drawMatrix() {
-  const { head } = chosen;
-  if (head !== wholeHead) whole = picture(made("canvas"), head, T);
-  wholeHead = head;
   const width = matrix.clientWidth;
   const scale = window.devicePixelRatio || 1;
   if (matrix.width !== Math.round(width * scale)) matrix.width = matrix.height = Math.round(width * scale);
@@ -284,8 +279,9 @@ function drawMatrix() {
   context.clearRect(0, 0, width, width);
   context.fillStyle = hatched(context);
   context.fillRect(margin, margin, size, size);
-  context.imageSmoothingEnabled = T > size * scale;
-  context.drawImage(whole, margin, margin, size, size);
+  context.imageSmoothingEnabled = false;
+  const pixels = Math.min(T, Math.floor(size * scale)); // of more, each shows the largest of its cells
+  context.drawImage(picture(made("canvas"), chosen.head, pixels), margin, margin, size, size);
   context.strokeStyle = colours.hatch;
   context.strokeRect(margin, margin, size, size);
   if (labelled) drawLabels(context, margin, cell);
@@ -469,7 +465,6 @@ function drawRest() {
 function repaint(given) {
   readColours(given);
   headOptions.forEach((option, head) => picture(option.firstChild, head, Math.min(T, 64)));
-  wholeHead = -1;
   drawMatrix();
   markCell();
 }

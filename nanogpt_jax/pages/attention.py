@@ -40,7 +40,7 @@ class Stored(NamedTuple):
 
 
 def stored(weights: np.ndarray, room: int = ROOM) -> Stored:
-    """weights [L, H, T, T] of a causal model -> all of them, or the largest of each row if they exceed `room` bytes."""
+    """weights [L, H, T, T] of a causal model -> all, or of each row the first and the largest, if all exceed `room`."""
     L, H, T, _ = weights.shape
     if room >= L * H * T * (T + 1) // 2:
         triangle = np.tril_indices(T)
@@ -50,7 +50,8 @@ def stored(weights: np.ndarray, room: int = ROOM) -> Stored:
     codes = np.zeros((L, H, T, K), np.uint8)
     lost = np.zeros((L, H, T))
     for layer, w in enumerate(weights):  # one at a time: all of them may be a gigabyte
-        largest = np.sort(np.argpartition(w, T - K, axis=-1)[..., T - K :], axis=-1)  # [H, T, K]
+        wanted = np.concatenate([w[..., :1] + 2, w[..., 1:]], axis=-1)  # the first token, the sink, always
+        largest = np.sort(np.argpartition(wanted, T - K, axis=-1)[..., T - K :], axis=-1)  # [H, T, K]
         found = np.take_along_axis(w, largest, axis=-1)
         codes[layer] = nearest(found)
         keys[layer] = np.where(codes[layer] > 0, largest, 0)

@@ -66,7 +66,7 @@ ATTENTION = {
             "to the first token, «{sink}», the sink: where many heads put the weight that they have no use for. "
             "The weights stored here sum to {sum}."
         ),
-        "rowKept": "Of this row the page keeps the {kept} largest; {mass} of its weight is left out.",
+        "rowKept": "Of this row the first and the largest are kept, {kept} in all; {mass} of its weight is left out.",
         "largest": "What {query} looks at most",
         "number": "no.",
         "token": "token",
@@ -126,7 +126,7 @@ ATTENTION = {
         ),
         "exact_whole": "No weight is left out.",
         "exact_left_out": (
-            "Of each row only the {kept} largest weights are kept: {mean} of the weight is left out in the mean, "
+            "Of each row only the first and the largest are kept, {kept} weights: {mean} is left out in the mean, "
             "{worst} in the worst row."
         ),
     },
@@ -196,7 +196,7 @@ ATTENTION = {
             " primer token, «{sink}», el sumidero: donde muchas cabezas dejan el peso que no necesitan. Los pesos"
             " guardados aquí suman {sum}."
         ),
-        "rowKept": "De esta fila la página guarda los {kept} mayores; {mass} de su peso queda fuera.",
+        "rowKept": "De esta fila quedan el primero y los mayores, {kept} en total; {mass} de su peso queda fuera.",
         "largest": "A qué mira más {query}",
         "number": "n.º",
         "token": "token",
@@ -259,7 +259,7 @@ ATTENTION = {
         ),
         "exact_whole": "No falta ningún peso.",
         "exact_left_out": (
-            "De cada fila solo se guardan los {kept} mayores pesos: queda fuera {mean} del peso de media, {worst}"
+            "De cada fila solo se guardan el primero y los mayores, {kept} pesos: queda fuera {mean} de media, {worst}"
             " en la peor fila."
         ),
     },
