@@ -199,22 +199,6 @@ def test_a_second_interrupt_never_ends_an_interactive_python(home, tmp_path, mon
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, users_env, monkeypatch):
-    import nbclient
-    import nbformat
-
-    monkeypatch.setenv("XLA_FLAGS", users_env["XLA_FLAGS"])  # one device
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(Path(nanogpt_jax.__file__).parent / "lesson/first_steps.ipynb", as_version=4)
-    assert len(notebook.cells) == 10
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert (tmp_path / "runs/first_steps/checkpoints/150").is_dir()
-    for cell in notebook.cells[1:]:
-        said = "".join(out.get("text", "") for out in cell.outputs if out.get("name") == "stderr")
-        assert "Error" not in said, said
-        assert cell.outputs, cell.source
-
-
 def test_if_jax_was_imported_before_us_no_second_program_is_compiled(home, monkeypatch):
     """XLA reads its environment once, and would write half a million warnings."""
     given: list[list[str]] = []

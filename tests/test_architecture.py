@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "interop": {"config", "host", "model", "data"},
     "classify": {"config", "host", "model", "data", "distributed", "run", "training"},
     "pages": set(),
+    "lesson": set(),
     "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
         *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
@@ -42,6 +43,7 @@ SLICES = {
     "bench": [],
     "classify": ["commands/classify.py"],
     "interop": ["commands/huggingface.py"],
+    "lesson": [],
     "pages": ["commands/attend.py", "commands/report.py"],
 }
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}

@@ -1,0 +1,1 @@
+"""The lesson: attention by hand, then in a trained model. To remove it, `rm -r` this room."""
