@@ -449,7 +449,7 @@ function answer() {
   markCell();
   read = { ...chosen };
   clearTimeout(later);
-  later = setTimeout(drawRest, 20);
+  later = setTimeout(drawRest, 80);
 }
 function drawRest() {
   if (differs(drawn, "head")) {
