@@ -147,11 +147,11 @@ def test_a_new_run_gives_the_numbers_of_the_page(tmp_path, monkeypatch, users_en
     assert same(new[-1], page[-1], CLOSE)
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, users_env, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, clean_env, monkeypatch):
     import nbclient
     import nbformat
 
-    monkeypatch.setenv("XLA_FLAGS", users_env["XLA_FLAGS"])  # one device
+    monkeypatch.setenv("XLA_FLAGS", clean_env["XLA_FLAGS"])  # one device
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(LESSON / "first_steps.ipynb", as_version=4)
     assert len(notebook.cells) == 10
