@@ -72,7 +72,7 @@ class Run:
 
     def logits(self, text: Text) -> np.ndarray:
         """[T, V] float32: after each token, log p of the next one up to a constant. At most block_size tokens."""
-        return np.asarray(forward(self.params, self.config, self._ids(text)))
+        return np.asarray(_compiled_forward(self.params, _plain(self.config), self._ids(text)))
 
     def loss(self, text: Text) -> np.ndarray:
         """[T-1] float32: -log p of each token after the first, in nats. A long text is read in windows of block_size,
@@ -155,6 +155,9 @@ def forward(params: gpt2.Params, config: Config | ModelConfig, tokens: jax.typin
     cfg, tokens = _plain(config), jnp.asarray(tokens)
     logits = gpt2.forward(cfg, params, tokens.reshape(-1, tokens.shape[-1]))
     return logits[..., : cfg.vocab_size].reshape(*tokens.shape, cfg.vocab_size)
+
+
+_compiled_forward = jax.jit(forward, static_argnums=1)
 
 
 def _plain(cfg: Config | ModelConfig) -> ModelConfig:
