@@ -48,9 +48,12 @@ def lens(cfg: ModelConfig, params: gpt2.Params, seen: Seen, n: int = 5) -> Lens:
     """Every layer's vectors through ln_f and the head, and the `n` likeliest next tokens of each."""
     answer = jax.nn.log_softmax(seen.logits[:, : cfg.vocab_size])
 
-    def layer(x: jax.Array) -> Lens:
-        read = jax.nn.log_softmax(gpt2.head(cfg, params, x)[:, : cfg.vocab_size])
-        best, likeliest = lax.top_k(read, n)
-        return Lens(likeliest, jnp.exp(best), (jnp.exp(answer) * (answer - read)).sum(axis=-1))
+    def read(x: jax.Array) -> Lens:
+        return compared(jax.nn.log_softmax(gpt2.head(cfg, params, x)[:, : cfg.vocab_size]))
 
-    return lax.map(layer, seen.hidden)
+    def compared(log_p: jax.Array) -> Lens:
+        best, likeliest = lax.top_k(log_p, n)
+        return Lens(likeliest, jnp.exp(best), (jnp.exp(answer) * (answer - log_p)).sum(axis=-1))
+
+    layers, last = lax.map(read, seen.hidden[:-1]), compared(answer)
+    return jax.tree.map(lambda stacked, one: jnp.concatenate([stacked, one[None]]), layers, last)
