@@ -38,13 +38,18 @@ from nanogpt_jax.run import opened
 Text = str | Sequence[int] | np.ndarray  # or token ids
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
     """A trained run, opened by `load`."""
 
     config: Config  # its settings
     params: gpt2.Params  # nested dict of float32 arrays: see nanogpt_jax/model/gpt2.py
     tokenizer: Tokenizer  # .encode(text) -> ids [T] int32, .decode(ids) -> text
+
+    def __repr__(self) -> str:
+        m = self.config.model
+        sizes = f"{m.n_layer} layers of {m.n_head} heads, {m.n_embd} channels, context {m.block_size}"
+        return f"<Run: GPT-2 of {sizes}, trained on {self.config.data.title}>"
 
     def generate(self, prompt: str = "", **how: Any) -> str:
         """A continuation of `prompt`, without it.
@@ -168,6 +173,8 @@ def _plain(cfg: Config | ModelConfig) -> ModelConfig:
 def _asked(how: Mapping[str, Any]) -> options.Options:
     """The flags of sample.py. UserError if one is unknown or its value invalid."""
     words = []
+    if alone := {"num_samples", "prompt", "prompt_file", "checkpoint"} & how.keys():
+        raise UserError(f"{alone.pop()} is a flag of sample.py that has no meaning here")
     for name, value in how.items():
         several = value if isinstance(value, tuple | list) else [value]
         words += [f"--{name.replace('_', '-')}={each}" for each in several]

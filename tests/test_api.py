@@ -70,6 +70,10 @@ def test_there_are_at_most_twelve_names(run):
     for name in nanogpt_jax.__all__:
         assert name in dir(nanogpt_jax)
         assert getattr(nanogpt_jax, name).__doc__, name
+    assert (
+        repr(run)
+        == "<Run: GPT-2 of 2 layers of 2 heads, 16 channels, context 16, trained on " + run.config.data.source + ">"
+    )
     with pytest.raises(AttributeError, match="'lode'"):
         nanogpt_jax.lode  # noqa: B018
 
@@ -150,6 +154,7 @@ def test_forward_is_pure_and_jit_grad_and_vmap_take_it(run):
         (lambda run: run.generate("a", temperature=-1), "--temperature=-1.0 must be 0 (always the likeliest token)"),
         (lambda run: run.generate("a", temprature=1), "did you mean --temperature?"),
         (lambda run: run.generate("a", seed="x"), "--seed=x must be a whole number"),
+        (lambda run: run.generate("a", num_samples=3), "num_samples is a flag of sample.py that has no meaning here"),
         (lambda run: run.generate("é"), "character 'é' at position 0 is not among the"),
         (lambda run: run.logits(""), "the text has 0 tokens; at least 1 is needed"),
         (lambda run: run.logits("a" * 17), "the text has 17 tokens, more than the model's context of 16"),

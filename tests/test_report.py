@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import refused
 
-from nanogpt_jax import config
+from nanogpt_jax import cli, config
 from nanogpt_jax.commands import report
 
 RUN = Path(__file__).parent / "fixtures/run.tar.gz"  # of an earlier version: it has no origin.json
@@ -107,3 +107,16 @@ def test_texts_are_escaped():
 def test_wrong_input(line, words, capsys):
     refused(report.main, line, capsys, words)
     assert not Path("run/report.html").exists()
+
+
+def test_a_run_that_was_extended_says_so_and_one_that_is_finished_keeps_its_settings(capsys):
+    flags = "--model.n-layer 1 --model.n-head 2 --model.n-embd 16 --model.block-size 16 --train.batch-size 4".split()
+    flags += "--data.source text.txt --train.eval-every 5 --run-dir run".split()
+    assert cli.door("train").main([*flags, "--train.steps", "4"]) == 0
+    assert "run is at step 10 already, beyond train.steps=4" in capsys.readouterr().out
+    assert config.read_json(Path("run/config.json")).train.steps == 10
+    for _ in range(2):
+        assert cli.door("train").main([*flags, "--train.steps", "12"]) == 0
+    page = written()
+    assert page.count("Its steps were 10 until step 10, and more were asked for then: train with --train.steps=10") == 1
+    assert "--train.steps=12" in page

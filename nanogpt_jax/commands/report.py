@@ -18,7 +18,7 @@ from nanogpt_jax.model import sizes
 from nanogpt_jax.pages import drawing, html
 from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.run.opened import Run, newest, open_run
-from nanogpt_jax.run.run_dir import REPORT_PAGE
+from nanogpt_jax.run.run_dir import REPORT_PAGE, read_origin
 
 CURVES = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm, unclipped", "tokens_per_second": "Tokens/s"}
 DERIVED = ("model.vocab_size", "model.end_of_text")  # settings that follow from the data
@@ -74,7 +74,7 @@ def page(run: Run, checkpoint: str) -> str:
     model, step = api.for_scoring(run, checkpoint)
     known, m = api.Run(run.cfg, model.params, run.tokenizer), run.cfg.model
     metrics = read_metrics(run.path / "metrics.jsonl")
-    origin, title = _json(run.path / "origin.json"), f"{run.path}, step {step}"
+    origin, title = read_origin(run.path), f"{run.path}, step {step}"
     about = f"GPT-2 of {sizes.n_params(m):,} parameters: n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
     about += f"block_size={m.block_size}; trained on {run.cfg.data.title}"
     sample = known.generate("" if run.tokenizer.name == "char" else "\n", max_new_tokens=300)
@@ -84,7 +84,7 @@ def page(run: Run, checkpoint: str) -> str:
     parts += ["<h2>How good it is</h2>", *_evaluation(run, model)]
     parts += ["<h2>What it writes</h2>", f"<pre>{html.escape(sample)}</pre>"]
     parts += ["<h2>What it looks at</h2>", *_attention(known, run.path)]
-    parts += ["<h2>How to make it again</h2>", *_made(run, origin.get("versions", {})), "</main>"]
+    parts += ["<h2>How to make it again</h2>", *_made(run, origin), "</main>"]
     return html.page(title, "\n".join(parts), style=html.asset("report.css"))
 
 
@@ -132,7 +132,9 @@ def _evaluation(run: Run, model: Any) -> list[str]:
         raise UserError(f"{run.path} gives a loss that is not finite: it has diverged")
     found = figures.of_text(nats, text, T, 0)
     rows: list[list[object]] = []
-    for name in ("nats_per_token", "perplexity", "bits_per_byte"):
+    for name in [
+        n for n in ("nats_per_token", "best_possible", "above_best", "perplexity", "bits_per_byte") if n in found
+    ]:
         value, error = found[name].value, found[name].error
         rows.append([name.replace("_", " "), f"{value:.4f}", "" if error is None else f"{error:.4f}"])
     caption = f"{text.name}: {len(nats):,} tokens, each predicted once in windows of {T}"
@@ -157,26 +159,26 @@ def _attention(run: Any, path: Path) -> list[str]:
     return [f"<p>{LOOKS}</p>", shown, f"<p>All heads: <code>{html.escape(every)}</code></p>"]
 
 
-def _made(run: Run, versions: dict[str, str]) -> list[str]:
+def _made(run: Run, origin: dict[str, Any]) -> list[str]:
     """The command that trains the run again, from its settings alone, and what computed it."""
     default = dict(settings.items(Config()))
     changed = [(key, v) for key, v in settings.items(run.cfg) if v != default[key] and key not in DERIVED]
     words = [f"--{key.replace('_', '-')}={_typed(value)}" for key, value in changed]
     command = f"{config.program('train')} {config.joined([*words, f'--run-dir={run.path}'])}"
-    data = _json(run.path / "data.json").get("fingerprint", "not recorded")
-    known = {**versions, "data": data, "tokenizer": run.tokenizer.fingerprint}
+    try:
+        data = json.loads(files.read(run.path / "data.json"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        data = "not recorded"
+    steps = [
+        f"Its steps were {each['from_steps']} until step {each['at_step']}, and more were asked for then: train with "
+        f"--train.steps={each['from_steps']} first."
+        for each in origin.get("extended", [])
+    ]
+    known = {**origin.get("versions", {}), "data": data, "tokenizer": run.tokenizer.fingerprint}
     rows: list[list[object]] = [[what, value] for what, value in known.items()]
-    return [f"<pre>{html.escape(command)}</pre>", _table(["what", "value"], rows, "Versions and hashes")]
+    told = "".join(f"<p>{html.escape(one)}</p>" for one in steps)
+    return [f"{told}<pre>{html.escape(command)}</pre>", _table(["what", "value"], rows, "Versions and hashes")]
 
 
 def _typed(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A file of the run; {} if there is none, or if it is damaged."""
-    try:
-        found = json.loads(files.read(path))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

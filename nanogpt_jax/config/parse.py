@@ -142,7 +142,8 @@ def read_toml(path: Path, kind: Kind = Config) -> dict[str, Any]:
         text = content.decode("utf-8-sig")  # some editors write a byte order mark
         return flatten(tomllib.loads(text), str(path), kind)
     except tomllib.TOMLDecodeError as e:
-        raise UserError(f"{path} is not valid TOML: {e}") from None
+        text = "" if path.suffix.lower() == ".toml" else f"\n       to train on a text: --data.source={word(path)}"
+        raise UserError(f"{path} is not valid TOML: {e}{text}") from None
     except (UnicodeDecodeError, RecursionError) as e:
         why = "nested too deeply" if isinstance(e, RecursionError) else "not UTF-8 text"
         raise UserError(f"{path} is {why}, so it cannot be a TOML file") from None

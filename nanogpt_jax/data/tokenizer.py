@@ -210,6 +210,10 @@ class WordTokenizer:
             remedy = "\n       its accents are characters of their own (NFD); write each letter with its accent (NFC)"
         elif self._knows(shown) or self._knows(" " + shown):
             remedy = f"\n       it is known only {'without a' if self._knows(shown) else 'after a'} space before it"
+        elif word.isspace() and text.endswith(word):
+            remedy = "\n       a word carries the space before it: leave it out at the end"
+        elif self._knows(" " + shown.lower()):
+            remedy = suggestion(shown, [shown.lower()]) or f"\n       did you mean {shown.lower()}?"
         else:
             few = self._words if len(self._words) <= MOST_COMPARED else []
             remedy = suggestion(shown, sorted({known.removeprefix(" ") for known in few}))

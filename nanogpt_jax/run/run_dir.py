@@ -317,11 +317,16 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
         print(f"note: {run_dir} has no checkpoint to go on from, so it starts over", file=sys.stderr)
     if steps and (command.overwrite or not finished(run_dir, cfg)):
         execution_here(cfg)  # fails before the old run is moved
+    if not command.overwrite and finished(run_dir, cfg):
+        return  # nothing is left to do, so the settings by which it was made stay
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
     try:
         if not steps or command.overwrite:
             _set_aside(run_dir)
-            files.write(run_dir / "origin.json", json.dumps(_origin(command), indent=2) + "\n")
+            origin = _origin(command)
+        else:
+            origin = _extended(run_dir, cfg, steps[-1])
+        files.write(run_dir / "origin.json", json.dumps(origin, indent=2) + "\n")
         data.tokenizer.save(run_dir / "tokenizer")
         files.write(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
         files.write(run_dir / "config.json", config.to_json(cfg))
@@ -332,7 +337,25 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
         ) from None
 
 
-def _origin(command: Command) -> dict[str, dict[str, str]]:
+def read_origin(run_dir: Path) -> dict[str, Any]:
+    """What origin.json says; {} if there is none, as in older runs, or if it is damaged."""
+    try:
+        found = json.loads(files.read(run_dir / "origin.json"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _extended(run_dir: Path, cfg: Config, step: int) -> dict[str, Any]:
+    """origin.json of a run that goes on from `step`. Other steps in all change the schedule, so they are recorded."""
+    origin, before = read_origin(run_dir), config.read_json(run_dir / "config.json", type(cfg)).train.steps
+    this = {"at_step": step, "from_steps": before}
+    if before != cfg.train.steps and this not in origin.get("extended", []):  # a killed start may have written it
+        origin["extended"] = [*origin.get("extended", []), this]
+    return origin
+
+
+def _origin(command: Command) -> dict[str, Any]:
     """Where settings came from that are not defaults, and what computes the run: for people, read by `report`."""
     settings = {key: where for key, where in command.origin.items() if where != "default"}
     versions = {"python": platform.python_version()}
