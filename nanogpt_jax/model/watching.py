@@ -47,13 +47,14 @@ class Lens(NamedTuple):
 def lens(cfg: ModelConfig, params: gpt2.Params, seen: Seen, n: int = 5) -> Lens:
     """Every layer's vectors through ln_f and the head, and the `n` likeliest next tokens of each."""
     answer = jax.nn.log_softmax(seen.logits[:, : cfg.vocab_size])
+    p = jnp.exp(answer)
+    best, likeliest = lax.top_k(p, n)
+    last, certainty = Lens(likeliest, best, jnp.zeros(len(p))), (p * answer).sum(axis=-1)
 
     def read(x: jax.Array) -> Lens:
-        return compared(jax.nn.log_softmax(gpt2.head(cfg, params, x)[:, : cfg.vocab_size]))
+        logits = gpt2.head(cfg, params, x)[:, : cfg.vocab_size]
+        total = jax.nn.logsumexp(logits, axis=-1)  # log p = logits - total: a whole array of them would take longer
+        best, likeliest = lax.top_k(logits, n)
+        return Lens(likeliest, jnp.exp(best - total[:, None]), certainty - (p * logits).sum(axis=-1) + total)
 
-    def compared(log_p: jax.Array) -> Lens:
-        best, likeliest = lax.top_k(log_p, n)
-        return Lens(likeliest, jnp.exp(best), (jnp.exp(answer) * (answer - log_p)).sum(axis=-1))
-
-    layers, last = lax.map(read, seen.hidden[:-1]), compared(answer)
-    return jax.tree.map(lambda stacked, one: jnp.concatenate([stacked, one[None]]), layers, last)
+    return jax.tree.map(lambda all, one: jnp.concatenate([all, one[None]]), lax.map(read, seen.hidden[:-1]), last)
