@@ -129,7 +129,8 @@ def run(asked: Options) -> int:
     about = About(str(opened.path), step, tokenizer.name, n_all, (asked.layer - 1, asked.head - 1), asked.language)
     made = attention_page.page(about, seen, lambda token: _bytes(opened, token), versus, word).encode()
     cli.write_page(asked.out, out, made)
-    print(f"{out}: {len(made) / 1e6:.1f} MB, {cfg.n_layer} layers of {cfg.n_head} heads over {len(ids)} tokens")
+    size = f"{len(made) / 1e6:.1f} MB" if len(made) >= 1e5 else f"{len(made) / 1e3:.0f} kB"
+    print(f"{out}: {size}, {cfg.n_layer} layers of {cfg.n_head} heads over {len(ids)} tokens")
     if asked.npz:
         cli.write_file("--npz", asked.npz, _npz(seen))
         print(asked.npz)
