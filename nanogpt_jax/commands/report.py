@@ -16,9 +16,10 @@ from nanogpt_jax.evaluation import texts
 from nanogpt_jax.host import files, progress
 from nanogpt_jax.model import sizes
 from nanogpt_jax.pages import drawing, html
+from nanogpt_jax.run import origin
 from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.run.opened import Run, newest, open_run
-from nanogpt_jax.run.run_dir import REPORT_PAGE, read_origin
+from nanogpt_jax.run.run_dir import REPORT_PAGE
 
 CURVES = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm, unclipped", "tokens_per_second": "Tokens/s"}
 DERIVED = ("model.vocab_size", "model.end_of_text")  # settings that follow from the data
@@ -74,17 +75,17 @@ def page(run: Run, checkpoint: str) -> str:
     model, step = api.for_scoring(run, checkpoint)
     known, m = api.Run(run.cfg, model.params, run.tokenizer), run.cfg.model
     metrics = read_metrics(run.path / "metrics.jsonl")
-    origin, title = read_origin(run.path), f"{run.path}, step {step}"
+    told, title = origin.read(run.path), f"{run.path}, step {step}"
     about = f"GPT-2 of {sizes.n_params(m):,} parameters: n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
     about += f"block_size={m.block_size}; trained on {run.cfg.data.title}"
     sample = known.generate("" if run.tokenizer.name == "char" else "\n", max_new_tokens=300)
     parts = [f"<header><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p></header><main>"]
-    parts += ["<h2>What was asked for</h2>", _settings(run, origin.get("settings", {}))]
+    parts += ["<h2>What was asked for</h2>", _settings(run, told.get("settings", {}))]
     parts += ["<h2>How training went</h2>", *_curves(metrics)]
     parts += ["<h2>How good it is</h2>", *_evaluation(run, model)]
     parts += ["<h2>What it writes</h2>", f"<pre>{html.escape(sample)}</pre>"]
     parts += ["<h2>What it looks at</h2>", *_attention(known, run.path)]
-    parts += ["<h2>How to make it again</h2>", *_made(run, origin), "</main>"]
+    parts += ["<h2>How to make it again</h2>", *_made(run, told), "</main>"]
     return html.page(title, "\n".join(parts), style=html.asset("report.css"))
 
 
@@ -93,10 +94,10 @@ def _table(heads: list[str], rows: list[list[object]], caption: str) -> str:
     return f'<div class="scrolls" tabindex="0" role="group" aria-label="{html.escape(caption)}">{table}</div>'
 
 
-def _settings(run: Run, origin: dict[str, str]) -> str:
+def _settings(run: Run, came_from: dict[str, str]) -> str:
     default = dict(settings.items(Config()))
     rows: list[list[object]] = [
-        [key, _typed(value), _typed(default[key]), "the data" if key in DERIVED else origin.get(key, "not recorded")]
+        [key, _typed(value), _typed(default[key]), "the data" if key in DERIVED else came_from.get(key, "not recorded")]
         for key, value in settings.items(run.cfg)
         if value != default[key]
     ]
@@ -159,7 +160,7 @@ def _attention(run: Any, path: Path) -> list[str]:
     return [f"<p>{LOOKS}</p>", shown, f"<p>All heads: <code>{html.escape(every)}</code></p>"]
 
 
-def _made(run: Run, origin: dict[str, Any]) -> list[str]:
+def _made(run: Run, told: dict[str, Any]) -> list[str]:
     """The command that trains the run again, from its settings alone, and what computed it."""
     default = dict(settings.items(Config()))
     changed = [(key, v) for key, v in settings.items(run.cfg) if v != default[key] and key not in DERIVED]
@@ -172,12 +173,12 @@ def _made(run: Run, origin: dict[str, Any]) -> list[str]:
     steps = [
         f"Its steps were {each['from_steps']} until step {each['at_step']}, and more were asked for then: train with "
         f"--train.steps={each['from_steps']} first."
-        for each in origin.get("extended", [])
+        for each in told.get("extended", [])
     ]
-    known = {**origin.get("versions", {}), "data": data, "tokenizer": run.tokenizer.fingerprint}
+    known = {**told.get("versions", {}), "data": data, "tokenizer": run.tokenizer.fingerprint}
     rows: list[list[object]] = [[what, value] for what, value in known.items()]
-    told = "".join(f"<p>{html.escape(one)}</p>" for one in steps)
-    return [f"{told}<pre>{html.escape(command)}</pre>", _table(["what", "value"], rows, "Versions and hashes")]
+    sentences = "".join(f"<p>{html.escape(one)}</p>" for one in steps)
+    return [f"{sentences}<pre>{html.escape(command)}</pre>", _table(["what", "value"], rows, "Versions and hashes")]
 
 
 def _typed(value: Any) -> str:

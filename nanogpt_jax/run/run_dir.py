@@ -2,9 +2,8 @@
 
     RUN/config.json   the settings          RUN/checkpoints/STEP/   orbax
     RUN/data.json     the data's manifest   RUN/tokenizer/          so that sampling needs no data
-    RUN/origin.json   where settings came from, and the versions that began the run
+    RUN/origin.json   see origin.py         RUN/*.html              the pages of `attend` and `report`
     RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
-    RUN/attention.html, RUN/report.html   the pages of `nanogpt-jax attend` and `report`
     RUN/import.json   where an imported model came from; it has no data and is not trained further in place
 
 A run that is started over is moved to RUN/.overwritten until the new one has begun: until its first line of metrics or
@@ -14,11 +13,9 @@ A run that must not be touched is refused before XLA starts: nothing here import
 """
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -36,11 +33,12 @@ from nanogpt_jax.config.settings import differences, types_of
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import files
+from nanogpt_jax.run import origin
 from nanogpt_jax.run.plan import execution_here
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
 ATTENTION_PAGE, REPORT_PAGE = "attention.html", "report.html"
-WRITTEN_FILES = ("config.json", "data.json", "origin.json", "metrics.jsonl", ATTENTION_PAGE, REPORT_PAGE)
+WRITTEN_FILES = ("config.json", "data.json", origin.NAME, "metrics.jsonl", ATTENTION_PAGE, REPORT_PAGE)
 WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
@@ -323,10 +321,10 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
     try:
         if not steps or command.overwrite:
             _set_aside(run_dir)
-            origin = _origin(command)
+            told = origin.of_new(command)
         else:
-            origin = _extended(run_dir, cfg, steps[-1])
-        files.write(run_dir / "origin.json", json.dumps(origin, indent=2) + "\n")
+            told = origin.of_extended(run_dir, cfg, steps[-1])
+        files.write(run_dir / origin.NAME, json.dumps(told, indent=2) + "\n")
         data.tokenizer.save(run_dir / "tokenizer")
         files.write(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
         files.write(run_dir / "config.json", config.to_json(cfg))
@@ -335,34 +333,6 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
             f"cannot write in {run_dir}: {e.strerror or e}\n"
             "       see to that (a full disk: free some space), then give the same command again"
         ) from None
-
-
-def read_origin(run_dir: Path) -> dict[str, Any]:
-    """What origin.json says; {} if there is none, as in older runs, or if it is damaged."""
-    try:
-        found = json.loads(files.read(run_dir / "origin.json"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _extended(run_dir: Path, cfg: Config, step: int) -> dict[str, Any]:
-    """origin.json of a run that goes on from `step`. Other steps in all change the schedule, so they are recorded."""
-    origin, before = read_origin(run_dir), config.read_json(run_dir / "config.json", type(cfg)).train.steps
-    this = {"at_step": step, "from_steps": before}
-    if before != cfg.train.steps and this not in origin.get("extended", []):  # a killed start may have written it
-        origin["extended"] = [*origin.get("extended", []), this]
-    return origin
-
-
-def _origin(command: Command) -> dict[str, Any]:
-    """Where settings came from that are not defaults, and what computes the run: for people, read by `report`."""
-    settings = {key: where for key, where in command.origin.items() if where != "default"}
-    versions = {"python": platform.python_version()}
-    for package in ("nanogpt-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a clone that was never installed
-            versions[package] = importlib.metadata.version(package)
-    return {"settings": settings, "versions": versions}
 
 
 def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
