@@ -55,6 +55,7 @@ def lens(cfg: ModelConfig, params: gpt2.Params, seen: Seen, n: int = 5) -> Lens:
         logits = gpt2.head(cfg, params, x)[:, : cfg.vocab_size]
         total = jax.nn.logsumexp(logits, axis=-1)  # log p = logits - total: a whole array of them would take longer
         best, likeliest = lax.top_k(logits, n)
-        return Lens(likeliest, jnp.exp(best - total[:, None]), certainty - (p * logits).sum(axis=-1) + total)
+        divergence = jnp.maximum(certainty - (p * logits).sum(axis=-1) + total, 0)  # rounding may go below
+        return Lens(likeliest, jnp.exp(best - total[:, None]), divergence)
 
     return jax.tree.map(lambda all, one: jnp.concatenate([all, one[None]]), lax.map(read, seen.hidden[:-1]), last)
