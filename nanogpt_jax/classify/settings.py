@@ -73,6 +73,7 @@ class ClassifierConfig(Config):
     def demands(self, check: Callable[..., None]) -> None:
         d, c, t = self.data, self.classify, self.train
         check(t.steps >= 0, "train.steps", "must not be negative")
+        check(t.micro_batch >= 0, "train.micro_batch", "must not be negative")
         check(c.epochs >= 1, "classify.epochs", "must be at least 1")
         check(c.patience >= 0, "classify.patience", "must not be negative")
         check(c.n_labels >= 0, "classify.n_labels", "must not be negative")

@@ -63,3 +63,23 @@ def make_mesh(cfg: MeshConfig) -> "Mesh":
 def batch_ways(mesh: "Mesh") -> int:
     """Number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def room(mesh: "Mesh") -> float:
+    """Bytes that a program can have on each device of the mesh; the least of all processes, so that they agree.
+
+    A CPU's devices share what is free; else it is what JAX's allocator may take.
+    """
+    import jax
+
+    mine = mesh.local_devices
+    if mine[0].platform == "cpu":
+        least = memory.free() / len(mine)
+    else:
+        told = [device.memory_stats() or {} for device in mine]
+        least = min(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) for stats in told)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        least = multihost_utils.process_allgather(np.float32(least)).min()
+    return float(least)
