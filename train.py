@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
 
     from nanogpt_jax.data import batches
     from nanogpt_jax.data.dataset import open_data
+    from nanogpt_jax.distributed import processes
     from nanogpt_jax.host.signals import stop_on_signals
     from nanogpt_jax.run import plan, run_dir
 
@@ -24,8 +25,11 @@ def main(argv: list[str]) -> int:
         print(plan.describe(command))
         return 0
     with (
+        processes.joined(command),  # one, unless mesh.* asks for more
         run_dir.claim(command) as run,  # locked, so that nobody else writes here
-        nullcontext(open_data(command.cfg.data)) as data,  # prepared on first use; Ctrl-C ends that at once
+        nullcontext(
+            processes.in_turn("the data", lambda: open_data(command.cfg.data))
+        ) as data,  # prepared on first use
         stop_on_signals(lambda: run_dir.standing(run, argv)) as stop,
     ):
         run_dir.check_tokenizer(command, data)
@@ -40,7 +44,7 @@ def main(argv: list[str]) -> int:
         if outcome.signal:
             again = f"go on with the same command: {config.command_again(argv)}"
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}\n{again}")
-            return 128 + outcome.signal
+            return processes.exit_code(outcome.signal)
         print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.loss} at the last step")
         print(f"a sample:\n\n{sample}\n\n{then}")
         return 0
