@@ -27,9 +27,7 @@ def main(argv: list[str]) -> int:
     with (
         processes.joined(command),  # one, unless mesh.* asks for more
         run_dir.claim(command) as run,  # locked, so that nobody else writes here
-        nullcontext(
-            processes.in_turn("the data", lambda: open_data(command.cfg.data))
-        ) as data,  # prepared on first use
+        nullcontext(processes.in_turn("the data", open_data, command.cfg.data)) as data,  # prepared on first use
         stop_on_signals(lambda: run_dir.standing(run, argv)) as stop,
     ):
         run_dir.check_tokenizer(command, data)

@@ -30,9 +30,11 @@ Message = dict[str, Any]
 class Line:
     """A connection that carries messages and heartbeats."""
 
-    def __init__(self, connection: socket.socket):
+    def __init__(self, connection: socket.socket, silence: float):
+        """Without a heartbeat for `silence` seconds, the other side is lost."""
         self._connection, self._sending, self._open = connection, threading.Lock(), True
-        connection.settimeout(LOST_AFTER)
+        self._silence = min(LOST_AFTER, silence)
+        connection.settimeout(self._silence)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def start(self, hear: Callable[[Message], None], lost: Callable[[str], None]) -> None:
@@ -65,7 +67,7 @@ class Line:
                 for line in filter(None, lines):
                     self._hear(json.loads(line))
         except TimeoutError:
-            reason = f"nothing was heard from it for {LOST_AFTER:.0f} s"
+            reason = f"nothing was heard from it for {self._silence:g} s"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reset, or no message of ours
             pass
         if self._open:
@@ -76,9 +78,9 @@ class Line:
 class Hub:
     """Process 0's side: it hears everybody, and answers once all have come to the same meeting."""
 
-    def __init__(self, host: str, port: int, count: int):
+    def __init__(self, host: str, port: int, count: int, timeout: float):
         """UserError if nobody can listen there."""
-        self._count, self._lock = count, threading.RLock()
+        self._count, self._timeout, self._lock = count, timeout, threading.RLock()
         self._lines: dict[int, Line] = {}
         self._values: dict[str, dict[int, Any]] = {}  # meeting -> process -> value
         self._left: set[int] = set()
@@ -107,7 +109,7 @@ class Hub:
         with suppress(OSError):  # closed
             while True:
                 connection, _ = self._server.accept()
-                line = Line(connection)
+                line = Line(connection, self._timeout)
                 newcomer = _Newcomer(self, line)
                 line.start(newcomer.hear, newcomer.lost)
 
@@ -192,7 +194,7 @@ class Member:
         self._met: dict[str, list[Any]] = {}
         self._ending, self._first, self._refused = False, None, ""
         self._err = sys.stderr
-        self._line = Line(_connect(host, port, timeout))
+        self._line = Line(_connect(host, port, timeout), timeout)
         self._line.start(self._hear, self._lost)
         self._line.send({"process": number, "of": count})
 

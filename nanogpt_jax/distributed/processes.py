@@ -70,10 +70,10 @@ def first_alone(name: str, work: Callable[[], Value], seconds: float = 0) -> Val
     return value
 
 
-def in_turn(name: str, work: Callable[[], Value]) -> Value:
-    """What `work` gives here. Process 0 does it before the others, which find what it has prepared."""
-    value = first_alone(name, work, PREPARING)
-    return work() if value is None else value
+def in_turn(name: str, work: Callable[..., Value], *args: Any) -> Value:
+    """What `work(*args)` gives here. Process 0 does it before the others, which find what it has prepared."""
+    value = first_alone(name, lambda: work(*args), PREPARING)
+    return work(*args) if value is None else value
 
 
 def from_first(name: str, work: Callable[[], Value]) -> Value:
@@ -110,7 +110,7 @@ def joined(command: Command) -> Iterator[None]:
         yield
         return
     host, port = place.host, place.port
-    hub = Hub(host, port, place.count) if place.number == 0 else None
+    hub = Hub(host, port, place.count, command.cfg.mesh.timeout) if place.number == 0 else None
     member = Member(host, port, place.number, place.count, command.cfg.mesh.timeout)
     _group = _Group(place.number, place.count, member)
     try:
