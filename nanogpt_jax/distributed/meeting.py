@@ -22,6 +22,8 @@ from nanogpt_jax.host import runtime, terminal
 AGAIN = 75  # the exit code for "the same command goes on": EX_TEMPFAIL of sysexits.h, for schedulers
 LOST_AFTER = 40.0  # seconds without a heartbeat
 BEAT = 1.0  # seconds between two
+GRACE = 5.0  # seconds in which a process may tidy up after it has heard that the run is over
+END = "the end"  # the last meeting: after it, nobody is lost
 LONGEST_LINE = 1 << 20  # bytes; a stranger may connect
 
 Message = dict[str, Any]
@@ -83,8 +85,7 @@ class Hub:
         self._count, self._timeout, self._lock = count, timeout, threading.RLock()
         self._lines: dict[int, Line] = {}
         self._values: dict[str, dict[int, Any]] = {}  # meeting -> process -> value
-        self._left: set[int] = set()
-        self._ended = False
+        self._ended = False  # the run has, well or not
         try:
             if host in ("localhost", "127.0.0.1", "::1"):  # nobody else's business
                 family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -122,12 +123,10 @@ class Hub:
                 if first:
                     self._tell({"ended": number, "code": message["ended"]}, but=number)
                 self._lines[number].send({"first": first})
-            elif "leave" in message:
-                self._left.add(number)
 
     def lost(self, number: int, reason: str) -> None:
         with self._lock:
-            if number not in self._left and not self._ended:
+            if not self._ended:
                 self._tell({"lost": number, "reason": reason})
 
     def enter(self, number: int, count: int, line: Line) -> str:
@@ -151,6 +150,7 @@ class Hub:
         values[number] = value
         if len(values) == self._count:
             del self._values[name]
+            self._ended = self._ended or name == END
             self._tell({"met": name, "values": [values[i] for i in range(self._count)]})
 
     def _late(self, name: str, values: dict[int, Any], seconds: float) -> None:
@@ -185,13 +185,18 @@ class _Newcomer:
 
 
 class Member:
-    """A process's side. Its thread ends the process, with AGAIN, as soon as another one is lost."""
+    """A process's side. Its thread ends the process as soon as another one is lost, with AGAIN, or has an error.
+
+    `over` is then the exit code. The main thread raises SystemExit when it next waits for the others, and has GRACE to
+    tidy up. If it is inside of XLA, waiting for a sum that never comes, the process ends after that.
+    """
 
     def __init__(self, host: str, port: int, number: int, count: int, timeout: float):
         """Connects, for at most `timeout` seconds. UserError if process 0 does not answer."""
         self.number, self.count, self._timeout = number, count, timeout
         self._come = threading.Condition()
         self._met: dict[str, list[Any]] = {}
+        self.over: int | None = None
         self._ending, self._first, self._refused = False, None, ""
         self._err = sys.stderr
         self._line = Line(_connect(host, port, timeout), timeout)
@@ -206,11 +211,13 @@ class Member:
         seconds = seconds or self._timeout
         self._line.send({"meet": name, "value": value, "seconds": seconds})
         with self._come:
-            self._come.wait_for(lambda: name in self._met or self._refused, seconds + LOST_AFTER)
+            self._come.wait_for(lambda: name in self._met or self._refused or self.over, seconds + LOST_AFTER)
             if self._refused:
                 raise UserError(self._refused)
-            if name not in self._met:  # the hub itself is stuck, and its heartbeat is not
+            if name not in self._met and not self.over:  # the hub itself is stuck, and its heartbeat is not
                 self._end(f"process 0 did not answer at {name!r} for {seconds + LOST_AFTER:.0f} s")
+            if self.over:
+                sys.exit(self.over)
             return self._met.pop(name)
 
     def end(self, code: int) -> bool:
@@ -224,13 +231,15 @@ class Member:
             return self._first is not False
 
     def leave(self) -> None:
-        self._line.send({"leave": True})
+        """Wait until all are at the end of the run, and disconnect."""
+        self.meet(END)
         self._line.close()
 
     def _hear(self, message: Message) -> None:
         with self._come:
             if "met" in message:
                 self._met[message["met"]] = message["values"]
+                self._ending = self._ending or message["met"] == END
             elif "first" in message:
                 self._first = message["first"]
             elif "refused" in message:
@@ -243,7 +252,7 @@ class Member:
                     f"process {missing} of {self.count} did not come to {message['name']!r} within "
                     f"{message['seconds']:g} s (mesh.timeout)"
                 )
-            elif "ended" in message and not self._ending:
+            elif "ended" in message:
                 self._exit(
                     f"process {message['ended']} of {self.count} has ended with an error, which it tells",
                     message["code"],
@@ -251,8 +260,7 @@ class Member:
             self._come.notify_all()
 
     def _lost(self, reason: str) -> None:
-        if not self._ending:
-            self._end(f"process 0 of {self.count} is lost: {reason}")
+        self._end(f"process 0 of {self.count} is lost: {reason}")
 
     def _end(self, why: str) -> None:
         self._exit(
@@ -260,12 +268,18 @@ class Member:
         )
 
     def _exit(self, words: str, code: int) -> None:
-        self._ending = True
+        with self._come:
+            if self._ending:
+                return
+            self._ending, self.over = True, code
+            self._come.notify_all()
         with suppress(OSError, ValueError):
             if self._err.isatty():
                 terminal.unfiltered(self._err).write("\x1b[?25h")  # the cursor, which the progress bar hides
             print(words, file=self._err, flush=True)
-        os._exit(code)
+        at_last = threading.Timer(GRACE, os._exit, [code])
+        at_last.name, at_last.daemon = runtime.SPARE, True
+        at_last.start()
 
 
 def _connect(host: str, port: int, timeout: float) -> socket.socket:

@@ -10,7 +10,6 @@ import ctypes
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from nanogpt_jax.config import Command, MeshConfig, UserError
 from nanogpt_jax.config.settings import items
-from nanogpt_jax.distributed.meeting import AGAIN, LOST_AFTER, Hub, Member
+from nanogpt_jax.distributed.meeting import AGAIN, GRACE, LOST_AFTER, Hub, Member
 from nanogpt_jax.host.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -116,15 +115,15 @@ def joined(command: Command) -> Iterator[None]:
     try:
         with _told_once(member):
             member.meet("the start")
-            check_same("settings", {key: value for key, value in items(command.cfg) if key not in OWN})
+            flags = {"--run-dir": str(command.run_dir), "--resume": command.resume, "--overwrite": command.overwrite}
+            check_same("the settings", {key: v for key, v in items(command.cfg) if key not in OWN} | flags)
             _start_jax(place, command.cfg.mesh)
             with _quiet() if place.number else contextlib.nullcontext():
                 yield
-            member.meet("the end")
+            member.leave()
             _stop_jax()
     finally:
         _group = _Group()
-    member.leave()
     if hub:
         hub.close()
 
@@ -266,6 +265,7 @@ def _start_jax(place: _Place, cfg: MeshConfig) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=int(cfg.timeout),
         heartbeat_timeout_seconds=int(10 * LOST_AFTER),  # ours come first
+        shutdown_timeout_seconds=int(cfg.timeout),
     )
 
 
@@ -282,18 +282,16 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _told_once(member: Member) -> Iterator[None]:
-    """An error ends all processes, and is told by the first that has it, with its number."""
+    """An error ends all processes. The first that has it tells it, with its number."""
     try:
         yield
-    except KeyboardInterrupt:
-        member.end(AGAIN)
-        raise
     except BaseException as e:
-        if not isinstance(e, UserError) or isinstance(e.__context__, RuntimeError | ValueError):
-            time.sleep(LOST_AFTER / 8)  # what failed may be a sum with a lost process: our thread then ends this one
-        code = 2 if isinstance(e, UserError) else 1
-        if not member.end(code):
-            sys.exit(code)
+        is_ours = isinstance(e, UserError | KeyboardInterrupt | SystemExit)
+        if not is_ours or isinstance(e.__context__, RuntimeError | ValueError):
+            time.sleep(GRACE)  # what failed may be a sum with a lost process: then the member hears of that
+        code = AGAIN if isinstance(e, KeyboardInterrupt) else 2 if isinstance(e, UserError) else 1
+        if member.over or not member.end(code):
+            os._exit(member.over or code)  # told already; JAX would now wait for the others
         if isinstance(e, UserError):
             raise UserError(f"process {member.number}: {e}") from None
         raise
@@ -315,8 +313,11 @@ _handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 @_handler_type
 def _aborted(_: int) -> None:
-    """If JAX aborts since process 0 is gone, our thread has noticed that too and ends this process in its own words."""
-    time.sleep(2)
+    """If JAX aborts since process 0 is gone, the member notices that too, and ends this process in its own words."""
+    for _ in range(20):
+        time.sleep(0.1)
+        if _group.member and _group.member.over:
+            time.sleep(2 * GRACE)
 
 
 def _end_on_abort() -> None:
