@@ -98,7 +98,7 @@ def test_no_sum_over_devices_can_leave_the_loop_without_its_micro_batches(sizes,
 
 @pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 2, 2)])
 def test_no_step_on_a_cpu_asks_gloo_for_a_reduce_scatter(sizes):
-    """Gloo's is wrong from some 4 MiB on, with jaxlib 0.10.2; its all-reduce is right."""
+    """Gloo's is wrong for large arrays, with jaxlib 0.10.2; its all-reduce is right (`gloo_sums.py`)."""
     cfg = Config(
         model=ModelConfig(block_size=16, vocab_size=65, n_layer=1, n_head=4, n_embd=32),
         optim=OptimConfig(name="adamw"),
