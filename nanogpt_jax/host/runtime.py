@@ -1,7 +1,7 @@
 """JAX's environment, set before it starts: the cache of compiled programs, and how much XLA prints.
 
-Variables that a user has set are not changed. We set one XLA flag, for two versions of JAX on NVIDIA cards: none
-that we tried makes every program on a CPU faster (model/kernels/README.md), and an unknown one ends the process.
+Variables that a user has set are not changed. We set no XLA flags: none that we tried makes every program on a CPU
+faster (model/kernels/README.md), and XLA ends the process if it does not know a flag.
 """
 
 import contextlib
@@ -12,14 +12,9 @@ import re
 import sys
 import warnings
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# These versions add up an embedding's gradient in a loop of compare-and-swap on NVIDIA cards before Hopper, and a token
-# that occurs often takes hundreds of times as long (openxla/xla#46225). The flag restores the card's own addition.
-SLOW_ATOMICS = ("0.10.2", "0.11.0")
-FAST_ATOMICS = "--xla_backend_extra_options=-nvptx-allow-ftz-atomics"
 SPARE = "spare"  # the name of threads that a command does not wait for at its end
 
 
@@ -32,8 +27,6 @@ def settings() -> dict[str, str]:
         # errors only: XLA warns a hundred thousand times about the second program of training/compiled.py
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    if any(_installed(f"jax-cuda{n}-plugin") in SLOW_ATOMICS for n in (12, 13)):
-        ours["XLA_FLAGS"] = FAST_ATOMICS
     return {name: os.environ.get(name, value) for name, value in ours.items()}
 
 
@@ -53,16 +46,8 @@ def set_up() -> None:
 
 def describe() -> str:
     """The settings and XLA's flags, as comments below a configuration."""
-    shown = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), **settings()}
+    shown = {**settings(), "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
     return "\n".join(f"# {name}={value}" for name, value in shown.items())
-
-
-def _installed(package: str) -> str:
-    """Its version, or ""."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _cache_folder() -> Path:
