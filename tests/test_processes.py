@@ -461,7 +461,7 @@ def test_all_get_what_each_brings(popen):
 
 
 def test_who_does_not_come_is_named_and_all_end(popen):
-    found = members(popen, "0 3 second 1", "1 3 other 5", "2 3 second 5")
+    found = members(popen, "0 3 second 1", "1 3 other 9", "2 3 second 1")
     assert [code for code, _, _ in found] == [AGAIN] * 3
     for number, (_, _, told) in enumerate(found):
         assert told == (
