@@ -15,8 +15,7 @@ def main(argv: list[str]) -> int:
         return 0
     command = config.load(argv)  # defaults, TOML file, command line -> settings, or an error with a hint
 
-    from nanogpt_jax.data import batches
-    from nanogpt_jax.data.dataset import open_data
+    from nanogpt_jax.data import batches, dataset
     from nanogpt_jax.distributed import processes
     from nanogpt_jax.host.signals import stop_on_signals
     from nanogpt_jax.run import plan, run_dir
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> int:
     with (
         processes.joined(command),  # one, unless mesh.* asks for more
         run_dir.claim(command) as run,  # locked, so that nobody else writes here
-        nullcontext(processes.in_turn("the data", open_data, command.cfg.data)) as data,  # prepared on first use
+        nullcontext(processes.in_turn("data", dataset.open_data, command.cfg.data)) as data,  # prepared on first use
         stop_on_signals(lambda: run_dir.standing(run, argv)) as stop,
     ):
         run_dir.check_tokenizer(command, data)
@@ -55,20 +54,19 @@ def train(cfg, directory, data, stop):
     from nanogpt_jax.model import execution, gpt2
     from nanogpt_jax.run.checkpoint import load_params
     from nanogpt_jax.run.recording import Recording
+    from nanogpt_jax.training import loop, optim
     from nanogpt_jax.training.language_model import headline, language_model
-    from nanogpt_jax.training.loop import fit, start_state
-    from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)  # starts JAX's devices, which takes seconds
     cfg, how = execution.choose(cfg, platform, mesh.size)  # how it runs on this machine
     task = language_model(cfg, mesh, data)
-    tx = make_optimizer(cfg.optim, cfg.train.steps)
+    tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
     step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = start_state(cfg, tx, task, step, run)  # new, or the newest complete checkpoint
+        state = loop.start_state(cfg, tx, task, step, run)  # new, or the newest complete checkpoint
         print(headline(cfg, directory, data, mesh, run.step), flush=True)
-        outcome = fit(cfg, task, state, step, run, stop)
+        outcome = loop.fit(cfg, task, state, step, run, stop)
     if outcome.signal:
         return outcome, ""
     other = f"{config.program('sample')} {config.word(directory)}"

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from nanogpt_jax.config import UserError
+from nanogpt_jax.config import TryAgain, UserError
 from nanogpt_jax.host import runtime, terminal
 
-AGAIN = 75  # the exit code for "the same command goes on": EX_TEMPFAIL of sysexits.h, for schedulers
+AGAIN = TryAgain.code
 LOST_AFTER = 40.0  # seconds without a heartbeat
 BEAT = 1.0  # seconds between two
 GRACE = 5.0  # seconds in which a process may tidy up after it has heard that the run is over
@@ -192,7 +192,7 @@ class Member:
     """
 
     def __init__(self, host: str, port: int, number: int, count: int, timeout: float):
-        """Connects, for at most `timeout` seconds. UserError if process 0 does not answer."""
+        """Connects, for at most `timeout` seconds. TryAgain if process 0 does not answer."""
         self.number, self.count, self._timeout = number, count, timeout
         self._come = threading.Condition()
         self._met: dict[str, list[Any]] = {}
@@ -291,7 +291,7 @@ def _connect(host: str, port: int, timeout: float) -> socket.socket:
         except OSError as e:
             reason = e.strerror or str(e)
         time.sleep(min(0.2, max(left, 0)))
-    raise UserError(
+    raise TryAgain(
         f"mesh.coordinator={host}:{port}: process 0 did not answer within mesh.timeout={timeout:g} s ({reason})\n"
         "       start process 0 on that host, and let the others reach its port"
     )

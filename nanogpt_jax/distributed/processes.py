@@ -289,7 +289,7 @@ def _told_once(member: Member) -> Iterator[None]:
         is_ours = isinstance(e, UserError | KeyboardInterrupt | SystemExit)
         if not is_ours or isinstance(e.__context__, RuntimeError | ValueError):
             time.sleep(GRACE)  # what failed may be a sum with a lost process: then the member hears of that
-        code = AGAIN if isinstance(e, KeyboardInterrupt) else 2 if isinstance(e, UserError) else 1
+        code = AGAIN if isinstance(e, KeyboardInterrupt) else e.code if isinstance(e, UserError) else 1
         if member.over or not member.end(code):
             os._exit(member.over or code)  # told already; JAX would now wait for the others
         if isinstance(e, UserError):
