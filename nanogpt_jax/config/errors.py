@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class TryAgain(UserError):
-    """An error that may pass by itself. Its code is EX_TEMPFAIL of sysexits.h: a scheduler may run the command again."""
+    """An error that may pass by itself. Its code, EX_TEMPFAIL of sysexits.h, lets a scheduler run the command again."""
 
     code = 75
 
