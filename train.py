@@ -15,8 +15,8 @@ def main(argv: list[str]) -> int:
         return 0
     command = config.load(argv)  # defaults, TOML file, command line -> settings, or an error with a hint
 
-    from nanogpt_jax.data import batches
-    from nanogpt_jax.data.dataset import open_data
+    from nanogpt_jax.data import batches, dataset
+    from nanogpt_jax.distributed import processes
     from nanogpt_jax.host.signals import stop_on_signals
     from nanogpt_jax.run import plan, run_dir
 
@@ -24,8 +24,9 @@ def main(argv: list[str]) -> int:
         print(plan.describe(command))
         return 0
     with (
+        processes.joined(command),  # one, unless mesh.* asks for more
         run_dir.claim(command) as run,  # locked, so that nobody else writes here
-        nullcontext(open_data(command.cfg.data)) as data,  # prepared on first use; Ctrl-C ends that at once
+        nullcontext(processes.in_turn("data", dataset.open_data, command.cfg.data)) as data,  # prepared on first use
         stop_on_signals(lambda: run_dir.standing(run, argv)) as stop,
     ):
         run_dir.check_tokenizer(command, data)
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         if outcome.signal:
             again = f"go on with the same command: {config.command_again(argv)}"
             print(f"{outcome.signal.name}: saved step {outcome.step} of {cfg.train.steps} in {run}\n{again}")
-            return 128 + outcome.signal
+            return processes.exit_code(outcome.signal)
         print(f"done in {outcome.seconds:.0f} s: validation loss {outcome.loss} at the last step")
         print(f"a sample:\n\n{sample}\n\n{then}")
         return 0
@@ -48,25 +49,24 @@ def main(argv: list[str]) -> int:
 
 def train(cfg, directory, data, stop):
     """Train in the run directory -> how the run ended, and a sample of its text."""
-    from nanogpt_jax.distributed.mesh import make_mesh, room, start
+    from nanogpt_jax.distributed.mesh import common_room, make_mesh, start
     from nanogpt_jax.inference.sampler import opening_and_continuation
     from nanogpt_jax.model import execution, gpt2
     from nanogpt_jax.run.checkpoint import load_params
     from nanogpt_jax.run.recording import Recording
+    from nanogpt_jax.training import loop, optim
     from nanogpt_jax.training.language_model import headline, language_model
-    from nanogpt_jax.training.loop import fit, start_state
-    from nanogpt_jax.training.optim import make_optimizer
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)  # starts JAX's devices, which takes seconds
-    cfg, how = execution.choose(cfg, platform, mesh.size, room(mesh))  # how it runs on this machine
+    cfg, how = execution.choose(cfg, platform, mesh.size, common_room(mesh))  # how it runs on this machine
     task = language_model(cfg, mesh, data)
-    tx = make_optimizer(cfg.optim, cfg.train.steps)
+    tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
     step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = start_state(cfg, tx, task, step, run)  # new, or the newest complete checkpoint
+        state = loop.start_state(cfg, tx, task, step, run)  # new, or the newest complete checkpoint
         print(headline(cfg, directory, data, mesh, run.step), flush=True)
-        outcome = fit(cfg, task, state, step, run, stop)
+        outcome = loop.fit(cfg, task, state, step, run, stop)
     if outcome.signal:
         return outcome, ""
     other = f"{config.program('sample')} {config.word(directory)}"

@@ -99,7 +99,7 @@ def format_of(place: str) -> str:
 
 
 def guarded(main: Main, argv: list[str] | None = None) -> int:
-    """Runs `main`. A UserError goes to stderr, without a traceback, and the exit code is 2."""
+    """Runs `main`. A UserError goes to stderr, without a traceback, and the exit code is its own."""
     terminal.set_up()
     runtime.set_up()
     try:
@@ -119,7 +119,7 @@ def _answer(main: Main, argv: list[str] | None) -> int:
         return code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.code
     except (RuntimeError, MemoryError) as e:
         if not (words := out_of_memory(e)):
             raise

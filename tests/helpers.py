@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config
+from nanogpt_jax.data import batches
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.model import execution, gpt2
@@ -35,6 +39,22 @@ def make_step(cfg: Config, per_call: int = 1) -> TrainStep:
     cfg, mesh = replace(cfg, train=replace(cfg.train, steps_per_dispatch=per_call)), make_mesh(cfg.mesh)
     cfg, how = execution.choose(cfg, "cpu", mesh.size)
     return make_train_step(cfg, make_optimizer(cfg.optim, cfg.train.steps), mesh, next_token(cfg.model), how)
+
+
+def steps_of(cfg: Config, n: int) -> tuple[TrainState, list[float], list[jax.Array]]:
+    """n steps on random tokens, of which this process makes its own rows -> the state, the losses and the batches."""
+    state, step, t, T = make_state(cfg), make_step(cfg), cfg.train, cfg.model.block_size
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 4000)
+    losses, batches_ = [], []
+    for i in range(n):
+
+        def rows_of(rows: Any, i: int = i) -> np.ndarray:
+            return batches.batch(tokens, seed=1, step=np.array([i]), batch_size=t.batch_size, block_size=T, rows=rows)
+
+        batches_.append(processes.place_rows(step.layout, (1, t.batch_size, T + 1), rows_of))
+        state, metrics = step.jitted(state, batches_[-1], np.int32(1))
+        losses.append(float(metrics["loss"][0]))
+    return state, losses, batches_
 
 
 def trees(state: TrainState) -> dict[str, Any]:

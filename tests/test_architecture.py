@@ -141,6 +141,7 @@ MEANT = {
     "nanogpt_jax/commands/plan.py": {"compile"},  # the name of a flag
     "nanogpt_jax/bench/worker.py": {"import_module"},  # our own torch_peer.py, if torch is there
     "nanogpt_jax/host/memory.py": {"CDLL"},  # the C library of this process
+    "nanogpt_jax/distributed/processes.py": {"CDLL"},  # the same, for a handler of SIGABRT
     "nanogpt_jax/inference/native.py": {"CDLL"},  # our own decode.c, as compiled by this user
     "nanogpt_jax/evaluation/lm_eval_adapter.py": {"TaskManager"},  # the tasks in --include-path may name Python code
 }

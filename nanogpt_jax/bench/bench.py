@@ -111,6 +111,8 @@ def read(argv: list[str]) -> tuple[str, Config, Options]:
     if options.json is not None:
         cli.check_file("--json", options.json)
     cfg = config.load([*words, *(f"--{key}={value}" for key, value in options.settings.items())]).cfg
+    if cfg.mesh.num_processes > 1 or cfg.mesh.processes != "one":
+        raise UserError("bench measures one process; leave mesh.processes and mesh.num_processes out")
     room = cfg.model.block_size
     prompt = options.prompt or max(1, min(16, room // 2))
     if work == "decode" and prompt >= room:

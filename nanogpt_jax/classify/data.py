@@ -54,9 +54,12 @@ class Texts:
         rows[..., width], rows[..., width + 1] = length, self.labels[which]
         return rows
 
-    def batch(self, steps: np.ndarray, *, seed: int, batch_size: int, width: int) -> np.ndarray:
-        """The rows of steps [K]: int32 [K, B, W+2]. Every epoch visits each text once, in an order of its own."""
-        which = batches.order(len(self), seed=seed, step=steps, batch_size=batch_size)
+    def batch(
+        self, steps: np.ndarray, rows: Any = slice(None), *, seed: int, batch_size: int, width: int
+    ) -> np.ndarray:
+        """The rows of steps [K], or some of them: int32 [K, B, W+2]. Every epoch visits each text once, in an order of
+        its own."""
+        which = batches.order(len(self), seed=seed, step=steps, batch_size=batch_size)[:, rows]
         return self.rows(which.astype(np.int64), width)
 
 

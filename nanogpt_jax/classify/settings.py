@@ -72,6 +72,8 @@ class ClassifierConfig(Config):
 
     def demands(self, check: Callable[..., None]) -> None:
         d, c, t = self.data, self.classify, self.train
+        check(self.mesh.num_processes == 1, "mesh.num_processes", "must be 1: one process trains a classifier")
+        check(self.mesh.processes == "one", "mesh.processes", "must be one: one process trains a classifier")
         check(t.steps >= 0, "train.steps", "must not be negative")
         check(t.micro_batch >= 0, "train.micro_batch", "must not be negative")
         check(c.epochs >= 1, "classify.epochs", "must be at least 1")

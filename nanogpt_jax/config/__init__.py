@@ -4,7 +4,7 @@ These are the names that other rooms use most; the others are called by their fi
 """
 
 from nanogpt_jax.config.command_line import command_again, joined, program, quoted, word
-from nanogpt_jax.config.errors import UserError, suggestion
+from nanogpt_jax.config.errors import TryAgain, UserError, suggestion
 from nanogpt_jax.config.parse import merge, read_json, to_json
 from nanogpt_jax.config.settings import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from nanogpt_jax.config.train_command import Command, help_text, load
@@ -18,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
+    "TryAgain",
     "UserError",
     "command_again",
     "help_text",

@@ -5,7 +5,15 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """An error that the user can fix. Commands print it without a traceback and exit with 2."""
+    """An error that the user can fix. Commands print it without a traceback and exit with `code`."""
+
+    code = 2
+
+
+class TryAgain(UserError):
+    """An error that may pass by itself. Its code, EX_TEMPFAIL of sysexits.h, lets a scheduler run the command again."""
+
+    code = 75
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -93,6 +93,11 @@ class MeshConfig:
     data: int = 1  # devices that split the batch; -1: all that the other axes leave
     fsdp: int = 1  # devices that split the batch and the parameters; -1: the rest
     tensor: int = 1  # devices that split heads and hidden units; -1: the rest
+    processes: Literal["one", "auto"] = "one"  # auto: those that Slurm, Open MPI, GKE or a TPU VM has started
+    coordinator: str = "none"  # HOST:PORT where process 0 listens: with the next two, starts many processes by hand
+    num_processes: int = 1  # processes of the run; each is given the same command, but for its process_id
+    process_id: int = 0  # which of them this is, from 0
+    timeout: float = 300.0  # seconds that processes wait for each other, at the start and wherever they meet
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,8 @@ class Config:
     EXECUTION: ClassVar[frozenset[str]] = frozenset(  # how to run, not what to compute: may change on resuming
         "model.attention model.decode model.remat model.scan_unroll data.dir data.threads train.steps "
         "train.micro_batch train.steps_per_dispatch train.recompile train.eval_every train.save_every train.log_every "
-        "train.keep train.tensorboard train.wandb mesh.data mesh.fsdp mesh.tensor".split()
+        "train.keep train.tensorboard train.wandb mesh.data mesh.fsdp mesh.tensor mesh.processes mesh.coordinator "
+        "mesh.num_processes mesh.process_id mesh.timeout".split()
     )
 
     def demands(self, check: Callable[..., None]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax.config.errors import UserError, suggestion
-from nanogpt_jax.config.settings import Config, Origin, Settings, items
+from nanogpt_jax.config.settings import Config, MeshConfig, Origin, Settings, items
 
 MOST_STEPS = 2**31 - 1  # the largest int32
 
@@ -96,7 +96,7 @@ def _train(cfg: Config, check: Check) -> None:
 
 
 def _mesh(cfg: Config, check: Check) -> None:
-    axes = dataclasses.asdict(cfg.mesh)
+    axes = {axis: getattr(cfg.mesh, axis) for axis in ("data", "fsdp", "tensor")}
     for axis, size in axes.items():
         check(size >= 1 or size == -1, f"mesh.{axis}", "must be at least 1, or -1 for the rest")
     check(list(axes.values()).count(-1) <= 1, "mesh.fsdp", "cannot be worked out", "only one axis can be -1")
@@ -110,6 +110,21 @@ def _mesh(cfg: Config, check: Check) -> None:
         f"must be a multiple of mesh.data * mesh.fsdp = {ways}",
         f"nearest: {-(-micro // ways) * ways}",
     )
+    _processes(cfg.mesh, check)
+
+
+def _processes(m: MeshConfig, check: Check) -> None:
+    host, _, port = m.coordinator.rpartition(":")
+    is_address = host != "" and port.isdecimal() and port.isascii() and 0 < int(port) < 2**16
+    check(m.coordinator == "none" or is_address, "mesh.coordinator", "must be HOST:PORT", "for example 10.0.0.1:1234")
+    both = "exclude each other; auto finds the coordinator itself"
+    check(m.coordinator == "none" or m.processes != "auto", "mesh.coordinator", f"and mesh.processes=auto {both}")
+    check(m.num_processes >= 1, "mesh.num_processes", "must be at least 1")
+    alone = "needs mesh.coordinator=HOST:PORT, where process 0 listens"
+    check(m.num_processes == 1 or m.coordinator != "none", "mesh.num_processes", alone)
+    numbers = f"must lie in 0 to {m.num_processes - 1}: there are mesh.num_processes={m.num_processes}"
+    check(0 <= m.process_id < m.num_processes, "mesh.process_id", numbers)
+    check(1 <= m.timeout <= 86400, "mesh.timeout", "must lie in 1 to 86400 seconds")
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------

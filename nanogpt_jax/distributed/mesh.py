@@ -66,20 +66,19 @@ def batch_ways(mesh: "Mesh") -> int:
 
 
 def room(mesh: "Mesh") -> float:
-    """Bytes that a program can have on each device of the mesh; the least of all processes, so that they agree.
+    """Bytes that a program can have on each device of the mesh that is here.
 
-    A CPU's devices share what is free; else it is what JAX's allocator may take.
+    A CPU's devices share what is free, as if all were on this machine; else it is what JAX's allocator may take.
     """
-    import jax
-
     mine = mesh.local_devices
     if mine[0].platform == "cpu":
-        least = memory.free() / len(mine)
-    else:
-        told = [device.memory_stats() or {} for device in mine]
-        least = min(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) for stats in told)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+        return memory.free() / mesh.size
+    told = [device.memory_stats() or {} for device in mine]
+    return min(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) for stats in told)
 
-        least = multihost_utils.process_allgather(np.float32(least)).min()
-    return float(least)
+
+def common_room(mesh: "Mesh") -> float:
+    """The least `room` of all processes, which meet here: so they choose the same micro-batch."""
+    from nanogpt_jax.distributed import processes
+
+    return min(processes.meet("free memory", room(mesh)))

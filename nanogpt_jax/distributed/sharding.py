@@ -43,8 +43,13 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, more: Rules = ()) ->
     if spec is None:
         raise UserError(f"no sharding rule matches parameter {name} {shape}; add one to distributed/sharding.py")
     for size, axis in zip(shape, spec, strict=False):
-        if axis and size % mesh.shape[axis]:
-            raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide a dimension of {size} of {name} {shape}")
+        if axis and size % (ways := mesh.shape[axis]):
+            divisors = [n for n in range(1, size + 1) if size % n == 0]
+            near = {max(n for n in divisors if n < ways), min((n for n in divisors if n > ways), default=1)}
+            raise UserError(
+                f"mesh.{axis}={ways} does not divide a dimension of {size} of {name} {shape}\n"
+                f"       nearest: {' or '.join(map(str, sorted(near)))}"
+            )
     return spec
 
 

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.data import batches
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.mesh import batch_ways
 from nanogpt_jax.distributed.sharding import BATCH, shard
 from nanogpt_jax.model import execution, gpt2, losses
@@ -48,8 +49,9 @@ def make_score(cfg: ModelConfig, mesh: Mesh) -> Score:
     """(params, tokens [E, B, W+1]) -> nats [E, B, W] float32 of each token after its row's first, and whether it was
     the likeliest. B is `rows(W)` for each device; groups are computed one after the other."""
     layout = shard(mesh, P(None, *BATCH))
+    found = layout if processes.count() == 1 else shard(mesh)  # every process reads all of them
 
-    @functools.partial(jax.jit, in_shardings=(None, layout), out_shardings=layout)
+    @functools.partial(jax.jit, in_shardings=(None, layout), out_shardings=found)
     def score(params: gpt2.Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         def group(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits, targets = gpt2.forward(cfg, params, tokens[:, :-1]), tokens[:, 1:]
@@ -58,7 +60,10 @@ def make_score(cfg: ModelConfig, mesh: Mesh) -> Score:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels that XLA cannot split
             return lax.map(group, tokens)
 
-    return score
+    if processes.count() == 1:
+        return score
+    compiled = processes.together("the evaluation", score)
+    return lambda params, tokens: compiled(params, processes.put(tokens, layout))
 
 
 def rows(length: int) -> int:

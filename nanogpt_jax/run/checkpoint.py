@@ -27,6 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from nanogpt_jax.config import UserError, joined
 from nanogpt_jax.config.command_line import typed_again
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.host import messages
 from nanogpt_jax.run import checksums
 from nanogpt_jax.run import run_dir as runs
@@ -135,7 +136,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Block until everything saved is on disk."""
         self._guard(self._manager.wait_until_finished, self.latest)
-        if self.latest is not None:
+        if self.latest is not None and processes.is_first():
             runs.delete_replaced(self._run_dir)
 
     def saved(self) -> list[Path]:
@@ -149,7 +150,8 @@ class Checkpointer:
             call()
         except (OSError, ValueError, RuntimeError) as e:  # tensorstore reports a full disk as a ValueError
             folder = self._run_dir / "checkpoints"
-            shutil.rmtree(folder / f"{step}{UNFINISHED}", ignore_errors=True)
+            if processes.is_first():
+                shutil.rmtree(folder / f"{step}{UNFINISHED}", ignore_errors=True)
             whole = [s for s in checkpoint_steps(self._run_dir) if s != step]
             last = f"the last whole checkpoint is step {whole[-1]}" if whole else "there is no earlier checkpoint"
             raise UserError(
@@ -168,7 +170,7 @@ class Checkpointer:
         trees = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         with _advice(self._run_dir, _delete_or_start_over):
             folder = _folder(self._run_dir, self.latest)
-            _verify(folder)
+            processes.first_alone("the checkpoint's checksums", lambda: _verify(folder), processes.READING)
             items = ocp.args.Composite(**trees, meta=ocp.args.JsonRestore())
             restored = _restore(self._manager, folder, items)
         return self.latest, {name: restored[name] for name in shapes}, restored["meta"]
@@ -214,8 +216,8 @@ def _load(run_dir: Path, shapes: Any, which: str) -> tuple[Any, int]:
     else:
         raise UserError(f"{run_dir} has no checkpoint {which}; it has {', '.join(map(str, steps))}, best and latest")
     folder = _folder(run_dir, step)
-    _verify(folder, "opt_state")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    processes.first_alone("the checkpoint's checksums", lambda: _verify(folder, "opt_state"), processes.READING)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=here), shapes)
     with _manager(run_dir, None) as manager:
         restored = _restore(manager, folder, ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))

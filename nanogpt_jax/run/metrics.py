@@ -70,6 +70,13 @@ class MetricsLog:
             self._wandb.finish()
 
 
+class Silent:
+    """A log that keeps nothing."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+
 def _tensorboard(run_dir: Path, step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]

@@ -34,9 +34,16 @@ def of_extended(run_dir: Path, cfg: Config, step: int) -> dict[str, Any]:
 
 def of_new(command: Command) -> dict[str, Any]:
     """Where settings came from that are not defaults, and what computes the run: for people, read by `report`."""
-    settings = {key: where for key, where in command.origin.items() if where != "default"}
+    return {
+        "settings": {key: where for key, where in command.origin.items() if where != "default"},
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that compute a run."""
     versions = {"python": platform.python_version()}
     for package in ("nanogpt-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a clone that was never installed
             versions[package] = importlib.metadata.version(package)
-    return {"settings": settings, "versions": versions}
+    return versions

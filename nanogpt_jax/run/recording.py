@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.run.checkpoint import Checkpointer
-from nanogpt_jax.run.metrics import MetricsLog
+from nanogpt_jax.run.metrics import MetricsLog, Silent
 
 
 class Recording:
@@ -32,8 +33,10 @@ class Recording:
             self.checkpoints.__exit__(*error)
 
     @property
-    def log(self) -> MetricsLog:
-        """Opened on first use, which drops the lines after `step`."""
+    def log(self) -> MetricsLog | Silent:
+        """Opened on first use, which drops the lines after `step`. Of many processes, the first alone writes."""
+        if not processes.is_first():
+            return Silent()
         self._log = self._log or MetricsLog(self.directory, self._cfg, self.step)
         return self._log
 

@@ -32,6 +32,7 @@ from nanogpt_jax.config.command_line import typed_again
 from nanogpt_jax.config.settings import differences, types_of
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.host import files
 from nanogpt_jax.run import origin
 from nanogpt_jax.run.plan import execution_here
@@ -81,6 +82,12 @@ def claim(command: Command) -> Iterator[Path]:
     A start that fails before the run has begun leaves everything as it was.
     """
     run_dir = command.run_dir
+    if not processes.is_first():  # process 0 holds the lock for all
+        processes.meet("the run directory")
+        if not run_dir.is_dir():
+            raise UserError(f"--run-dir {run_dir} is not there, but process 0 has it; all must see the same files")
+        yield run_dir
+        return
     _check_packages(command)
     check_name(run_dir)
     names = _names(run_dir)
@@ -115,6 +122,7 @@ def claim(command: Command) -> Iterator[Path]:
         try:
             _check_request(command)
             _check_writable(run_dir)
+            processes.meet("the run directory")
             yield run_dir
         finally:
             _settle(run_dir, is_new)
@@ -308,6 +316,13 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
 
     `cfg` is the command's configuration, completed with the vocabulary size.
     """
+    processes.check_same(
+        "the data",
+        {
+            "the data's fingerprint": data.fingerprint,
+            **{f"the version of {name}": v for name, v in origin.versions().items()},
+        },
+    )
     steps = checkpoint_steps(run_dir)
     if steps and not command.overwrite:
         _check_same(run_dir, command, cfg, data)
@@ -317,6 +332,11 @@ def prepare(run_dir: Path, command: Command, cfg: Config, data: Data) -> None:
         execution_here(cfg)  # fails before the old run is moved
     if not command.overwrite and finished(run_dir, cfg):
         return  # nothing is left to do, so the settings by which it was made stay
+    processes.meet("a look at the run")
+    processes.first_alone("the run's settings", lambda: _record(run_dir, command, cfg, data, steps))
+
+
+def _record(run_dir: Path, command: Command, cfg: Config, data: Data, steps: list[int]) -> None:
     recorded = {"fingerprint": data.fingerprint, **data.manifest}
     try:
         if not steps or command.overwrite:

@@ -56,9 +56,15 @@ def _accumulated(of_rows: Gradients, G: int, mesh: Mesh) -> Gradients:
         # axes of the mesh split: splitting one by hand then ends the process, "Check failed" in XLA's partitioner.
         R = mesh.shape["data"] if key is None and 1 in mesh.shape.values() else 1
 
+        # If XLA adds up over devices inside the loop, it must not scatter an embedding's gradient onto `total`. On GPUs
+        # and TPUs, until September 2026, it then moves the sum behind the loop, where all devices but the first have
+        # lost the earlier micro-batches (openxla/xla#49143; distributed/README.md).
+        apart = batch_ways(mesh) > R
+
         def total(params: Params, rows: jax.Array, keys: jax.Array | None):
             def add(total, scanned):
-                return jax.tree.map(jnp.add, total, of_rows(params, *scanned)), None
+                new = of_rows(params, *scanned)
+                return jax.tree.map(jnp.add, total, lax.optimization_barrier(new) if apart else new), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jnp.float32(0), params))
             sums, _ = lax.scan(add, zeros, (rows, keys))

@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,8 +34,8 @@ def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
     best = corpora.best_possible("" if cfg.data.mixture else cfg.data.source, data.val, data.tokenizer, T)
     known: Scores = {} if best is None else {"best_possible": math.fsum(best.tolist()) / len(best)}
 
-    def batch(steps: np.ndarray) -> np.ndarray:
-        return batches.batch(data.train, seed=t.seed, step=steps, batch_size=t.batch_size, block_size=T)
+    def batch(steps: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
+        return batches.batch(data.train, seed=t.seed, step=steps, batch_size=t.batch_size, block_size=T, rows=rows)
 
     def scores(params: Params) -> Scores:
         return {

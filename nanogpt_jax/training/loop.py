@@ -19,6 +19,7 @@ import optax
 
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.host import memory, runtime
 from nanogpt_jax.host.progress import Progress
@@ -58,7 +59,7 @@ def start_state(
     shapes = step.state
     trees = run.restore({"params": shapes.params, "opt_state": shapes.opt_state})
     if trees is not None:
-        at = jax.device_put(jnp.int32(run.step), shapes.step.sharding)
+        at = processes.put(np.array(run.step, np.int32), shapes.step.sharding)
         return TrainState(at, trees["params"], trees["opt_state"])
     given, first = None, Path(cfg.train.init_from)
     if cfg.train.init_from != "scratch":
@@ -82,6 +83,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
         return Outcome(start, 0.0, None, {})
     log = run.log  # opened now: what is wrong with it is told before the first step
     progress = Progress("step", t.steps, start, patience=0, now="compiling the step")
+    agreed = processes.AgreedStop(stop, step.layout.mesh)  # pyright: ignore[reportArgumentType]
     reader = _Reader(cfg, task, run, progress)
     ahead = batches.prefetch(_on_device(cfg, task, step, start), depth=2)
     if note := _slow(cfg):
@@ -90,12 +92,14 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
     at, program = start, None
     try:
         for first, n, rows in ahead:
-            if stop.received:
+            if agreed.poll():
                 break
             if program is None:
-                program = CompiledStep(step, state, rows, steps_left=t.steps - start, stop=stop)
-                if stop.received:
+                alone = processes.count() == 1
+                program = CompiledStep(step, state, rows, steps_left=t.steps - start, stop=stop if alone else None)
+                if agreed.poll():
                     break
+                processes.meet("the compiled step")
                 if note := _large(cfg, program):
                     progress.note(note)
                 reader.begin()
@@ -123,22 +127,25 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
             if is_last:
                 break
         reader.drain()
-        if stop.received:
+        if agreed.received:
             reader.save(state, at, None)
         run.checkpoints.wait()
     finally:
         ahead.close()
         progress.close()
-    return Outcome(at, time.monotonic() - clock, stop.received, validation)
+    return Outcome(at, time.monotonic() - clock, agreed.received, validation)
 
 
 def _on_device(cfg: Config, task: Task, step: TrainStep, start: int) -> Iterator[tuple[int, int, jax.Array]]:
     """(first step, number of steps, their rows [K, B, W] on the devices) of each call."""
     t, K = cfg.train, step.how.steps_per_dispatch
     for first, n in calls(start, t.steps, K, (t.eval_every, t.save_every)):
-        rows = np.zeros((K, t.batch_size, task.row_length), np.int32)
-        rows[:n] = task.batch(np.arange(first, first + n))
-        yield first, n, jax.device_put(rows, step.layout)
+
+        def rows_of(mine: Any, first: int = first, n: int = n) -> np.ndarray:
+            rows = task.batch(np.arange(first, first + n), mine)
+            return np.concatenate([rows, np.zeros((K - n, *rows.shape[1:]), np.int32)])
+
+        yield first, n, processes.place_rows(step.layout, (K, t.batch_size, task.row_length), rows_of)
 
 
 def _slow(cfg: Config) -> str:

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from nanogpt_jax.config import Config
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.model.gpt2 import Params
 from nanogpt_jax.training.task import Objective
@@ -51,4 +52,5 @@ def init_state(
 ) -> TrainState:
     """`first_state`, created sharded as in `shapes` (`state_shapes`): no device ever holds more than its part."""
     born = functools.partial(first_state, tx, objective, cfg.train.seed, positions=cfg.model.block_size)
-    return jax.jit(lambda given: born(given=given), out_shardings=layout(shapes))(given)
+    first = jax.jit(lambda given: born(given=given), out_shardings=layout(shapes))
+    return processes.together("the first state", first)(given)

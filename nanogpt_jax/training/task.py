@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ class Objective:
 class Task(Objective):
     """What a run needs besides: batches and evaluation."""
 
-    batch: Callable[[np.ndarray], np.ndarray]  # steps [n] -> rows [n, B, W] int32
+    batch: Callable[[np.ndarray, Any], np.ndarray]  # steps [n], which rows: a slice or [m] -> rows [n, m, W] int32
     evaluate: Callable[[Params], Scores]  # of the whole validation split
     summary: str  # the scores in words, for str.format
     criterion: Callable[[Scores], float]  # lowest for the best checkpoint
