@@ -175,28 +175,33 @@ def sent(text: str) -> dict[str, float]:
     """Kind of collective -> bytes that a device sends in one step, read from compiled HLO.
 
     A ring of n devices sends (n-1)/n of what an all-gather makes, of what a reduce-scatter takes, and twice that for an
-    all-reduce. What stands in a loop counts as often as the loop turns.
+    all-reduce. What stands in a loop counts as often as the loop turns. A TPU's program names a collective in several
+    fusions, between which it is under way: its channel counts once.
     """
     bodies = _computations(text)
     times = _times(text, bodies)
-    found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    each: dict[tuple[str, str], float] = {}
     for name, lines in bodies.items():
         for line in lines:
-            match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-            if match is None or times.get(name, 0) == 0:
+            match = re.search(rf"%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+            if match is None or name not in times:
                 continue
-            kind, n = match[2], _group(line)
-            share = (n - 1) / n
-            made = _bytes(match[1], takes_too=bool(match[3]) and kind != "all-reduce")
+            kind, n = match[3], _group(line)
+            made = _bytes(match[2], takes_too=bool(match[4]) and kind != "all-reduce")
             factor = {
-                "all-gather": share,
+                "all-gather": (n - 1) / n,
                 "reduce-scatter": n - 1,  # what it makes is 1/n of what it takes
-                "all-reduce": 2 * share,
-                "all-to-all": share,
+                "all-reduce": 2 * (n - 1) / n,
+                "all-to-all": (n - 1) / n,
                 "collective-permute": 1,
             }[kind]
-            found[kind] += times[name] * made * factor
-    return {kind: found[kind] for kind in KINDS if found[kind]}
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # a TPU's fusion of it with a slice
+                kind, factor = "reduce-scatter", (n - 1) / n
+            channel = re.search(r"channel_id=\d+", line)
+            key = (kind, channel[0] if channel else match[1])
+            each[key] = max(each.get(key, 0), times[name] * made * factor)
+    found = {kind: sum(n for (k, _), n in each.items() if k == kind) for kind in KINDS}
+    return {kind: n for kind, n in found.items() if n}
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -220,9 +225,7 @@ def _times(text: str, bodies: dict[str, list[str]]) -> dict[str, float]:
     def visit(name: str, n: float) -> None:
         times[name] = times.get(name, 0) + n
         for line in bodies.get(name, ()):
-            turns = 1
-            if " while(" in line and (known := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', line)):
-                turns = int(known[1])
+            turns = _turns(line, bodies) if " while(" in line else 1
             called = re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line)
             for many in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 called += [one.strip().lstrip("%") for one in many.split(",")]
@@ -233,6 +236,16 @@ def _times(text: str, bodies: dict[str, list[str]]) -> dict[str, float]:
     if entry:
         visit(entry[1], 1)
     return times
+
+
+def _turns(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop turns: by XLA's note, or else by the constant that its condition compares with."""
+    if known := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", line)
+    lines = "\n".join(bodies.get(condition[1], ())) if condition else ""
+    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", lines)
+    return int(constants[0]) if len(constants) == 1 and "direction=LT" in lines else 1
 
 
 def _group(line: str) -> int:

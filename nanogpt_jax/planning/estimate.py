@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def margin(self) -> float:
-        return memory.margin(self.cfg.model, self.how, self.target.kind.platform)
+        return memory.margin(self.step, self.cfg.model, self.how, self.target.kind.platform)
 
     @property
     def process(self) -> tuple[int, int]:
@@ -214,7 +214,7 @@ def warnings(p: Plan) -> list[str]:
         found.append(f"only {a_parameter:.2g} tokens a parameter: a smaller model would be better at the same cost")
     if p.text.train and p.tokens / p.text.train > MOST_EPOCHS:
         found.append(
-            f"{p.tokens / p.text.train:.1f} passes over the text: beyond {MOST_EPOCHS}, repeated tokens teach little"
+            f"{p.tokens / p.text.train:,.0f} passes over the text: beyond {MOST_EPOCHS}, repeated tokens teach little"
         )
     if o.warmup_steps >= t.steps:
         found.append(
@@ -239,18 +239,19 @@ def changes(p: Plan) -> list[tuple[str, Config]]:
     if smaller:  # the largest that fits, else the smallest there is
         n = p.largest if 0 < p.largest < p.how.micro_batch else smaller[-1]
         found.append((f"train.micro_batch={n}", execution.with_micro_batch(cfg, n)))
+    # on a CPU only layers in a loop are really computed again
+    loop, words = ({"scan_unroll": 1}, "model.scan_unroll=1 ") if p.target.kind.platform == "cpu" else ({}, "")
     order = ("none", "dots", "block")
     for remat in order[order.index(cfg.model.remat) + 1 :]:
-        if p.target.kind.platform != "cpu" or cfg.model.scan_unroll < cfg.model.n_layer:
-            found.append((f"model.remat={remat}", _model(cfg, remat=remat)))
+        found.append((f"{words}model.remat={remat}", _model(cfg, remat=remat, **loop)))
     data, fsdp, tensor = p.ways
     for n in range(2, data + 1):
         if data % n == 0 and cfg.model.n_embd % (fsdp * n) == 0:
             mesh = dataclasses.replace(cfg.mesh, data=data // n, fsdp=fsdp * n, tensor=tensor)
             found.append((f"mesh.data={data // n} mesh.fsdp={fsdp * n}", dataclasses.replace(cfg, mesh=mesh)))
     least = execution.micro_batches(cfg, p.ways)[-1]
-    both = execution.with_micro_batch(_model(cfg, remat="block"), least)
-    found.append((f"model.remat=block train.micro_batch={least}", both))
+    both = execution.with_micro_batch(_model(cfg, remat="block", **loop), least)
+    found.append((f"{words}model.remat=block train.micro_batch={least}", both))
     return found
 
 

@@ -19,14 +19,20 @@ def page(p: Plan, name: str) -> str:
 
 def _title(p: Plan, name: str) -> str:
     data, fsdp, tensor = p.ways
-    n = f"{p.target.count} x " if p.target.count > 1 else ""
-    return f"{name} on {n}{p.target.kind.name}, mesh data={data} fsdp={fsdp} tensor={tensor}"
+    count, kind = p.target.count, p.target.kind.name
+    if p.target.kind.platform == "cpu":
+        on = kind if count == 1 else f"{kind}, as {count} devices"
+    else:
+        on = kind if count == 1 else f"{count} {kind}"
+    return f"{name} on {on}; mesh data={data} fsdp={fsdp} tensor={tensor}"
 
 
 def _run(p: Plan) -> str:
     m, t, text = p.cfg.model, p.cfg.train, p.text
     turns = t.batch_size // p.how.micro_batch
-    epochs = f"{p.tokens / text.train:.2g} passes over {text.train:,}" if text.train else "how many passes: --tokens N"
+    epochs = "passes over the text: unknown, --tokens N says it"
+    if text.train:
+        epochs = f"{number(p.tokens / text.train)} passes over {text.train:,}"
     return _rows(
         ("parameters", f"{p.parameters:,}, without embeddings {p.without_embeddings:,}"),
         ("vocabulary", f"{m.vocab_size:,} ({text.whence})"),
@@ -35,8 +41,8 @@ def _run(p: Plan) -> str:
         ("the run", f"{t.steps:,} steps, {si(p.tokens)}tokens; {epochs}"),
         (
             "tokens",
-            f"{p.tokens / p.parameters:.3g} a parameter (Chinchilla: {CHINCHILLA}); {p.tokens / p.products:.3g} a "
-            f"parameter of matrices and head (nanochat: {NANOCHAT})",
+            f"{number(p.tokens / p.parameters)} a parameter (Chinchilla: {CHINCHILLA}); "
+            f"{number(p.tokens / p.products)} a parameter of matrices and head (nanochat: {NANOCHAT})",
         ),
     )
 
@@ -71,7 +77,7 @@ def _memory(p: Plan) -> str:
     if not p.fits:
         found = [f"{words} ({one.step.total / GIB:.2f} GiB)" for words, one in estimate.remedies(p)]
         lines.append(f"  would fit: {', or '.join(found)}" if found else "  no single change makes it fit")
-    return f"memory a device at the peak of a step, {word}, by the closed form\n" + "\n".join(lines)
+    return f"memory of a device at the peak of a step, {word}, by the closed form\n" + "\n".join(lines)
 
 
 def _room(p: Plan) -> str:

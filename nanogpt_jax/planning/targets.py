@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from nanogpt_jax.config import UserError, suggestion
 from nanogpt_jax.host import memory, runtime
-from nanogpt_jax.model import execution
 
 GIB = 2**30
 
@@ -95,20 +94,12 @@ def _fraction(text: str, otherwise: float) -> float:
 
 def here(count: int = 1) -> Kind:
     """This machine's CPU as one of `count` devices that share its memory and its cores."""
-    cores, n = runtime.cores(), max(count, 1)
-    peak = cores * execution.CORE_FLOPS / n
+    cores = runtime.cores()
+    peak = cores * FASTEST / count
     return Kind(
-        f"a CPU of {cores} cores",
-        "cpu",
-        memory.free() / n,
-        1.0,
-        {"float32": peak, "bfloat16": peak},
-        10e9 / n,
-        10e9 / n,
-        0,
-        10e9 / n,
-        (SLOWEST / execution.CORE_FLOPS, FASTEST / execution.CORE_FLOPS),
-        "this machine: the memory that is free now",
+        *(f"a CPU of {cores} cores", "cpu", memory.free() / count, 1.0, {"float32": peak, "bfloat16": peak}),
+        *(10e9 / count, 10e9 / count, 0, 10e9 / count, (SLOWEST / FASTEST, 1.0)),
+        "this machine: the memory that is free now; 10 GB/s is assumed",
     )
 
 
