@@ -161,7 +161,7 @@ def test_the_number_of_processes_and_devices_is_a_layout(job, tmp_path, count, d
 # ---- a run, stopped, killed and continued ----------------------------------------------------------------------------
 
 RUN = [
-    *MODEL[:8], *MODEL[12:],
+    *MODEL[:8], *MODEL[12:], "--train.batch-size", "24",
     *"--data.source text.txt --train.steps 40 --train.eval-every 20 --train.save-every 4 --train.log-every 1".split(),
     *"--mesh.timeout 50".split(),
 ]  # fmt: skip
@@ -232,7 +232,7 @@ def test_a_signal_to_any_process_saves_once_and_all_end_with_again(job, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("who", [0, 1, 2])
 def test_signals_to_each_of_three(job, tmp_path, text, number, who):
-    job.start(3, 1, *RUN, *SPLIT, "--run-dir", "run", "--train.batch-size", "12")
+    job.start(3, 1, *RUN, *SPLIT, "--run-dir", "run")
     reached(tmp_path / "run", 5, job)
     job.all[who].send_signal(number)
     assert job.wait() == [AGAIN] * 3
