@@ -41,8 +41,9 @@ def main(argv: list[str]) -> int:
                 parts = {shard.data.nbytes for shard in x.addressable_shards}
                 found[f"{number}/bytes/{name}"] = np.array([*parts, x.nbytes])
                 found[f"{number}/spec/{name}"] = np.array(str(x.sharding.spec))
-            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-            found[f"{number}/held"] = np.array(held)
+            arrays = jax.tree.leaves(state)
+            held = sum(x.addressable_shards[0].data.nbytes for x in arrays), sum(x.nbytes for x in arrays)
+            found[f"{number}/held"] = np.array(held)  # bytes of the whole state: on a device, and in all
         if processes.is_first():
             np.savez(out, **found)
     return 0
