@@ -18,7 +18,7 @@ import pytest
 from helpers import numbers, refused, steps_of
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.distributed import meeting
+from nanogpt_jax.distributed import meeting, processes
 from nanogpt_jax.distributed.meeting import AGAIN
 from nanogpt_jax.run.run_dir import checkpoint_steps
 
@@ -431,6 +431,25 @@ def test_auto_without_a_scheduler_says_so(tmp_path, monkeypatch, capsys):
     told = refused(cli.door("train").main, "--run-dir run --mesh.processes auto", capsys)
     assert "mesh.processes=auto, but there is no Slurm, Open MPI, GKE or TPU VM that started this process" in told
     assert "--mesh.coordinator HOST:PORT --mesh.num-processes N --mesh.process-id I" in told
+
+
+SLURM = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "node[07-08],a1", "SLURM_NTASKS": "16", "SLURM_PROCID": "9"}
+OMPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1,10.1.0.1:34911", "OMPI_COMM_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({**SLURM, "SLURM_LOCALID": "1"}, ("node07", 61441, 9, 16, [1])),
+        ({**OMPI, "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, ("10.0.0.1", 61441, 3, 4, [1])),
+        ({**SLURM, "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),  # alone: nothing is started
+    ],
+)
+def test_auto_finds_slurm_and_open_mpi(monkeypatch, env, place):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    found = processes._place(config.MeshConfig(processes="auto"))
+    assert place == (found and (found.host, found.port, found.number, found.count, found.devices))
 
 
 def test_a_port_in_use_is_refused(tmp_path, monkeypatch, capsys):
