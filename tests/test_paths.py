@@ -183,7 +183,7 @@ def test_overwriting_a_copy_of_a_run_leaves_the_checkpoints_of_the_original(caps
         ("file://disk", "train.checkpoints=file://disk must be file:///PATH"),
         ("gs://b/x y", "train.checkpoints=gs://b/x y must be gs://BUCKET/NAME"),
         ("gs://bucket/x", "train.checkpoints=gs://bucket/x needs pip install gcsfs (command line)"),
-        ("text.txt", "text.txt"),
+        ("text.txt", "cannot write in"),
     ],
 )
 @pytest.mark.usefixtures("place")
@@ -194,6 +194,17 @@ def test_a_place_where_no_checkpoint_can_be_kept_is_refused_before_anything_is_w
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gcsfs" else find(name, *more))
     refused(cli.door("train").main, with_flags(BASE, ["--run-dir", "r", "--train.checkpoints", asked]), capsys, words)
     assert not Path("r").exists()
+    with pytest.raises(UserError, match="has a name that is not UTF-8"):
+        train("r", 4, "--train.checkpoints", "disk\udcff")
+
+
+@pytest.mark.usefixtures("place")
+def test_a_reader_without_the_package_for_buckets_is_told(far, monkeypatch):
+    run, _ = far()
+    (run / "checkpoints/elsewhere.json").write_text('{"folder": "gs://bucket/run-1"}')
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"cannot read gs://bucket/run-1: ImportError: .*install gcsfs"):
+        load(run)
 
 
 @pytest.mark.usefixtures("place")

@@ -77,6 +77,8 @@ def claim(command: Command) -> Iterator[Path]:
         return
     _check_packages(command)
     check_name(run_dir)
+    if isinstance(place := places.at(command.cfg.train.checkpoints), Path):
+        check_name(place)
     names = _names(run_dir)
     _check_kinds(run_dir)
     if IMPORTED in names:
