@@ -304,7 +304,7 @@ def bucket() -> Any:
     """The URL of a bucket of a small local object store, which speaks as Google's does."""
     port = free_port()
     at = f"http://localhost:{port}"
-    program = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory", "--host=localhost"]
+    program = [sys.executable, str(Path(__file__).parent / "object_store.py"), str(port), "runs"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):  # Google's packages, tensorstore
@@ -312,7 +312,7 @@ def bucket() -> Any:
         patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # tensorstore would look for real credentials
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # so would gcsfs, to ask for the bucket's kind
-        with subprocess.Popen([*program, f"--port={port}", "--default-bucket=runs"], **quiet) as process:
+        with subprocess.Popen(program, **quiet) as process:
             until = time.monotonic() + 30
             while time.monotonic() < until:
                 try:
