@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.distributed import processes
+from nanogpt_jax.distributed.mesh import start
 from nanogpt_jax.distributed.sharding import path_name
 
 STEPS = 3
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     out, cases, flags = argv[0], json.loads(argv[1]), argv[2:]
     found: dict[str, np.ndarray] = {}
     with processes.joined(config.load(flags)):
+        start()  # in a CPU's own thread, programs come in the same order in every process; gloo mixes up two at once
         for number, case in enumerate(cases):
             cfg = config.load([*flags, *case]).cfg
             state, losses, batches = steps_of(cfg, STEPS)

@@ -92,7 +92,7 @@ def results(job: Job, folder: Path, count: int, devices: int, cases: list[str]) 
     out.unlink(missing_ok=True)
     first = [str(out), json.dumps([case.split() for case in cases]), *MODEL]
     job.start(count, devices, *first, program="tests/many.py")
-    assert job.wait(120) == [0] * count, job.told(0) + job.told(count - 1)
+    assert job.wait(300) == [0] * count, job.told(0) + job.told(count - 1)
     with np.load(out) as found:
         return dict(found)
 
