@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.distributed import processes
+from nanogpt_jax.distributed.mesh import start
 from nanogpt_jax.distributed.sharding import path_name
 
 STEPS = 3
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     out, cases, flags = argv[0], json.loads(argv[1]), argv[2:]
     found: dict[str, np.ndarray] = {}
     with processes.joined(config.load(flags)):
+        start()  # in a CPU's own thread, programs come in the same order in every process; gloo mixes up two at once
         for number, case in enumerate(cases):
             cfg = config.load([*flags, *case]).cfg
             state, losses, batches = steps_of(cfg, STEPS)
@@ -41,8 +43,9 @@ def main(argv: list[str]) -> int:
                 parts = {shard.data.nbytes for shard in x.addressable_shards}
                 found[f"{number}/bytes/{name}"] = np.array([*parts, x.nbytes])
                 found[f"{number}/spec/{name}"] = np.array(str(x.sharding.spec))
-            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-            found[f"{number}/held"] = np.array(held)
+            arrays = jax.tree.leaves(state)
+            held = sum(x.addressable_shards[0].data.nbytes for x in arrays), sum(x.nbytes for x in arrays)
+            found[f"{number}/held"] = np.array(held)  # bytes of the whole state: on a device, and in all
         if processes.is_first():
             np.savez(out, **found)
     return 0

@@ -239,7 +239,9 @@ def test_a_wheel_brings_every_file_and_runs_without_the_repository(tmp_path, cle
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(site)
     for path in [
-        p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in (".py", ".c", ".md", ".css", ".js", ".html")
+        p
+        for p in PACKAGE.rglob("*")
+        if p.is_file() and p.suffix in (".py", ".c", ".md", ".css", ".js", ".html", ".sh", ".yaml")
     ]:
         assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), path
     command = [sys.executable, "-m", "nanogpt_jax", "train", "shakespeare_char", "--print-config"]

@@ -83,6 +83,7 @@ class TrainConfig:
     save_every: int = 200  # steps between checkpoints; 0: only at the end
     log_every: int = 10  # steps between lines in metrics.jsonl
     keep: int = 2  # newest checkpoints kept, besides the best one
+    checkpoints: str = "run"  # run: kept in the run directory; or a place for them, a folder or gs://BUCKET/NAME
     seed: int = 1337  # seed of the initial weights, the order of the data and the dropout
     tensorboard: bool = False  # also write TensorBoard files (the extra [tensorboard])
     wandb: bool = False  # also log to Weights & Biases (the extra [wandb])
@@ -125,8 +126,8 @@ class Config:
     EXECUTION: ClassVar[frozenset[str]] = frozenset(  # how to run, not what to compute: may change on resuming
         "model.attention model.decode model.remat model.scan_unroll data.dir data.threads train.steps "
         "train.micro_batch train.steps_per_dispatch train.recompile train.eval_every train.save_every train.log_every "
-        "train.keep train.tensorboard train.wandb mesh.data mesh.fsdp mesh.tensor mesh.processes mesh.coordinator "
-        "mesh.num_processes mesh.process_id mesh.timeout".split()
+        "train.keep train.checkpoints train.tensorboard train.wandb mesh.data mesh.fsdp mesh.tensor mesh.processes "
+        "mesh.coordinator mesh.num_processes mesh.process_id mesh.timeout".split()
     )
 
     def demands(self, check: Callable[..., None]) -> None:

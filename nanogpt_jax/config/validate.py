@@ -1,6 +1,7 @@
 """Checks of settings: one function for each class, and one for the tokenizer."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def _train(cfg: Config, check: Check) -> None:
     check.at_least(0, "train.steps_per_dispatch train.eval_every train.save_every train.seed")
     check(t.steps <= MOST_STEPS, "train.steps", f"must be at most {MOST_STEPS}", "they are counted in 32 bits")
     check(t.seed < 2**32, "train.seed", "must be below 2**32")
+    _place(t.checkpoints, check)
     if t.micro_batch > 0:
         check(
             t.batch_size % t.micro_batch == 0,
@@ -93,6 +95,17 @@ def _train(cfg: Config, check: Check) -> None:
             f"does not divide train.batch_size={t.batch_size}",
             f"nearest: {max(n for n in range(1, t.micro_batch + 1) if t.batch_size % n == 0)}",
         )
+
+
+def _place(place: str, check: Check) -> None:
+    scheme, is_url, rest = place.partition("://")
+    ours = not is_url or scheme in ("gs", "file")
+    remedy = "keep them in a folder and copy that, or mount the store, if folders can be renamed there"
+    check(ours, "train.checkpoints", "must be a folder or gs://BUCKET/NAME: orbax writes to no other store", remedy)
+    absolute = scheme != "file" or rest.startswith("/")
+    check(absolute, "train.checkpoints", "must be file:///PATH, with the whole path of a folder of this machine")
+    plain = scheme != "gs" or re.fullmatch(r"[a-z0-9][a-z0-9._-]{2,}(/[A-Za-z0-9._=@-]+)*/?", rest) is not None
+    check(plain, "train.checkpoints", "must be gs://BUCKET/NAME", "of letters, digits and . _ = @ -")
 
 
 def _mesh(cfg: Config, check: Check) -> None:

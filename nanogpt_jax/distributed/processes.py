@@ -293,7 +293,7 @@ def _told_once(member: Member) -> Iterator[None]:
         if member.over or not member.end(code):
             os._exit(member.over or code)  # told already; JAX would now wait for the others
         if isinstance(e, UserError):
-            raise UserError(f"process {member.number}: {e}") from None
+            raise type(e)(f"process {member.number}: {e}") from None
         raise
 
 

@@ -2,7 +2,8 @@
 
 RUN/checkpoints/STEP/ holds three items: `params`, so that sampling restores nothing else; `opt_state`; and `meta`, JSON
 with whatever else a resumption needs. A save writes into a temporary folder, adds the checksums of all its files, and
-renames it when it is complete. Reading compares the checksums, because tensorstore has none for arrays.
+renames it when it is complete. Reading compares the checksums, because tensorstore has none for arrays. places.py knows
+where the folder is if it is elsewhere.
 """
 
 import asyncio
@@ -13,7 +14,6 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,9 +29,10 @@ from nanogpt_jax.config import UserError, joined
 from nanogpt_jax.config.command_line import typed_again
 from nanogpt_jax.distributed import processes
 from nanogpt_jax.host import messages
-from nanogpt_jax.run import checksums
+from nanogpt_jax.run import checksums, places
 from nanogpt_jax.run import run_dir as runs
-from nanogpt_jax.run.run_dir import UNFINISHED, checkpoint_steps
+from nanogpt_jax.run.bucket import BucketPath
+from nanogpt_jax.run.places import Folder, checkpoint_steps
 
 SEALED = "checksums"  # the key in `meta` of a checkpoint that was saved with checksums
 
@@ -71,6 +72,15 @@ class _TemporaryFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
             await super().finalize()
 
 
+class _CommittedFolder(ocp.path.atomicity.CommitFileTemporaryPath):
+    """The same in a bucket, where nothing can be renamed: the checksums, which come last, tell that it is complete."""
+
+    async def finalize(self) -> None:
+        await super().finalize()  # writes orbax's own mark
+        if (final := self.get_final()).name.isdecimal():
+            await asyncio.to_thread(checksums.write, BucketPath(str(final)))
+
+
 def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
     """orbax's manager of a run's checkpoints. It keeps the newest `keep` and the best; None: read only."""
     _quiet_orbax()
@@ -80,21 +90,30 @@ def _manager(run_dir: Path, keep: int | None) -> ocp.CheckpointManager:
 
     best = policy.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
     kept = policy.AnyPreservationPolicy([policy.LatestN(keep), best]) if keep else None
+    folder = places.folder_of(run_dir)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=kept,
         best_fn=score,  # without it, orbax writes no metrics to disk, and a resumed run has no best
         read_only=keep is None,
         lightweight_initialize=keep is None,  # else it reads the losses of all checkpoints
         cleanup_tmp_directories=keep is not None,
-        temporary_path_class=_TemporaryFolder,
+        temporary_path_class=_TemporaryFolder if isinstance(folder, Path) else _CommittedFolder,
         # else, if a folder cannot be created, orbax's threads keep the process alive for ten minutes
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
-    folder = run_dir / "checkpoints"
     try:
-        return ocp.CheckpointManager(folder.resolve(), options=options)
-    except OSError as e:
+        return ocp.CheckpointManager(_for_orbax(folder), options=options)
+    except _errors_of(folder) as e:
         raise UserError(f"cannot use {folder}, where checkpoints are kept: {_reason(e)}") from None
+
+
+def _for_orbax(folder: Folder) -> str:
+    return str(folder.resolve() if isinstance(folder, Path) else folder)
+
+
+def _errors_of(folder: Folder) -> tuple[type[Exception], ...]:
+    """What orbax raises if it cannot write: tensorstore reports a full disk as a ValueError; a bucket has its own."""
+    return (OSError, ValueError, RuntimeError) if isinstance(folder, Path) else (Exception,)
 
 
 class Checkpointer:
@@ -139,19 +158,19 @@ class Checkpointer:
         if self.latest is not None and processes.is_first():
             runs.delete_replaced(self._run_dir)
 
-    def saved(self) -> list[Path]:
+    def saved(self) -> list[Folder]:
         """Waits for a save in progress -> the folders of all complete checkpoints, in order."""
         self.wait()
-        return [self._run_dir / "checkpoints" / str(step) for step in checkpoint_steps(self._run_dir)]
+        return [_folder(self._run_dir, step) for step in checkpoint_steps(self._run_dir)]
 
     def _guard(self, call: Callable[[], object], step: int | None) -> None:
         """Call `call`, a part of saving `step`. If that fails, remove the unfinished save; UserError."""
+        folder = places.folder_of(self._run_dir)
         try:
             call()
-        except (OSError, ValueError, RuntimeError) as e:  # tensorstore reports a full disk as a ValueError
-            folder = self._run_dir / "checkpoints"
+        except _errors_of(folder) as e:
             if processes.is_first():
-                shutil.rmtree(folder / f"{step}{UNFINISHED}", ignore_errors=True)
+                places.remove_unfinished(folder)
             whole = [s for s in checkpoint_steps(self._run_dir) if s != step]
             last = f"the last whole checkpoint is step {whole[-1]}" if whole else "there is no earlier checkpoint"
             raise UserError(
@@ -172,7 +191,7 @@ class Checkpointer:
             folder = _folder(self._run_dir, self.latest)
             processes.first_alone("the checkpoint's checksums", lambda: _verify(folder), processes.READING)
             items = ocp.args.Composite(**trees, meta=ocp.args.JsonRestore())
-            restored = _restore(self._manager, folder, items)
+            restored = _restore(self._manager, self._run_dir, self.latest, items)
         return self.latest, {name: restored[name] for name in shapes}, restored["meta"]
 
 
@@ -220,12 +239,12 @@ def _load(run_dir: Path, shapes: Any, which: str) -> tuple[Any, int]:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=here), shapes)
     with _manager(run_dir, None) as manager:
-        restored = _restore(manager, folder, ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
+        restored = _restore(manager, run_dir, step, ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
     return restored["params"], step
 
 
-def _folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / str(step)
+def _folder(run_dir: Path, step: int) -> Folder:
+    return places.folder_of(run_dir) / str(step)
 
 
 # ---- what may be wrong with one -------------------------------------------------------------------------------------
@@ -234,12 +253,12 @@ def _folder(run_dir: Path, step: int) -> Path:
 class _Unusable(Exception):
     """The checkpoint in `folder` cannot be used. `_advice` turns this into a UserError that says what to do."""
 
-    def __init__(self, folder: Path, why: str):
+    def __init__(self, folder: Folder, why: str):
         super().__init__(f"checkpoint {folder} {why}")
         self.step = int(folder.name)
 
 
-def _val_loss(folder: Path) -> float:
+def _val_loss(folder: Folder) -> float:
     """The validation loss of a checkpoint; infinite if none was measured. _Unusable if it is damaged."""
     if wrong := checksums.damage(folder, only="metrics"):
         raise _Unusable(folder, _title(wrong))
@@ -250,7 +269,7 @@ def _val_loss(folder: Path) -> float:
         raise _Unusable(folder, f"is damaged\n       {path} holds no loss: {_reason(e)}") from None
 
 
-def _verify(folder: Path, *unread: str) -> None:
+def _verify(folder: Folder, *unread: str) -> None:
     """_Unusable if a checkpoint is damaged; a note if it has no checksums. `unread`: items that are not restored."""
     if wrong := _damage(folder, *unread):
         raise _Unusable(folder, _title(wrong))
@@ -262,7 +281,7 @@ def _title(wrong: str) -> str:
     return f"{'cannot be read' if ' cannot be read: ' in wrong else 'is damaged'}\n       {wrong}"
 
 
-def _damage(folder: Path, *unread: str) -> str:
+def _damage(folder: Folder, *unread: str) -> str:
     """What is wrong with the files of a checkpoint, except its loss (see `_val_loss`); "" if nothing is known."""
     wrong = checksums.damage(folder, leave_out=("metrics", *unread))
     if not wrong and not checksums.exist(folder) and _is_sealed(folder):
@@ -270,7 +289,7 @@ def _damage(folder: Path, *unread: str) -> str:
     return wrong
 
 
-def _is_sealed(folder: Path) -> bool:
+def _is_sealed(folder: Folder) -> bool:
     """Whether the `meta` of a checkpoint says that it was saved with checksums."""
     try:
         return json.loads((folder / "meta" / "metadata").read_bytes())[SEALED]
@@ -278,9 +297,9 @@ def _is_sealed(folder: Path) -> bool:
         return False
 
 
-def _restore(manager: ocp.CheckpointManager, folder: Path, items: Any) -> Any:
+def _restore(manager: ocp.CheckpointManager, run_dir: Path, step: int, items: Any) -> Any:
     """What orbax reads for `items`. _Unusable if it cannot, or if a parameter is not finite."""
-    step = int(folder.name)
+    folder = _folder(run_dir, step)
     try:
         restored = manager.restore(step, args=items)
     except Exception as e:  # orbax raises a bare Exception if an array cannot be read
@@ -289,7 +308,7 @@ def _restore(manager: ocp.CheckpointManager, folder: Path, items: Any) -> Any:
         differs = _misfit(folder, items["params"].item)
         if checksums.exist(folder) or differs:
             raise UserError(
-                f"checkpoint {folder} does not fit the settings in {folder.parents[1] / 'config.json'}\n"
+                f"checkpoint {folder} does not fit the settings in {run_dir / 'config.json'}\n"
                 f"       {differs or _reason(e)}\n       if that file was changed, bring the old one back"
             ) from None
         raise _Unusable(folder, f"is damaged or of another model\n       {_reason(e)}") from None
@@ -300,11 +319,11 @@ def _restore(manager: ocp.CheckpointManager, folder: Path, items: Any) -> Any:
     return restored
 
 
-def _misfit(folder: Path, wanted: Any) -> str:
+def _misfit(folder: Folder, wanted: Any) -> str:
     """The first parameter whose shape in a checkpoint differs from that of the settings, in words; "" if none does."""
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            found = _by_name(reader.metadata((folder / "params").resolve()).item_metadata.tree)
+            found = _by_name(reader.metadata(_for_orbax(folder / "params")).item_metadata.tree)
     except Exception:  # it is damaged
         return ""
     wanted = _by_name(wanted)
@@ -341,7 +360,8 @@ def _advice(run_dir: Path, advise: Advice, *unread: str) -> Iterator[None]:
     except _Unusable as e:
         steps = checkpoint_steps(run_dir)
         good = [step for step in steps if step != e.step and is_usable(step)]
-        delete = joined(["rm", "-r", *(str(_folder(run_dir, step)) for step in steps if step not in good)])
+        remove = ["rm", "-r"] if isinstance(places.folder_of(run_dir), Path) else ["gcloud", "storage", "rm", "-r"]
+        delete = joined([*remove, *(str(_folder(run_dir, step)) for step in steps if step not in good)])
         raise UserError(f"{e}\n       {advise(e.step, good, delete)}") from None
 
 

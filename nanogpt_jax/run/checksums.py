@@ -7,35 +7,41 @@ does some gigabytes a second. It does not protect against deliberate changes.
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nanogpt_jax.host import files
+from nanogpt_jax.run.bucket import BucketPath
 
 NAME = "checksums.json"
 PART = 64 << 20  # bytes for each checksum, so that threads share a large file
 BLOCK = 1 << 20  # bytes read at a time
 
 
-def write(folder: Path) -> None:
+def write(folder: Path | BucketPath) -> None:
     """Write the checksums of all files of `folder` into it. OSError if that fails."""
-    names = [name for name, kind in files.entries(folder) if kind == "file" and name != NAME]
-    found = _measure(folder, {name: os.path.getsize(folder / name) for name in names})
-    files.write(folder / NAME, json.dumps({"checksum": _of(found), "files": found}) + "\n")
+    names = [name for name, kind in _entries(folder) if kind == "file" and name != NAME]
+    found = _measure(folder, {name: _size(folder / name) for name in names})
+    text = json.dumps({"checksum": _of(found), "files": found}) + "\n"
+    if isinstance(folder, Path):
+        files.write(folder / NAME, text)
+    else:
+        (folder / NAME).write_bytes(text.encode())
 
 
-def exist(folder: Path) -> bool:
-    return os.path.lexists(folder / NAME)
+def exist(folder: Path | BucketPath) -> bool:
+    return os.path.lexists(folder / NAME) if isinstance(folder, Path) else (folder / NAME).exists()
 
 
-def damage(folder: Path, only: str = "", leave_out: tuple[str, ...] = ()) -> str:
+def damage(folder: Path | BucketPath, only: str = "", leave_out: tuple[str, ...] = ()) -> str:
     """What is wrong with the files of `folder`; "" if nothing is. Without checksums, it only checks that all are files.
 
     `only`: check one folder in it; `leave_out`: skip these folders in it.
     """
     path = folder / NAME
     try:
-        for name, kind in files.entries(folder):
+        for name, kind in _entries(folder):
             if kind not in ("file", "folder"):
                 return f"{folder / name} is a {kind}"
         if not exist(folder):
@@ -50,7 +56,7 @@ def damage(folder: Path, only: str = "", leave_out: tuple[str, ...] = ()) -> str
         }
         sizes = {name: size for name, (size, *_) in wanted.items()}
         for name, size in sizes.items():
-            if (found := os.path.getsize(folder / name)) != size:
+            if (found := _size(folder / name)) != size:
                 return f"{folder / name} has {found:,} bytes instead of {size:,}"
         measured = _measure(folder, sizes)
         for name, about in wanted.items():
@@ -65,7 +71,15 @@ def damage(folder: Path, only: str = "", leave_out: tuple[str, ...] = ()) -> str
     return ""
 
 
-def _measure(folder: Path, sizes: dict[str, int]) -> dict[str, list[int]]:
+def _entries(folder: Path | BucketPath) -> Iterable[tuple[str, str]]:
+    return files.entries(folder) if isinstance(folder, Path) else [(name, "file") for name in folder.files()]
+
+
+def _size(path: Path | BucketPath) -> int:
+    return os.path.getsize(path) if isinstance(path, Path) else path.size()
+
+
+def _measure(folder: Path | BucketPath, sizes: dict[str, int]) -> dict[str, list[int]]:
     """The size of each file, and the checksum of each PART of it. OSError."""
     parts = [(name, start) for name, size in sizes.items() for start in range(0, size, PART)]
     found = {name: [size] for name, size in sizes.items()}
@@ -75,7 +89,7 @@ def _measure(folder: Path, sizes: dict[str, int]) -> dict[str, list[int]]:
     return found
 
 
-def _checksum(folder: Path, name: str, start: int) -> int:
+def _checksum(folder: Path | BucketPath, name: str, start: int) -> int:
     checksum, left = 0, PART
     with (folder / name).open("rb", buffering=0) as file:
         file.seek(start)

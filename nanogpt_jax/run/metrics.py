@@ -9,7 +9,7 @@ from typing import Any
 
 from nanogpt_jax.config import TrainConfig, UserError
 from nanogpt_jax.host import files
-from nanogpt_jax.run.run_dir import checkpoint_steps
+from nanogpt_jax.run.places import checkpoint_steps
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

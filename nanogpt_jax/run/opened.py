@@ -4,6 +4,7 @@ Opening needs no JAX, so that missing or damaged files are reported at once. Onl
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -12,7 +13,10 @@ from nanogpt_jax import config
 from nanogpt_jax.config import Config, UserError, parse
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
-from nanogpt_jax.run.run_dir import IMPORTED, checkpoint_steps
+from nanogpt_jax.host import messages
+from nanogpt_jax.run import places
+from nanogpt_jax.run.places import checkpoint_steps
+from nanogpt_jax.run.run_dir import IMPORTED
 
 Kind = TypeVar("Kind", bound=Config)
 
@@ -61,12 +65,22 @@ def newest(folder: Path) -> Path:
 
     def rank(run: Path) -> tuple[bool, float]:
         last = checkpoint_steps(run)[-1]
-        saved = run / "checkpoints" / str(last)  # not the run's folder, which a failed start touches too
-        return last > 0 or (run / IMPORTED).exists(), saved.stat().st_mtime
+        return last > 0 or (run / IMPORTED).exists(), places.saved_at(run, last)
 
     found = [p.parent for p in folder.glob("*/config.json") if not p.parent.name.startswith(".")]  # an import under way
-    runs = [run for run in found if checkpoint_steps(run)]
+    runs = [run for run in found if _has_checkpoints(run)]
     for run in sorted(runs, key=rank, reverse=True):
         if not parse.is_classifier(run):
             return run
     raise UserError(f"no run with a checkpoint in {folder}/\n       train one first: {config.program('train')}")
+
+
+def _has_checkpoints(run: Path) -> bool:
+    """A note if they are elsewhere and cannot be seen now."""
+    try:
+        return bool(checkpoint_steps(run))
+    except UserError as e:
+        if (run / "checkpoints" / places.POINTER).exists():
+            print(f"note: {messages.first_line(e)}", file=sys.stderr)
+            return False
+        raise

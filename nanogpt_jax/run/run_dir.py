@@ -1,6 +1,6 @@
 """The run directory: what it holds, and whether a command may write there.
 
-    RUN/config.json   the settings          RUN/checkpoints/STEP/   orbax
+    RUN/config.json   the settings          RUN/checkpoints/STEP/   orbax, but see places.py
     RUN/data.json     the data's manifest   RUN/tokenizer/          so that sampling needs no data
     RUN/origin.json   see origin.py         RUN/*.html              the pages of `attend` and `report`
     RUN/metrics.jsonl one line a log        RUN/lock                held while a process trains here
@@ -34,7 +34,8 @@ from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.distributed import processes
 from nanogpt_jax.host import files
-from nanogpt_jax.run import origin
+from nanogpt_jax.run import origin, places
+from nanogpt_jax.run.places import checkpoint_steps
 from nanogpt_jax.run.plan import execution_here
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
@@ -44,7 +45,6 @@ WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
 BEING_MOVED, SET_ASIDE = parse.REPLACED
-UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of the folder of an unfinished save
 # left by earlier versions that were killed
 OLD_LEFTOVER = re.compile(
     r"(config|data)\.json\.tmp|metrics\.tmp|\.(characters\.txt|ranks\.tiktoken|tokenizer\.json)\.[0-9a-f]{8}\.tmp"
@@ -62,19 +62,6 @@ class Data(Protocol):
     def fingerprint(self) -> str: ...  # equal for equal training data
 
 
-def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Steps with a complete checkpoint, in order. An unfinished save has a temporary name and does not count."""
-    folder = run_dir / "checkpoints"
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as e:
-        raise UserError(f"cannot read {folder}: {e.strerror}") from None
-    numbers = [int(name) for name in names if name.isascii() and name.isdecimal() and str(int(name)) == name]
-    return sorted(step for step in numbers if os.path.isdir(folder / str(step)))
-
-
 @contextlib.contextmanager
 def claim(command: Command) -> Iterator[Path]:
     """The run directory, created and locked for this process; UserError if it may not be used.
@@ -90,6 +77,8 @@ def claim(command: Command) -> Iterator[Path]:
         return
     _check_packages(command)
     check_name(run_dir)
+    if isinstance(place := places.at(command.cfg.train.checkpoints), Path):
+        check_name(place)
     names = _names(run_dir)
     _check_kinds(run_dir)
     if IMPORTED in names:
@@ -122,6 +111,8 @@ def claim(command: Command) -> Iterator[Path]:
         try:
             _check_request(command)
             _check_writable(run_dir)
+            if not command.overwrite:
+                places.remove_unfinished(places.folder_of(run_dir))
             processes.meet("the run directory")
             yield run_dir
         finally:
@@ -167,6 +158,9 @@ def _check_packages(command: Command) -> None:
             if not (spec and spec.origin):  # a mere folder of that name has no origin
                 where = command.origin[f"train.{name}"]
                 raise UserError(f"train.{name}=true needs pip install 'nanogpt-jax[{name}]' ({where})")
+    place = command.cfg.train.checkpoints
+    if place.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
+        raise UserError(f"train.checkpoints={place} needs pip install gcsfs ({command.origin['train.checkpoints']})")
 
 
 def _check_kinds(run_dir: Path) -> None:
@@ -192,6 +186,8 @@ def _check_kinds(run_dir: Path) -> None:
 def _check_request(command: Command) -> None:
     """UserError if the flags ask for something impossible."""
     run_dir, steps, first = command.run_dir, checkpoint_steps(command.run_dir), Path(command.cfg.train.init_from)
+    if not command.overwrite and (steps or places.elsewhere(run_dir)):
+        places.check(run_dir, command.cfg.train.checkpoints, command.origin["train.checkpoints"])
     if command.cfg.train.init_from != "scratch":
         if command.overwrite and os.path.exists(first) and os.path.samefile(first, run_dir):
             raise UserError(
@@ -232,6 +228,7 @@ def has_begun(run_dir: Path) -> bool:
 
 def delete_replaced(run_dir: Path) -> None:
     """Delete the run that was set aside. To be called once its replacement has a checkpoint."""
+    places.forget(run_dir / SET_ASIDE, run_dir)
     shutil.rmtree(run_dir / SET_ASIDE, ignore_errors=True)
 
 
@@ -250,7 +247,7 @@ def _set_aside(run_dir: Path) -> None:
 def _settle(run_dir: Path, is_new: bool) -> None:
     """Finish a start that succeeded, failed or was killed. A run with a checkpoint replaces the one set aside; a run
     without is removed, and the old one moved back. `is_new`: the directory is new too."""
-    with contextlib.suppress(OSError):  # if a disk fails now, the next start tries again
+    with contextlib.suppress(OSError, UserError):  # if a disk fails now, the next start tries again
         if os.path.lexists(run_dir / SET_ASIDE):
             if checkpoint_steps(run_dir):
                 delete_replaced(run_dir)
@@ -271,8 +268,10 @@ def _remove_written(run_dir: Path) -> None:
     """Remove what a start writes before training begins, and nothing that others may have put there since."""
     for name in (*WRITTEN_FILES, *(f"tokenizer/{name}" for name in tokenizer.FILES)):
         (run_dir / name).unlink(missing_ok=True)
-    for folder in [*run_dir.glob(f"checkpoints/*{UNFINISHED}"), run_dir / "tensorboard", run_dir / "wandb"]:
+    for folder in (run_dir / "tensorboard", run_dir / "wandb"):
         shutil.rmtree(folder, ignore_errors=True)
+    places.remove_unfinished(run_dir / "checkpoints")
+    places.forget(run_dir, run_dir)
     _remove_folders([run_dir / "checkpoints", run_dir / "tokenizer"])
 
 
@@ -291,8 +290,7 @@ def _tidy(run_dir: Path) -> None:
             for path in folder.iterdir():
                 if OLD_LEFTOVER.fullmatch(path.name) and files.kind_of(path) == "file":
                     path.unlink()
-    for path in run_dir.glob(f"checkpoints/*{UNFINISHED}"):
-        shutil.rmtree(path, ignore_errors=True)
+    places.remove_unfinished(run_dir / "checkpoints")
     _settle(run_dir, is_new=False)
 
 
@@ -341,16 +339,21 @@ def _record(run_dir: Path, command: Command, cfg: Config, data: Data, steps: lis
     try:
         if not steps or command.overwrite:
             _set_aside(run_dir)
+            if cfg.train.checkpoints != "run":
+                places.create(run_dir, cfg.train.checkpoints)
             told = origin.of_new(command)
         else:
+            if folder := places.elsewhere(run_dir):
+                places.claim(run_dir, folder)
             told = origin.of_extended(run_dir, cfg, steps[-1])
         files.write(run_dir / origin.NAME, json.dumps(told, indent=2) + "\n")
         data.tokenizer.save(run_dir / "tokenizer")
         files.write(run_dir / "data.json", json.dumps(recorded, indent=2) + "\n")
         files.write(run_dir / "config.json", config.to_json(cfg))
     except OSError as e:
+        place = e.filename if cfg.train.checkpoints != "run" and e.filename else run_dir
         raise UserError(
-            f"cannot write in {run_dir}: {e.strerror or e}\n"
+            f"cannot write in {place}: {e.strerror or e}\n"
             "       see to that (a full disk: free some space), then give the same command again"
         ) from None
 

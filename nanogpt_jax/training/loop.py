@@ -26,6 +26,7 @@ from nanogpt_jax.host.progress import Progress
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution, gpt2, sizes
 from nanogpt_jax.run.checkpoint import load_first_params
+from nanogpt_jax.run.places import Folder
 from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.training.compiled import CompiledStep
 from nanogpt_jax.training.state import TrainState, init_state
@@ -179,7 +180,7 @@ def are_finite(tree: Any) -> jax.Array:
     return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
-def not_finite(cfg: Config, start: int, step: int, saved: list[Path], what: str) -> UserError:
+def not_finite(cfg: Config, start: int, step: int, saved: list[Folder], what: str) -> UserError:
     """The error for a run that has diverged by `step`. It names the remaining checkpoints."""
     o = cfg.optim
     remedy = (
