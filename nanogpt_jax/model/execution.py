@@ -42,13 +42,13 @@ def block_length(T: int) -> int:
 class Execution:
     """The decisions. --print-config shows them; the step, the loop and generation follow them."""
 
-    micro_batch: int  # sequences at a time
     attention: str  # a key of attention.BACKENDS
     scan_unroll: int  # layers in one turn of the loop over them
     steps_per_dispatch: int  # training steps in one call to the device
     halves: bool  # compute gradients of the two halves of a batch side by side
     recompile: bool  # in a long run, compile the step a second time, to a faster program
     decode: str  # native: generation steps run in C if a compiler is found; xla
+    micro_batch: int  # sequences at a time; with train.micro_batch=-1, the most that fit
 
 
 def choose(cfg: Settings, platform: str, devices: int = 1, room: float = 0) -> tuple[Settings, Execution]:
@@ -79,13 +79,13 @@ def decide(cfg: Config, platform: str, ways: Ways = (1, 1, 1)) -> Execution:
     flops, one_cpu = sizes.product_flops(cfg), platform == "cpu" and math.prod(ways) == 1
     whole = t.micro_batch in (0, t.batch_size) and not model.dropout
     return Execution(
-        micro_batch=t.micro_batch or t.batch_size,
         attention=model.attention,
         scan_unroll=model.scan_unroll,
         steps_per_dispatch=t.steps_per_dispatch or (STEPS_IN_A_CALL.get(platform, 1) if flops < SMALL_STEP else 1),
         halves=one_cpu and whole and t.batch_size % 2 == 0 and flops < HALVED_BELOW,
         recompile=one_cpu and t.recompile == "auto",
         decode=model.decode,
+        micro_batch=t.micro_batch or t.batch_size,
     )
 
 
