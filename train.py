@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 def train(cfg, directory, data, stop):
     """Train in the run directory -> how the run ended, and a sample of its text."""
-    from nanogpt_jax.distributed.mesh import make_mesh, start
+    from nanogpt_jax.distributed.mesh import common_room, make_mesh, start
     from nanogpt_jax.inference.sampler import opening_and_continuation
     from nanogpt_jax.model import execution, gpt2
     from nanogpt_jax.run.checkpoint import load_params
@@ -59,7 +59,7 @@ def train(cfg, directory, data, stop):
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)  # starts JAX's devices, which takes seconds
-    cfg, how = execution.choose(cfg, platform, mesh.size)  # how it runs on this machine
+    cfg, how = execution.choose(cfg, platform, mesh.size, common_room(mesh))  # how it runs on this machine
     task = language_model(cfg, mesh, data)
     tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
     step = make_train_step(cfg, tx, mesh, task, how)

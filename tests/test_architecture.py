@@ -27,11 +27,12 @@ MAY_IMPORT = {
     "interop": {"config", "host", "model", "data"},
     "classify": {"config", "host", "model", "data", "distributed", "run", "training"},
     "pages": set(),
+    "planning": {"config", "host", "model", "distributed", "training"},
     "lesson": set(),
     "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
         *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
-        *("interop", "classify", "pages", "api"),
+        *("interop", "classify", "pages", "planning", "api"),
     },
     "cli": {"config", "host"},
     "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
@@ -45,6 +46,7 @@ SLICES = {
     "interop": ["commands/huggingface.py"],
     "lesson": [],
     "pages": ["commands/attend.py", "commands/report.py"],
+    "planning": ["commands/plan.py"],
 }
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [
@@ -136,6 +138,7 @@ METHODS = {"import_module", "exec_module", "CDLL", "TaskManager"}
 FLAGS = {"shell", "allow_pickle", "trust_remote_code"}
 MEANT = {
     "nanogpt_jax/cli.py": {"exec_module", "import_module"},  # the table of commands, train.py and sample.py
+    "nanogpt_jax/commands/plan.py": {"compile"},  # the name of a flag
     "nanogpt_jax/bench/worker.py": {"import_module"},  # our own torch_peer.py, if torch is there
     "nanogpt_jax/host/memory.py": {"CDLL"},  # the C library of this process
     "nanogpt_jax/distributed/processes.py": {"CDLL"},  # the same, for a handler of SIGABRT

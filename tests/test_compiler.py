@@ -14,7 +14,7 @@ from importlib import metadata
 import jax
 import numpy as np
 import pytest
-from compile_elsewhere import embedding_alone
+from embedding_elsewhere import embedding_alone
 from helpers import make_state, make_step
 
 from nanogpt_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
@@ -88,7 +88,7 @@ def test_the_gradient_of_a_split_embedding_is_exact(sizes, C):
 def test_no_sum_over_devices_can_leave_the_loop_without_its_micro_batches(sizes, dropout, apart):
     """If XLA adds up over devices in the loop over micro-batches, a barrier keeps a scatter off the loop's total.
 
-    A CPU's compiler does not show the fault; `compile_elsewhere.py TARGET embedding` shows what others make of it.
+    A CPU's compiler does not show the fault; `embedding_elsewhere.py TARGET` shows what others make of it.
     """
     jitted, params, rows = gradient(sizes, dropout, 64)
     lines = [line for line in jitted.lower(params, rows).as_text().splitlines() if "optimization_barrier" in line]

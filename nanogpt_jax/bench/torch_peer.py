@@ -77,7 +77,7 @@ def make_step(cfg: Config, compiled: bool) -> Callable[[np.ndarray], float]:
     model = GPT2(cfg.model, cfg.model.padded_vocab_size if padded else cfg.model.vocab_size).to(place)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    o, micro = cfg.optim, cfg.train.micro_batch or cfg.train.batch_size
+    o, micro = cfg.optim, max(cfg.train.micro_batch, 0) or cfg.train.batch_size
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     fused = place.type == "cuda" or None
     optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=1e-8, fused=fused)

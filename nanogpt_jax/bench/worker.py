@@ -125,7 +125,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     import jax
     import numpy as np
 
-    from nanogpt_jax.distributed.mesh import make_mesh, start
+    from nanogpt_jax.distributed.mesh import make_mesh, room, start
     from nanogpt_jax.model import execution
     from nanogpt_jax.training.compiled import CompiledStep
     from nanogpt_jax.training.language_model import next_token
@@ -134,7 +134,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)
-    cfg, how = execution.choose(cfg, platform, mesh.size)
+    cfg, how = execution.choose(cfg, platform, mesh.size, room(mesh))
     tx, task, K = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model), how.steps_per_dispatch
     step = make_train_step(cfg, tx, mesh, task, how)
     state = init_state(cfg, tx, task, step.state)

@@ -75,6 +75,7 @@ class ClassifierConfig(Config):
         check(self.mesh.num_processes == 1, "mesh.num_processes", "must be 1: one process trains a classifier")
         check(self.mesh.processes == "one", "mesh.processes", "must be one: one process trains a classifier")
         check(t.steps >= 0, "train.steps", "must not be negative")
+        check(t.micro_batch >= 0, "train.micro_batch", "must not be negative")
         check(c.epochs >= 1, "classify.epochs", "must be at least 1")
         check(c.patience >= 0, "classify.patience", "must not be negative")
         check(c.n_labels >= 0, "classify.n_labels", "must not be negative")

@@ -76,7 +76,7 @@ class TrainConfig:
     init_from: str = "scratch"  # scratch: random weights; or a run, to take its best weights, sizes and tokenizer
     steps: int = 1600  # optimizer steps
     batch_size: int = 12  # sequences a step, over all devices and micro-batches
-    micro_batch: int = 0  # sequences at a time (gradients accumulate); 0: the whole batch
+    micro_batch: int = 0  # sequences at a time (gradients accumulate); 0: the whole batch; -1: as many as fit
     steps_per_dispatch: int = 0  # steps in one call to the device; 0: small model 8 on CPU, 32 on GPU; else 1
     recompile: Literal["auto", "off"] = "auto"  # auto: a long run on one CPU compiles a faster step, in 1 to 5 GB
     eval_every: int = 400  # steps between evaluations on the whole validation split; 0: only at the end

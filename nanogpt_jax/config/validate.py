@@ -83,11 +83,12 @@ def _optim(cfg: Config, check: Check) -> None:
 def _train(cfg: Config, check: Check) -> None:
     t = cfg.train
     check.at_least(1, "train.batch_size train.log_every train.keep")
-    check.at_least(0, "train.micro_batch train.steps_per_dispatch train.eval_every train.save_every train.seed")
+    check.at_least(-1, "train.micro_batch")
+    check.at_least(0, "train.steps_per_dispatch train.eval_every train.save_every train.seed")
     check(t.steps <= MOST_STEPS, "train.steps", f"must be at most {MOST_STEPS}", "they are counted in 32 bits")
     check(t.seed < 2**32, "train.seed", "must be below 2**32")
     _place(t.checkpoints, check)
-    if t.micro_batch:
+    if t.micro_batch > 0:
         check(
             t.batch_size % t.micro_batch == 0,
             "train.micro_batch",
@@ -115,10 +116,10 @@ def _mesh(cfg: Config, check: Check) -> None:
     n_head, tensor = cfg.model.n_head, max(axes["tensor"], 1)
     check(n_head % tensor == 0, "mesh.tensor", f"must divide model.n_head={n_head}")
     ways = max(axes["data"], 1) * max(axes["fsdp"], 1)
-    micro = cfg.train.micro_batch or cfg.train.batch_size
+    micro = cfg.train.micro_batch if cfg.train.micro_batch > 0 else cfg.train.batch_size
     check(
         micro % ways == 0,
-        "train.micro_batch" if cfg.train.micro_batch else "train.batch_size",
+        "train.micro_batch" if cfg.train.micro_batch > 0 else "train.batch_size",
         f"must be a multiple of mesh.data * mesh.fsdp = {ways}",
         f"nearest: {-(-micro // ways) * ways}",
     )

@@ -63,3 +63,22 @@ def make_mesh(cfg: MeshConfig) -> "Mesh":
 def batch_ways(mesh: "Mesh") -> int:
     """Number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def room(mesh: "Mesh") -> float:
+    """Bytes that a program can have on each device of the mesh that is here.
+
+    A CPU's devices share what is free, as if all were on this machine; else it is what JAX's allocator may take.
+    """
+    mine = mesh.local_devices
+    if mine[0].platform == "cpu":
+        return memory.free() / mesh.size
+    told = [device.memory_stats() or {} for device in mine]
+    return min(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) for stats in told)
+
+
+def common_room(mesh: "Mesh") -> float:
+    """The least `room` of all processes, which meet here: so they choose the same micro-batch."""
+    from nanogpt_jax.distributed import processes
+
+    return min(processes.meet("free memory", room(mesh)))

@@ -85,6 +85,18 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax
     return jax.lax.dot_general(weights, v, (((2,), (1,)), HEADS))
 
 
+def by_sequence(x: jax.Array) -> jax.Array:
+    """x [B, ...], split over devices by its sequences alone, if a mesh splits them.
+
+    Else XLA would split its channels over `fsdp`, as the parameters' are, and send activations instead of weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names and axis not in mesh.manual_axes)
+    if mesh.size <= 1 or not axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes))
+
+
 def _on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`attend(q, k, v, documents)`, called by each device of the mesh for its own sequences and heads.
 

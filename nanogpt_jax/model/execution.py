@@ -5,11 +5,13 @@ Nothing here changes what is computed, except its rounding. An explicit setting 
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
-from nanogpt_jax.config import ModelConfig, UserError
+from nanogpt_jax.config import Config, MeshConfig, ModelConfig, UserError
 from nanogpt_jax.config.settings import Settings
-from nanogpt_jax.model import sizes
+from nanogpt_jax.model import memory, sizes
+from nanogpt_jax.model.memory import Ways
 
 # ---- every tuned number. Measured in November 2026 on 2 cores of an AMD EPYC (AVX2), or on an H100 if that is named.
 # ---- kernels/README.md says what each gains, and what else was tried.
@@ -31,6 +33,11 @@ NATIVE_FROM = 4_000_000  # parameters. The C step is 0.8 to 1.0 times as fast at
 CORE_FLOPS = 50e9  # FLOP/s of a core with AVX2 in large products, at best: for a note before a slow run
 
 
+def block_length(T: int) -> int:
+    """Queries in a block of blocked attention. Smaller ones waste less work on the diagonal, in a longer program."""
+    return next((block for below, block in BLOCKS if below > T), LONGEST_BLOCK)
+
+
 @dataclass(frozen=True)
 class Execution:
     """The decisions. --print-config shows them; the step, the loop and generation follow them."""
@@ -41,25 +48,72 @@ class Execution:
     halves: bool  # compute gradients of the two halves of a batch side by side
     recompile: bool  # in a long run, compile the step a second time, to a faster program
     decode: str  # native: generation steps run in C if a compiler is found; xla
+    micro_batch: int  # sequences at a time; with train.micro_batch=-1, the most that fit
 
 
-def choose(cfg: Settings, platform: str, devices: int = 1) -> tuple[Settings, Execution]:
-    """`cfg`, its model resolved, and how it runs on `devices` of a platform, "cpu", "gpu" or "tpu".
+def choose(cfg: Settings, platform: str, devices: int = 1, room: float = 0) -> tuple[Settings, Execution]:
+    """`cfg`, its model and micro-batch resolved, and how it runs on `devices` of a platform, "cpu", "gpu" or "tpu".
 
-    UserError if it cannot run there.
+    `room`: the bytes that a step can have on a device, which train.micro_batch=-1 fills. UserError if it cannot run.
     """
-    model, t = resolve(cfg.model, platform), cfg.train
-    flops, one_cpu = sizes.product_flops(cfg), platform == "cpu" and devices == 1
-    whole = t.micro_batch in (0, t.batch_size) and not cfg.model.dropout
-    how = Execution(
+    cfg = dataclasses.replace(cfg, model=resolve(cfg.model, platform))
+    if cfg.train.micro_batch == -1:
+        ways = ways_of(cfg.mesh, devices)
+        largest = largest_micro_batch(cfg, platform, ways, room)
+        if not largest:
+            least = with_micro_batch(cfg, micro_batches(cfg, ways)[-1])
+            needs = memory.of_step(least, decide(least, platform, ways), platform, ways).total
+            raise UserError(
+                f"train.micro_batch=-1: nothing fits: {least.train.micro_batch} at a time need {needs / 2**30:.1f} GiB "
+                f"a device, and {room / 2**30:.1f} are there\n"
+                "       try model.remat=block, a shorter model.block_size or a smaller model, or more devices with "
+                "mesh.fsdp; or give train.micro_batch a number"
+            )
+        cfg = with_micro_batch(cfg, largest)
+    return cfg, decide(cfg, platform, ways_of(cfg.mesh, devices))
+
+
+def decide(cfg: Config, platform: str, ways: Ways = (1, 1, 1)) -> Execution:
+    """How `cfg`, its model and micro-batch resolved, runs on a mesh."""
+    model, t = cfg.model, cfg.train
+    flops, one_cpu = sizes.product_flops(cfg), platform == "cpu" and math.prod(ways) == 1
+    whole = t.micro_batch in (0, t.batch_size) and not model.dropout
+    return Execution(
         attention=model.attention,
         scan_unroll=model.scan_unroll,
         steps_per_dispatch=t.steps_per_dispatch or (STEPS_IN_A_CALL.get(platform, 1) if flops < SMALL_STEP else 1),
         halves=one_cpu and whole and t.batch_size % 2 == 0 and flops < HALVED_BELOW,
         recompile=one_cpu and t.recompile == "auto",
         decode=model.decode,
+        micro_batch=t.micro_batch or t.batch_size,
     )
-    return dataclasses.replace(cfg, model=model), how
+
+
+def ways_of(mesh: MeshConfig, devices: int) -> Ways:
+    """The sizes of a mesh over so many devices, with -1 replaced by what the other axes leave."""
+    axes = (mesh.data, mesh.fsdp, mesh.tensor)
+    rest = max(devices // math.prod(size for size in axes if size != -1), 1)
+    data, fsdp, tensor = (rest if size == -1 else size for size in axes)
+    return data, fsdp, tensor
+
+
+def micro_batches(cfg: Config, ways: Ways) -> list[int]:
+    """Every micro-batch that divides the batch and that the mesh can split, the largest first."""
+    split, B = ways[0] * ways[1], cfg.train.batch_size
+    return [n for n in range(B, 0, -1) if B % n == 0 and n % split == 0]
+
+
+def with_micro_batch(cfg: Settings, n: int) -> Settings:
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batch=n))
+
+
+def largest_micro_batch(cfg: Config, platform: str, ways: Ways, room: float) -> int:
+    """The largest micro-batch whose step has `room` bytes on each device, by the closed form and its margin; or 0."""
+    for n in micro_batches(cfg, ways):
+        tried = with_micro_batch(cfg, n)
+        if memory.fits(tried, decide(tried, platform, ways), platform, ways, room):
+            return n
+    return 0
 
 
 def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:

@@ -178,7 +178,7 @@ def hidden(cfg: ModelConfig, params: Params, tokens: jax.Array, dropout_key=None
     """tokens [B, T] int32 -> [B, T, C]: each position's vector after the last block. With `watch`, also what each
     block met and made: its input [L, B, T, C] and an attention.Watched of [L, B, ...]; else None."""
     documents, position = separate(cfg, tokens) if cfg.separate_documents else (None, jnp.arange(tokens.shape[1])[None])
-    x = embed(cfg, params, tokens, position)
+    x = attention.by_sequence(embed(cfg, params, tokens, position))
     keys, train = None, dropout_key is not None and cfg.dropout > 0
     if dropout_key is not None and train:
         keys = jax.random.split(dropout_key, cfg.n_layer + 1)

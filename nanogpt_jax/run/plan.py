@@ -10,10 +10,11 @@ from nanogpt_jax.model.execution import Execution
 
 def execution_here(cfg: Config) -> Execution:
     """How `cfg` would run here. Starts JAX's devices. UserError if it cannot."""
-    from nanogpt_jax.distributed.mesh import make_mesh, start
+    from nanogpt_jax.distributed.mesh import make_mesh, room, start
 
     platform = start()
-    _, how = execution.choose(cfg, platform, make_mesh(cfg.mesh).size)
+    mesh = make_mesh(cfg.mesh)
+    _, how = execution.choose(cfg, platform, mesh.size, room(mesh))
     return how
 
 

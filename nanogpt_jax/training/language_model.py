@@ -58,12 +58,13 @@ def language_model(cfg: Config, mesh: Mesh, data: Dataset) -> Task:
 def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -> str:
     """What is about to be trained, on what, and where it goes: two lines."""
     m, t = cfg.model, cfg.train
+    pieces = f", {t.micro_batch} sequences at a time" if t.micro_batch not in (0, t.batch_size) else ""
     begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
     return (
         f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
         f"block_size={m.block_size}) on {mesh.size} {jax.default_backend()}\n"
-        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens; {cfg.data.title}: {len(data.train):,} tokens to "
-        f"train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
+        f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens{pieces}; {cfg.data.title}: {len(data.train):,} "
+        f"tokens to train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
     )
 
 

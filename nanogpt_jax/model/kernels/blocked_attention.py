@@ -22,12 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanogpt_jax.model import dropout, execution
-
-
-def block_length(T: int) -> int:
-    """Queries in a block. Smaller blocks waste less work on the diagonal, but make a longer program."""
-    return next((block for below, block in execution.BLOCKS if below > T), execution.LONGEST_BLOCK)
+from nanogpt_jax.model import dropout
+from nanogpt_jax.model.execution import block_length
 
 
 def attend(q, k, v, documents: jax.Array | None = None, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
