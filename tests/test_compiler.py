@@ -9,7 +9,6 @@ order of adding gives the bits of numpy's.
 import socket
 import subprocess
 import sys
-from importlib import metadata
 
 import jax
 import numpy as np
@@ -20,7 +19,6 @@ from helpers import make_state, make_step
 from nanogpt_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import BATCH, shard, shardings
-from nanogpt_jax.host import runtime
 from nanogpt_jax.model import execution
 from nanogpt_jax.training.gradients import make_gradients
 
@@ -139,29 +137,6 @@ def test_two_processes_add_up_megabytes_exactly(C, clean_env, popen):
     for process in ranks:
         out, _ = process.communicate(timeout=60 if C == 64 else 240)
         assert process.returncode == 0, out
-
-
-@pytest.mark.parametrize(
-    ("versions", "expected"),
-    [
-        ({"jax-cuda13-plugin": "0.10.2"}, runtime.FAST_ATOMICS),
-        ({"jax-cuda12-plugin": "0.11.0"}, runtime.FAST_ATOMICS),
-        ({"jax-cuda13-plugin": "0.12.0.1"}, None),
-        ({}, None),
-    ],
-)
-def test_slow_atomics_of_two_versions_are_switched_off(monkeypatch, versions, expected):
-    def version(package: str) -> str:
-        if package not in versions:
-            raise metadata.PackageNotFoundError(package)
-        return versions[package]
-
-    monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.delenv("XLA_FLAGS")
-    assert runtime.settings().get("XLA_FLAGS") == expected
-    monkeypatch.setenv("XLA_FLAGS", "--mine")
-    assert "--mine" in runtime.describe()
-    assert runtime.FAST_ATOMICS not in runtime.describe()
 
 
 if __name__ == "__main__":
