@@ -11,11 +11,12 @@ import pytest
 from hypothesis import settings
 
 # All of this must stand in the environment before anything imports jax, which reads it once.
-BEFORE = os.environ.get("XLA_FLAGS")
+# pytest-xdist's workers inherit what their parent has set here, so the user's own flags are kept beside it.
+BEFORE = os.environ.setdefault("XLA_FLAGS_OF_USER", os.environ.get("XLA_FLAGS", ""))
 # Tests compile much and compute little: LLVM's lowest level makes the suite a third as long. One piece of code, not 32.
-QUICK = f"{BEFORE or ''} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1".strip()
+QUICK = f"{BEFORE} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1".strip()
 if os.environ.get("USERS_FLAGS"):  # what users run: .ci/run tries the laws of exactness so
-    QUICK = BEFORE or ""
+    QUICK = BEFORE
 os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] + [B, C] is a mistake as often as it is meant
@@ -48,7 +49,7 @@ def clean_env() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def users_env() -> dict[str, str]:
     """An environment for a subprocess with the compiler flags, too, that a user would have."""
-    return {**os.environ, "XLA_FLAGS": BEFORE or ""}
+    return {**os.environ, "XLA_FLAGS": BEFORE}
 
 
 @pytest.fixture
