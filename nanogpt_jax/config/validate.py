@@ -98,6 +98,7 @@ def _train(cfg: Config, check: Check) -> None:
 
 
 def _place(place: str, check: Check) -> None:
+    check(not re.match(r"\w+:(?!//)", place), "train.checkpoints", "must be a folder, file:///PATH or gs://BUCKET/NAME")
     scheme, is_url, rest = place.partition("://")
     ours = not is_url or scheme in ("gs", "file")
     remedy = "keep them in a folder and copy that, or mount the store, if folders can be renamed there"
@@ -133,6 +134,8 @@ def _processes(m: MeshConfig, check: Check) -> None:
     both = "exclude each other; auto finds the coordinator itself"
     check(m.coordinator == "none" or m.processes != "auto", "mesh.coordinator", f"and mesh.processes=auto {both}")
     check(m.num_processes >= 1, "mesh.num_processes", "must be at least 1")
+    told = m.coordinator == "none" or check.origin.get("mesh.num_processes", "default") != "default"
+    check(told, "mesh.coordinator", "needs mesh.num_processes and mesh.process_id, too")
     alone = "needs mesh.coordinator=HOST:PORT, where process 0 listens"
     check(m.num_processes == 1 or m.coordinator != "none", "mesh.num_processes", alone)
     numbers = f"must lie in 0 to {m.num_processes - 1}: there are mesh.num_processes={m.num_processes}"

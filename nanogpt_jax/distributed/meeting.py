@@ -22,6 +22,7 @@ from nanogpt_jax.host import runtime, terminal
 AGAIN = TryAgain.code
 LOST_AFTER = 40.0  # seconds without a heartbeat
 BEAT = 1.0  # seconds between two
+PATIENCE = 5.0  # seconds, before somebody who waits at the start says so
 GRACE = 5.0  # seconds in which a process may tidy up after it has heard that the run is over
 END = "the end"  # the last meeting: after it, nobody is lost
 LONGEST_LINE = 1 << 20  # bytes; a stranger may connect
@@ -34,7 +35,7 @@ class Line:
 
     def __init__(self, connection: socket.socket, silence: float):
         """Without a heartbeat for `silence` seconds, the other side is lost."""
-        self._connection, self._sending, self._open = connection, threading.Lock(), True
+        self._connection, self._sending, self._closed = connection, threading.Lock(), threading.Event()
         self._silence = min(LOST_AFTER, silence)
         connection.settimeout(self._silence)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -51,20 +52,19 @@ class Line:
             self._connection.sendall(json.dumps(message).encode() + b"\n" if message else b"\n")
 
     def close(self) -> None:
-        self._open = False
+        self._closed.set()
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
     def _beat(self) -> None:
-        while self._open:
+        while not self._closed.wait(BEAT):
             self.send()
-            time.sleep(BEAT)
 
     def _listen(self) -> None:
         rest, reason = b"", "its connection has closed"
         try:
-            while self._open and (block := self._connection.recv(1 << 16)) and len(rest) < LONGEST_LINE:
+            while not self._closed.is_set() and (block := self._connection.recv(1 << 16)) and len(rest) < LONGEST_LINE:
                 *lines, rest = (rest + block).split(b"\n")
                 for line in filter(None, lines):
                     self._hear(json.loads(line))
@@ -72,7 +72,7 @@ class Line:
             reason = f"nothing was heard from it for {self._silence:g} s"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reset, or no message of ours
             pass
-        if self._open:
+        if not self._closed.is_set():
             self.close()
             self._lost(reason)
 
@@ -85,6 +85,7 @@ class Hub:
         self._count, self._timeout, self._lock = count, timeout, threading.RLock()
         self._lines: dict[int, Line] = {}
         self._values: dict[str, dict[int, Any]] = {}  # meeting -> process -> value
+        self._alarms: dict[str, threading.Timer] = {}
         self._ended = False  # the run has, well or not
         try:
             if host in ("localhost", "127.0.0.1", "::1"):  # nobody else's business
@@ -97,11 +98,17 @@ class Hub:
         except OSError as e:
             raise UserError(
                 f"mesh.coordinator={host}:{port}: process 0 cannot listen there: {e.strerror or e}\n"
-                "       choose another port, the same for all processes"
+                "       is process 0 running already? else choose another port, the same for all processes"
             ) from None
         threading.Thread(target=self._accept, name=runtime.SPARE, daemon=True).start()
+        self._wait = threading.Timer(PATIENCE, self._tell_who_is_missing, [f"{host}:{port}"])
+        self._wait.name, self._wait.daemon = runtime.SPARE, True
+        self._wait.start()
 
     def close(self) -> None:
+        self._wait.cancel()
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._server.close()
         for line in self._lines.values():
             line.close()
@@ -113,6 +120,13 @@ class Hub:
                 line = Line(connection, self._timeout)
                 newcomer = _Newcomer(self, line)
                 line.start(newcomer.hear, newcomer.lost)
+
+    def _tell_who_is_missing(self, address: str) -> None:
+        with self._lock:
+            missing = [str(i) for i in range(self._count) if i not in self._lines]
+        if missing:
+            words = f"waiting at {address} for process {', '.join(missing)} of {self._count}"
+            print(words, file=sys.stderr, flush=True)
 
     def hear(self, number: int, message: Message) -> None:
         with self._lock:
@@ -141,15 +155,22 @@ class Hub:
             self._lines[number] = line
             return ""
 
+    def refuse(self, wrong: str) -> None:
+        """A process that may not enter. Once all others are here it disturbs nobody; before, one of them is missing."""
+        with self._lock:
+            if len(self._lines) < self._count:
+                self._tell({"refused": wrong})
+
     def _meet(self, number: int, name: str, value: Any, seconds: float) -> None:
         values = self._values.setdefault(name, {})
         if not values:
-            waiting = threading.Timer(seconds, self._late, [name, values, seconds])
-            waiting.name, waiting.daemon = runtime.SPARE, True
-            waiting.start()
+            alarm = self._alarms[name] = threading.Timer(seconds, self._late, [name, values, seconds])
+            alarm.name, alarm.daemon = runtime.SPARE, True
+            alarm.start()
         values[number] = value
         if len(values) == self._count:
             del self._values[name]
+            self._alarms.pop(name).cancel()
             self._ended = self._ended or name == END
             self._tell({"met": name, "values": [values[i] for i in range(self._count)]})
 
@@ -176,6 +197,7 @@ class _Newcomer:
             self._hub.hear(self._number, message)
         elif wrong := self._hub.enter(int(message["process"]), int(message["of"]), self._line):
             self._line.send({"refused": wrong})
+            self._hub.refuse(wrong)
         else:
             self._number = int(message["process"])
 
@@ -243,18 +265,18 @@ class Member:
             elif "first" in message:
                 self._first = message["first"]
             elif "refused" in message:
-                self._refused = message["refused"]
+                self._refused, self._ending = message["refused"], True
             elif "lost" in message:
                 self._end(f"process {message['lost']} of {self.count} is lost: {message['reason']}")
             elif "late" in message:
                 missing = ", ".join(map(str, message["late"]))
                 self._end(
-                    f"process {missing} of {self.count} did not come to {message['name']!r} within "
+                    f"process {missing} of {self.count} did not reach {message['name']!r} within "
                     f"{message['seconds']:g} s (mesh.timeout)"
                 )
             elif "ended" in message:
                 self._exit(
-                    f"process {message['ended']} of {self.count} has ended with an error, which it tells",
+                    f"process {message['ended']} of {self.count} has ended; its own output says why",
                     message["code"],
                 )
             self._come.notify_all()
@@ -264,7 +286,8 @@ class Member:
 
     def _end(self, why: str) -> None:
         self._exit(
-            f"error: {why}\n       process {self.number} ends with code {AGAIN}; the same command goes on", AGAIN
+            f"error: {why}\n       process {self.number} ends with code {AGAIN}; start all again, and the run goes on",
+            AGAIN,
         )
 
     def _exit(self, words: str, code: int) -> None:
@@ -284,12 +307,15 @@ class Member:
 
 def _connect(host: str, port: int, timeout: float) -> socket.socket:
     """A connection to process 0, which may start later than this one."""
-    end, reason = time.monotonic() + timeout, ""
+    end, reason, told = time.monotonic() + timeout, "", time.monotonic() + PATIENCE
     while (left := end - time.monotonic()) > 0:
         try:
             return socket.create_connection((host, port), timeout=min(left, 10))
         except OSError as e:
             reason = e.strerror or str(e)
+        if time.monotonic() > told:
+            told = end
+            print(f"waiting for process 0 at {host}:{port} ({reason})", file=sys.stderr, flush=True)
         time.sleep(min(0.2, max(left, 0)))
     raise TryAgain(
         f"mesh.coordinator={host}:{port}: process 0 did not answer within mesh.timeout={timeout:g} s ({reason})\n"

@@ -56,7 +56,10 @@ def make_mesh(cfg: MeshConfig) -> "Mesh":
             f"       make an axis of it smaller (-1 takes what is there); to simulate devices on a CPU: {simulate}"
         )
     if jax.process_count() > 1 and needed != len(devices):
-        raise UserError(f"mesh {shape} uses {needed} of {len(devices)} devices; with many processes it must use all")
+        raise UserError(
+            f"mesh {shape} uses {needed} of {len(devices)} devices; with many processes it must use all\n"
+            "       --mesh.data -1 takes all that the other axes leave"
+        )
     return Mesh(np.array(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

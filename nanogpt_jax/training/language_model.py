@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from nanogpt_jax.config import Config, ModelConfig
 from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.dataset import Dataset
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.evaluation.loss import evaluate, make_score
 from nanogpt_jax.model import gpt2, losses, sizes
 from nanogpt_jax.model.gpt2 import Params
@@ -59,10 +60,12 @@ def headline(cfg: Config, run_dir: Path, data: Dataset, mesh: Mesh, step: int) -
     """What is about to be trained, on what, and where it goes: two lines."""
     m, t = cfg.model, cfg.train
     pieces = f", {t.micro_batch} sequences at a time" if t.micro_batch not in (0, t.batch_size) else ""
+    alone = processes.count() == 1
+    where = f"{mesh.size} {jax.default_backend()}" + ("" if alone else f" in {processes.count()} processes")
     begin = f"going on in {run_dir} from step {step}" if step else f"training in {run_dir}"
     return (
         f"{begin}: GPT-2 of {sizes.n_params(m):,} parameters (n_layer={m.n_layer} n_head={m.n_head} n_embd={m.n_embd} "
-        f"block_size={m.block_size}) on {mesh.size} {jax.default_backend()}\n"
+        f"block_size={m.block_size}) on {where}\n"
         f"{t.steps} steps of {t.batch_size * m.block_size:,} tokens{pieces}; {cfg.data.title}: {len(data.train):,} "
         f"tokens to train on, {len(data.val):,} to validate, vocabulary {m.vocab_size}"
     )
