@@ -1,6 +1,6 @@
 #!/bin/bash
 # 2 nodes of 8 GPUs under Slurm: one process a GPU. Stops before its time is over, requeues itself and goes on.
-#   sbatch slurm.sh gpt2 --train.micro-batch 240 --run-dir /shared/runs/gpt2 --data.dir /shared/data
+#   sbatch slurm.sh gpt2 --data.source /shared/text.jsonl --data.dir /shared/data --train.micro-batch 240 --run-dir /shared/runs/gpt2
 # What follows the script is for `nanogpt-jax train`. /shared: a file system that all nodes see.
 #SBATCH --job-name=nanogpt
 #SBATCH --nodes=2
