@@ -133,7 +133,6 @@ def forget(pointed_from: Path, run_dir: Path) -> None:
     Only what is known to be the checkpoints of `run_dir`: a copy of a run directory points to the same folder.
     """
     try:
-        folder = elsewhere(pointed_from)
         if folder := elsewhere(pointed_from):
             _remove(folder, run_dir)
     except FileNotFoundError:  # it was removed before
