@@ -45,14 +45,14 @@ def steps_of(cfg: Config, n: int) -> tuple[TrainState, list[float], list[jax.Arr
     """n steps on random tokens, of which this process makes its own rows -> the state, the losses and the batches."""
     state, step, t, T = make_state(cfg), make_step(cfg), cfg.train, cfg.model.block_size
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 4000)
-    losses, batches_ = [], []
+    losses, batches_, take = [], [], processes.together("the step", step.jitted)
     for i in range(n):
 
         def rows_of(rows: Any, i: int = i) -> np.ndarray:
             return batches.batch(tokens, seed=1, step=np.array([i]), batch_size=t.batch_size, block_size=T, rows=rows)
 
         batches_.append(processes.place_rows(step.layout, (1, t.batch_size, T + 1), rows_of))
-        state, metrics = step.jitted(state, batches_[-1], np.int32(1))
+        state, metrics = take(state, batches_[-1], np.int32(1))
         losses.append(float(metrics["loss"][0]))
     return state, losses, batches_
 
