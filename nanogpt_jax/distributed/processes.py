@@ -44,10 +44,6 @@ class _Group:
 _group = _Group()  # one for a process, as jax.distributed is
 
 
-def number() -> int:
-    return _group.number
-
-
 def count() -> int:
     return _group.count
 
