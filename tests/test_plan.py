@@ -18,6 +18,7 @@ from nanogpt_jax.commands import plan as command
 from nanogpt_jax.config import DataConfig
 from nanogpt_jax.distributed.mesh import make_mesh
 from nanogpt_jax.distributed.sharding import rule_for
+from nanogpt_jax.host.memory import PROCESS
 from nanogpt_jax.model import execution, gpt2, memory, sizes
 from nanogpt_jax.planning import compiled, estimate, known, tables, targets, traffic
 from nanogpt_jax.training.language_model import next_token
@@ -119,12 +120,43 @@ def test_nothing_is_said_to_fit_that_does_not():
 def test_the_proposed_micro_batch_is_the_largest_that_runs_or_one_below():
     """On a machine that has room for exactly some micro-batch, by XLA's own account."""
     line = "--model.vocab-size 65 --model.n-layer 2 --model.n-embd 64 --model.n-head 2 --train.batch-size 64 --optim.name adamw"
+    line += " --train.save-every 0 --train.eval-every 0"  # no checkpoint beside the steps
     for n in (8, 32):
         room = one_device(planned(f"{line} --train.micro-batch {n}")).total
         cfg = config.load([*line.split(), "--train.micro-batch=-1"]).cfg
         chosen, how = execution.choose(cfg, "cpu", 1, room)
         assert how.micro_batch == chosen.train.micro_batch
         assert how.micro_batch in (n, n // 2)
+
+
+SIX_LAYERS = "--model.block-size 256 --model.vocab-size 109 --optim.name adamw --train.eval-every 0 --model.n-layer 6"
+
+
+@pytest.mark.parametrize(
+    ("line", "peaks"),
+    [
+        (
+            f"{SIX_LAYERS} --model.n-head 4 --model.n-embd 256 --train.batch-size 24 --train.steps 5 --train.save-every 2",
+            {1: 0.653, 2: 0.631, 3: 0.679, 4: 0.706, 6: 0.798, 8: 0.843, 12: 0.967, 24: 1.395},
+        ),
+        (
+            f"{SIX_LAYERS} --model.n-head 6 --model.n-embd 384 --train.batch-size 48 --train.steps 2",
+            {2: 0.80, 3: 0.77, 4: 0.78, 6: 0.88, 8: 0.99, 12: 1.19, 16: 1.48, 24: 1.94, 48: 3.25},
+        ),
+    ],
+)
+def test_the_micro_batch_that_is_chosen_runs_by_measured_peaks(line, peaks):
+    """GiB resident at the peak of real runs by micro-batch, 30 November 2026: distributed/README.md has the command."""
+    cfg, order = planned(line).cfg, [0, *peaks]
+    too_large = two_below = 0
+    for budget in np.linspace(min(peaks.values()), 1.1 * max(peaks.values()), 50):
+        chosen = execution.largest_micro_batch(cfg, "cpu", (1, 1, 1), budget * 2**30 - PROCESS)
+        runs = max((n for n, peak in peaks.items() if peak <= budget), default=0)
+        chosen = chosen if chosen in peaks else 0  # 1 was not run with the larger model
+        too_large += order.index(chosen) > order.index(runs)
+        two_below += order.index(chosen) < order.index(runs) - 1
+    assert too_large == 0
+    assert two_below <= 1
 
 
 def test_a_micro_batch_that_was_chosen_gives_the_same_losses():
@@ -147,7 +179,7 @@ def test_a_micro_batch_that_was_chosen_gives_the_same_losses():
         "--model.vocab-size 65 --model.n-layer 1 --model.n-embd 32 --model.n-head 2 --model.block-size 16 "
         "--train.batch-size 8 --train.micro-batch 2"
     )
-    room = p.step.total * p.margin
+    room = p.needed
     np.testing.assert_allclose(losses("--train.micro-batch=-1", room=room), losses(), rtol=1e-5)
 
 

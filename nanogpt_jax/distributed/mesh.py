@@ -71,11 +71,11 @@ def batch_ways(mesh: "Mesh") -> int:
 def room(mesh: "Mesh") -> float:
     """Bytes that a program can have on each device of the mesh that is here.
 
-    A CPU's devices share what is free, as if all were on this machine; else it is what JAX's allocator may take.
+    A CPU's devices share what is left for arrays, as if all were on this machine; else it is what JAX may take.
     """
     mine = mesh.local_devices
     if mine[0].platform == "cpu":
-        return memory.free() / mesh.size
+        return memory.left_for_arrays() / mesh.size
     told = [device.memory_stats() or {} for device in mine]
     return min(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) for stats in told)
 

@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 
 MEMORY, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+STATUS = Path("/proc/self/status")
+PROCESS = 380 * 2**20  # bytes of Python, JAX and XLA with a program
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -52,6 +54,15 @@ def free() -> int:
             except (OSError, ValueError):  # no such cgroup, or "max"
                 continue
     return least
+
+
+def left_for_arrays() -> int:
+    """Of `free`, what is left for arrays once Python, JAX and a compiled program are loaded; some of it is."""
+    try:
+        held = next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+    except (OSError, StopIteration):  # not Linux
+        held = 0
+    return max(free() - max(PROCESS - held, 0), 0)
 
 
 def _of_files(account: Path) -> int:

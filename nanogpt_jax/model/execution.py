@@ -62,7 +62,7 @@ def choose(cfg: Settings, platform: str, devices: int = 1, room: float = 0) -> t
         largest = largest_micro_batch(cfg, platform, ways, room)
         if not largest:
             least = with_micro_batch(cfg, micro_batches(cfg, ways)[-1])
-            needs = memory.of_step(least, decide(least, platform, ways), platform, ways).total
+            needs = memory.needed(least, decide(least, platform, ways), platform, ways)
             raise UserError(
                 f"train.micro_batch=-1: nothing fits: {least.train.micro_batch} at a time need {needs / 2**30:.1f} GiB "
                 f"a device, and {room / 2**30:.1f} are there\n"
@@ -108,10 +108,10 @@ def with_micro_batch(cfg: Settings, n: int) -> Settings:
 
 
 def largest_micro_batch(cfg: Config, platform: str, ways: Ways, room: float) -> int:
-    """The largest micro-batch whose step has `room` bytes on each device, by the closed form and its margin; or 0."""
+    """The largest micro-batch for which `room` bytes on each device are enough, by the closed form; or 0."""
     for n in micro_batches(cfg, ways):
         tried = with_micro_batch(cfg, n)
-        if memory.fits(tried, decide(tried, platform, ways), platform, ways, room):
+        if memory.needed(tried, decide(tried, platform, ways), platform, ways) <= room:
             return n
     return 0
 

@@ -62,6 +62,7 @@ TABLE = {
 CPU_BFLOAT16 = 4 / 3  # a CPU computes 16-bit products in 32 bits: so many times the x
 GATHERED = 1.25  # times the weights of the other devices, which fsdp gathers, in the compute dtype
 LESS_EXACT = 1.25  # the margin for a dtype that few use on a platform, and for a CPU with few tokens a parameter
+SAVING = 2.0  # times the state while a CPU writes a checkpoint: a copy, and what is compressed
 LANES, SPLASH = 128, 5.2  # a TPU pads a head's vectors to so many; x with such an axis that splash attention keeps
 
 
@@ -184,10 +185,14 @@ def fitted(model: ModelConfig, how: "Execution", platform: str) -> Fitted:
     return TABLE[" ".join(words)]
 
 
-def fits(cfg: Config, how: "Execution", platform: str, ways: Ways, room: float) -> bool:
-    """Whether `room` bytes are enough on each device, with the margin that the closed form needs."""
-    step = of_step(cfg, how, platform, ways)
-    return step.total * margin(step, cfg.model, how, platform) <= room
+def needed(cfg: Config, how: "Execution", platform: str, ways: Ways = (1, 1, 1)) -> float:
+    """Bytes on each device that are enough for a step, with its margin.
+
+    On a CPU a checkpoint is written from the same memory, beside the steps after it.
+    """
+    step, t = of_step(cfg, how, platform, ways), cfg.train
+    beside = platform == "cpu" and any(0 < every < t.steps for every in (t.save_every, t.eval_every))
+    return step.total * margin(step, cfg.model, how, platform) + (SAVING * step.state if beside else 0)
 
 
 def margin(step: Step, model: ModelConfig, how: "Execution", platform: str) -> float:
@@ -195,30 +200,3 @@ def margin(step: Step, model: ModelConfig, how: "Execution", platform: str) -> f
     usual = "float32" if platform == "cpu" else "bfloat16"
     exact = model.dtype == usual and (platform != "cpu" or step.activations > step.gradients)
     return max(fitted(model, how, platform).margin, 1.1 if exact else LESS_EXACT)
-
-
-# ---- the whole process on a CPU -------------------------------------------------------------------------------------
-
-PROCESS = 350 * 2**20  # bytes of Python, JAX and XLA with a program
-COMPILING = 190 * 2**20  # and what compiling the first program takes, which is freed before the first step
-SAVING = 2.0  # times the state while a checkpoint is written: a copy, and what is compressed
-SECOND = 6.5  # bytes of compiling the second program per (line of it)²: measured, 5.9 to 6.6
-
-
-def of_process(step: Step) -> int:
-    """Bytes of a process on a CPU that trains and saves, at its peak, without compiling a second program.
-
-    A checkpoint is written beside the next steps.
-    """
-    return PROCESS + max(step.total + round(SAVING * step.state), COMPILING)
-
-
-def of_second_program(cfg: Config, how: "Execution", positions: int) -> int:
-    """Bytes that compiling the second program takes, by its length. `positions`: those of a block of attention."""
-    m = cfg.model
-    spans = -(-m.block_size // positions) if how.attention == "blocked" else 0
-    block = (100 + 400 * spans if spans else 750) + 326 * m.bias + 176 * (m.dtype == "bfloat16")
-    turns = 1 if m.scan_unroll < m.n_layer else m.n_layer
-    lines = 1700 + 1600 * (cfg.optim.name == "muon") + (2 if how.halves else 1) * (1110 + turns * block)
-    lines += 2280 * turns * (m.dropout > 0) + 700 * (how.micro_batch < cfg.train.batch_size)
-    return round(SECOND * lines**2)

@@ -8,7 +8,7 @@ from nanogpt_jax.config import Config, ModelConfig, UserError
 from nanogpt_jax.model import execution, memory, sizes
 from nanogpt_jax.model.execution import Execution
 from nanogpt_jax.model.memory import Step, Ways
-from nanogpt_jax.planning import known, traffic
+from nanogpt_jax.planning import known, process, traffic
 from nanogpt_jax.planning.known import Text
 from nanogpt_jax.planning.targets import Target
 
@@ -71,24 +71,26 @@ class Plan:
         return sizes.flops_per_token(self.cfg.model) * self.tokens_a_step
 
     @property
-    def fits(self) -> bool:
-        return memory.fits(self.cfg, self.how, self.target.kind.platform, self.ways, self.target.room)
+    def needed(self) -> float:
+        """Bytes that are enough on a device."""
+        return memory.needed(self.cfg, self.how, self.target.kind.platform, self.ways)
 
     @property
-    def margin(self) -> float:
-        return memory.margin(self.step, self.cfg.model, self.how, self.target.kind.platform)
+    def fits(self) -> bool:
+        return self.needed <= self.target.room
 
     @property
     def process(self) -> tuple[int, int]:
         """Bytes of the whole process on one CPU, and with the second program, if a run of this length compiles one."""
-        first = memory.of_process(self.step)
-        second = memory.of_second_program(self.cfg, self.how, execution.block_length(self.cfg.model.block_size))
-        most = execution.RECOMPILE_SHARE * self.target.room * memory.SECOND / execution.RECOMPILE_COST
+        first = process.peak(self.step)
+        positions = execution.block_length(self.cfg.model.block_size)
+        second = process.of_second_program(self.cfg, self.how, positions)
+        most = execution.RECOMPILE_SHARE * self.target.room * process.SECOND / execution.RECOMPILE_COST
         long = self.seconds[1] > execution.RECOMPILE_AFTER + execution.RECOMPILE_LEFT
         small = self.step.temporary <= execution.RECOMPILE_TEMPORARY
         if not (self.how.recompile and long and small and second <= most):
             return first, first
-        return first, max(first, memory.PROCESS + self.step.total + second)
+        return first, max(first, process.PROCESS + self.step.total + second)
 
     @property
     def checkpoint(self) -> float:

@@ -61,7 +61,7 @@ def _memory(p: Plan) -> str:
     ]
     lines = [f"  {name:<14}{n / unit:>8.2f}  {note}".rstrip() for name, n, note in rows]
     verdict = (
-        "fits" if p.fits else "does not fit" if s.total > room else f"may not fit: it needs {p.margin:.2f} times that"
+        "fits" if p.fits else "does not fit" if s.total > room else f"may not fit: {p.needed / unit:.2f} are enough"
     )
     lines.append(f"  {'in all':<14}{s.total / unit:>8.2f}  of {room / unit:,.2f} {_room(p)}: {verdict}")
     if p.target.kind.platform == "cpu" and p.target.count == 1:
@@ -82,7 +82,7 @@ def _memory(p: Plan) -> str:
 
 def _room(p: Plan) -> str:
     if p.target.kind.platform == "cpu":
-        return "free here" + (" and shared" if p.target.count > 1 else "")
+        return "free here beside Python and JAX" + (", shared" if p.target.count > 1 else "")
     if p.target.kind.platform == "gpu":
         return f"that JAX takes ({p.target.room / p.target.kind.memory:.2f} of it: XLA_PYTHON_CLIENT_MEM_FRACTION)"
     return "that XLA has"

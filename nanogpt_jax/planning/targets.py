@@ -97,7 +97,7 @@ def here(count: int = 1) -> Kind:
     cores = runtime.cores()
     peak = cores * FASTEST / count
     return Kind(
-        *(f"a CPU of {cores} cores", "cpu", memory.free() / count, 1.0, {"float32": peak, "bfloat16": peak}),
+        *(f"a CPU of {cores} cores", "cpu", memory.left_for_arrays() / count, 1.0, {"float32": peak, "bfloat16": peak}),
         *(10e9 / count, 10e9 / count, 0, 10e9 / count, (SLOWEST / FASTEST, 1.0)),
         "this machine: the memory that is free now; 10 GB/s is assumed",
     )

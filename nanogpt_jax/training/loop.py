@@ -90,7 +90,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
     if note := _slow(cfg):
         progress.note(note)
     validation: dict[str, float] = {}
-    at, program = start, None
+    at, saved, program = start, None, None
     try:
         for first, n, rows in ahead:
             if agreed.poll():
@@ -107,6 +107,8 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
             if news := program.news():
                 progress.note(f"step {at}: {news}")
             state, metrics = program(state, rows, np.int32(n))
+            if saved == first:
+                memory.trim()  # its save held arrays where a step's memory lay: the next would hold a second block
             reader.add(first, n, metrics)
             at = first + n
 
@@ -125,6 +127,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
                 is_last = is_last or 0 < task.patience <= run.stale
             if is_last or is_best or (t.save_every and at % t.save_every == 0):
                 reader.save(state, at, loss)
+                saved = at
             if is_last:
                 break
         reader.drain()
