@@ -130,14 +130,13 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     from nanogpt_jax.training.compiled import CompiledStep
     from nanogpt_jax.training.language_model import next_token
     from nanogpt_jax.training.optim import make_optimizer
-    from nanogpt_jax.training.state import init_state
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)
     cfg, how = execution.choose(cfg, platform, mesh.size, room(mesh))
     tx, task, K = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model), how.steps_per_dispatch
     step = make_train_step(cfg, tx, mesh, task, how)
-    state = init_state(cfg, tx, task, step.state)
+    state = step.init(cfg.train.seed)
     shape = (K, cfg.train.batch_size, cfg.model.block_size + 1)
     tokens = jax.device_put(
         np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32), step.layout
@@ -148,7 +147,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
         nonlocal state, runs
         if runs == 1:
             program.improve(at_once=True)  # as in a long run; not counted in the time to the first step
-        state, metrics = program(state, tokens, np.int32(K))
+        state, metrics = program(state, tokens, K, step.dials(0))
         jax.block_until_ready(metrics["loss"])
         runs += 1
         return K * cfg.train.batch_size * cfg.model.block_size
