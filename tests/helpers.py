@@ -24,13 +24,13 @@ from nanogpt_jax.run.checkpoint import load_params
 from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.training.language_model import next_token
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.state import TrainState
+from nanogpt_jax.training.state import TrainState, init_state
 from nanogpt_jax.training.step import TrainStep, make_train_step
 
 
 def make_state(cfg: Config, given: Any = None, mesh: Mesh | None = None) -> TrainState:
     """The state at step 0 of a language model's run."""
-    return make_step(cfg, mesh=mesh).init(cfg.train.seed, given)
+    return init_state(make_step(cfg, mesh=mesh).born, cfg.train.seed, given)
 
 
 def make_step(cfg: Config, per_call: int = 1, mesh: Mesh | None = None) -> TrainStep:

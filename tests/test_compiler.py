@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from embedding_elsewhere import embedding_alone
-from helpers import make_state, make_step
+from helpers import make_step
 
 from nanogpt_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from nanogpt_jax.distributed.mesh import make_mesh

@@ -80,7 +80,7 @@ def take_steps(cfg: Config, n: int, per_dispatch: int = 1, stream: np.ndarray | 
             stack[i] = batches.batch(
                 stream, seed=1, step=first + i, batch_size=t.batch_size, block_size=cfg.model.block_size
             )
-        state, values = step(state, stack, count, first)
+        state, values = step.jitted(state, stack, np.int32(count), step.dials(first))
         losses += [float(x) for x in values["loss"][:count]]
     return state, losses
 
@@ -597,7 +597,7 @@ def test_training_learns_and_the_step_is_donated():
     assert losses[-1] < 0.5
     assert int(state.step) == 60
     old = make_state(TINY)
-    make_step(TINY)(old, np.zeros((1, 8, 17), np.int32), 1, 0)
+    make_step(TINY).jitted(old, np.zeros((1, 8, 17), np.int32), np.int32(1), make_step(TINY).dials(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
 
 

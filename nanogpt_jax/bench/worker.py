@@ -130,13 +130,14 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     from nanogpt_jax.training.compiled import CompiledStep
     from nanogpt_jax.training.language_model import next_token
     from nanogpt_jax.training.optim import make_optimizer
+    from nanogpt_jax.training.state import init_state
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(cfg.mesh)
     cfg, how = execution.choose(cfg, platform, mesh.size, room(mesh))
     tx, task, K = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model), how.steps_per_dispatch
     step = make_train_step(cfg, tx, mesh, task, how)
-    state = step.init(cfg.train.seed)
+    state = init_state(step.born, cfg.train.seed)
     shape = (K, cfg.train.batch_size, cfg.model.block_size + 1)
     tokens = jax.device_put(
         np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32), step.layout

@@ -24,6 +24,7 @@ def step_seconds(p: Plan) -> tuple[float, float]:
     from nanogpt_jax.training.compiled import CompiledStep
     from nanogpt_jax.training.language_model import next_token
     from nanogpt_jax.training.optim import make_optimizer
+    from nanogpt_jax.training.state import init_state
     from nanogpt_jax.training.step import make_train_step
 
     platform, mesh = start(), make_mesh(p.cfg.mesh)
@@ -32,7 +33,7 @@ def step_seconds(p: Plan) -> tuple[float, float]:
     cfg, how = execution.choose(p.cfg, platform, mesh.size, room(mesh))
     tx, task = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model)
     step = make_train_step(cfg, tx, mesh, task, how)
-    state = step.init(cfg.train.seed)
+    state = init_state(step.born, cfg.train.seed)
     shape = (how.steps_per_dispatch, cfg.train.batch_size, cfg.model.block_size + 1)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32)
     rows = jax.device_put(tokens, step.layout)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nanogpt_jax.config import Config
@@ -34,3 +35,8 @@ def make_dials(cfg: Config, K: int) -> Callable[[int], Dials]:
 def key_data(seed: int) -> np.ndarray:
     """[2] uint32"""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+def dropout_key(dials: Dials, step: jax.Array) -> jax.Array:
+    """The key of a step's masks."""
+    return jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(dials.dropout)), step)

@@ -28,7 +28,7 @@ from nanogpt_jax.run.checkpoint import load_first_params
 from nanogpt_jax.run.places import Folder
 from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.training.compiled import CompiledStep
-from nanogpt_jax.training.state import TrainState
+from nanogpt_jax.training.state import TrainState, init_state
 from nanogpt_jax.training.step import TrainStep
 from nanogpt_jax.training.task import Task
 
@@ -63,7 +63,7 @@ def start_state(cfg: Config, step: TrainStep, run: Recording) -> TrainState:
     if cfg.train.init_from != "scratch":
         theirs = gpt2.param_shapes(read_json(first / "config.json").model)
         given = load_first_params(first, laid_out(step.layout.mesh, theirs))  # pyright: ignore[reportArgumentType]
-    return step.init(cfg.train.seed, given)
+    return init_state(step.born, cfg.train.seed, given)
 
 
 def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -1,13 +1,18 @@
 """What a step changes, how it is created, and where it lies."""
 
+import functools
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.model.gpt2 import Params
+from nanogpt_jax.training.dials import key_data
 from nanogpt_jax.training.task import Objective
 
 
@@ -45,3 +50,18 @@ def state_shapes(tx: optax.GradientTransformation, objective: Objective, mesh: M
 def layout(shapes: TrainState) -> TrainState:
     """The sharding of each leaf."""
     return jax.tree.map(lambda x: x.sharding, shapes)
+
+
+def make_born(tx: optax.GradientTransformation, objective: Objective, shapes: TrainState, positions: int) -> Any:
+    """`first_state`, jitted: (key data [2] uint32, given weights or None) -> a state that is sharded as in `shapes`."""
+
+    @functools.partial(jax.jit, out_shardings=layout(shapes))
+    def born(key: jax.Array, given: Params | None) -> TrainState:
+        return first_state(tx, objective, jax.random.wrap_key_data(key), given, positions)
+
+    return born
+
+
+def init_state(born: Any, seed: int, given: Params | None = None) -> TrainState:
+    """The state at step 0 of a run, created sharded: no device ever holds more than its part."""
+    return processes.together("the first state", born)(key_data(seed), given)

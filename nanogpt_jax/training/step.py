@@ -6,26 +6,21 @@
 # B batch, W int32 numbers of a row (T+1 for a language model), K steps in a call
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanogpt_jax.config import Config
-from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.sharding import BATCH, shard
 from nanogpt_jax.model.execution import Execution
-from nanogpt_jax.model.gpt2 import Params
-from nanogpt_jax.training.dials import Dials, key_data, make_dials
+from nanogpt_jax.training.dials import Dials, dropout_key, make_dials
 from nanogpt_jax.training.gradients import Gradients, make_gradients
-from nanogpt_jax.training.state import TrainState, first_state, layout, state_shapes
+from nanogpt_jax.training.state import TrainState, layout, make_born, state_shapes
 from nanogpt_jax.training.task import Objective
 
 Metrics = dict[str, jax.Array]
@@ -55,33 +50,21 @@ class TrainStep:
     """
 
     jitted: Any
-    born: Any  # jitted (key data, given weights or None) -> the state at step 0
+    born: Any  # for `init_state`
     state: TrainState  # `state_shapes`
     layout: NamedSharding  # of the rows
     how: Execution
-    dials: Callable[[int], Dials]
-
-    def init(self, seed: int, given: Params | None = None) -> TrainState:
-        """`first_state`, created sharded: no device ever holds more than its part."""
-        return processes.together("the first state", self.born)(key_data(seed), given)
-
-    def __call__(self, state: TrainState, rows: jax.typing.ArrayLike, n: int, first: int) -> tuple[TrainState, Metrics]:
-        """n steps from step `first` on, which `state` has reached."""
-        return self.jitted(state, rows, np.int32(n), self.dials(first))
+    dials: Any  # the first step of a call -> its Dials
 
 
-def make_train_step(
-    cfg: Config, tx: optax.GradientTransformation, mesh: Mesh, objective: Objective, how: Execution
-) -> TrainStep:
+def make_train_step(cfg: Config, tx: Optimizer, mesh: Mesh, objective: Objective, how: Execution) -> TrainStep:
     """`update`, placed on `mesh`, with how.steps_per_dispatch steps in a call."""
     K, whole = how.steps_per_dispatch, shard(mesh)
-    gradients = make_gradients(cfg, mesh, objective, how)
-    shapes, rows_layout = state_shapes(tx, objective, mesh), shard(mesh, P(None, *BATCH))
+    shapes, rows_layout = state_shapes(tx, objective, mesh), shard(mesh, PartitionSpec(None, *BATCH))
+    gradients, born = make_gradients(cfg, mesh, objective, how), make_born(tx, objective, shapes, cfg.model.block_size)
 
     def one_step(state: TrainState, rows: jax.Array, dials: Dials, i: Any) -> tuple[TrainState, Metrics]:
-        rate, key = jnp.asarray(dials.rates)[i], None
-        if cfg.model.dropout:
-            key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(dials.dropout)), state.step)
+        rate, key = jnp.asarray(dials.rates)[i], dropout_key(dials, state.step) if cfg.model.dropout else None
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels that XLA cannot split
             new, metrics = update(tx, gradients, state, rows, key, rate=rate, numbers=dials.numbers)
         return new, {**metrics, "learning_rate": rate}
@@ -101,9 +84,5 @@ def make_train_step(
 
         history = {name: jnp.zeros(K, jnp.float32) for name in ("loss", "grad_norm", "learning_rate")}
         return lax.fori_loop(0, n, body, (state, history))
-
-    @functools.partial(jax.jit, out_shardings=layout(shapes))
-    def born(key: jax.Array, given: Params | None) -> TrainState:
-        return first_state(tx, objective, jax.random.wrap_key_data(key), given, cfg.model.block_size)
 
     return TrainStep(train_step, born, shapes, rows_layout, how, make_dials(cfg, K))
