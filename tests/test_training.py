@@ -540,12 +540,13 @@ def test_only_a_long_run_is_compiled_twice(train, monkeypatch):
     asked = []
     monkeypatch.setattr(CompiledStep, "improve", lambda self: asked.append(self))
     monkeypatch.setattr(execution, "RECOMPILE_AFTER", 0)
-    assert train("--train.steps", "20", "--run-dir", "short") == 0
+    flags = "--train.steps 20 --train.save-every 0 --train.eval-every 0 --run-dir".split()
+    assert train(*flags, "short") == 0
     assert not asked
     monkeypatch.setattr(execution, "RECOMPILE_LEFT", 0)
-    assert train("--train.steps", "20", "--train.recompile", "off", "--run-dir", "off") == 0
+    assert train(*flags, "off", "--train.recompile", "off") == 0
     assert not asked
-    assert train("--train.steps", "20", "--run-dir", "long") == 0
+    assert train(*flags, "long") == 0
     assert asked
 
 
@@ -556,7 +557,7 @@ def test_a_run_takes_the_second_program_and_says_so(train, monkeypatch, capsys):
     )
     for name in ("RECOMPILE_AFTER", "RECOMPILE_LEFT", "RECOMPILE_TOLD"):
         monkeypatch.setattr(execution, name, 0)
-    assert train("--train.steps", "60", "--run-dir", "r") == 0
+    assert train(*"--train.steps 60 --train.save-every 0 --train.eval-every 0 --run-dir r".split()) == 0
     told = re.findall(
         r"step \d+: (a faster program .* is being compiled, in about|a second, faster program)", capsys.readouterr().err
     )

@@ -49,7 +49,8 @@ def work(order: dict[str, Any]) -> None:
                 peak_memory = peak_memory or _peak_memory(order["engine"])  # before the arrays of the limits
                 answer = {"tokens_per_second": tokens / seconds}
                 if order["engine"] == "jax":
-                    answer |= _limits()
+                    computes = order["work"] != "data"  # who only reads has no share of them: seconds a round
+                    answer |= _limits() if computes else dict.fromkeys(("peak_flops", "bandwidth"), float("inf"))
             else:
                 answer = {"peak_memory_bytes": peak_memory}
         except ImportError as e:
