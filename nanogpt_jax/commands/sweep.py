@@ -103,6 +103,7 @@ def read(argv: list[str]) -> Sweep:
         asked.halve,
         asked.confirm,
     )
+    record.check_place(sweep.path)
     sweep.members(sweep.configurations, sweep.seeds, halve.share(len(configurations)) if sweep.halve else 1)
     record.check(sweep)
     return sweep

@@ -36,7 +36,7 @@ def intervals(title: str, points: Sequence[Point]) -> str:
         return round(NAMES + 10 + (value - low) / (high - low) * (WIDTH - NAMES - 10 - RIGHT), 1)
 
     parts = [f'<path class="axis" d="M{NAMES} 0V{height}H{WIDTH - RIGHT}"/>']
-    for tick in ticks(low, high, 4):
+    for tick in ticks(low, high, 6):
         parts.append(f'<path class="axis" d="M{place(tick)} 0V{height}"/>')
         parts.append(f'<text x="{place(tick)}" y="{height + 15}" text-anchor="middle">{label(tick)}</text>')
     for i, one in enumerate(points):
@@ -71,7 +71,7 @@ def curve(title: str, name: str, points: Sequence[Point], log: bool) -> str:
         return round(ABOVE + (high - value) / (high - low) * (bottom - ABOVE), 1)
 
     parts = [f'<path class="axis" d="M{LEFT} {ABOVE}V{bottom}H{right}"/>']
-    for tick in ticks(low, high, 4):
+    for tick in ticks(low, high, 6):
         parts.append(f'<path class="axis" d="M{LEFT} {up(tick)}H{right}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{up(tick) + 4}" text-anchor="end">{label(tick)}</text>')
     taken = -math.inf  # where the last number of the axis ends
@@ -127,7 +127,7 @@ def heat(title: str, across: tuple[str, Sequence[str]], down: tuple[str, Sequenc
     for i, text in enumerate(xs):
         x = left + i * CELL_WIDTH + CELL_WIDTH // 2
         parts.append(f'<text x="{x}" y="{below + 15}" text-anchor="middle">{escape(text[:11])}</text>')
-    width = max(left + len(xs) * CELL_WIDTH, left + 7 * len(name_x) + 10)
+    width = max(left + len(xs) * CELL_WIDTH, left + 7 * len(name_x) + 10, WIDTH)  # else few cells would be huge
     parts.append(f'<text x="0" y="12">{escape(name_y)}</text>')
     parts.append(f'<text x="{left}" y="{below + 34}">{escape(name_x)}</text>')
     told = "; ".join(

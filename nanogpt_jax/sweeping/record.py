@@ -53,12 +53,11 @@ def asked(sweep: Sweep) -> dict[str, Any]:
     return json.loads(json.dumps(told))
 
 
-def check(sweep: Sweep) -> dict[str, Any]:
-    """What sweep.json says; {} if the directory is new. UserError if it is not for this sweep. Writes nothing."""
-    path = sweep.path
+def check_place(path: Path) -> None:
+    """UserError if the directory is something else than a sweep's or a new one. Writes nothing."""
     run_dir.check_name(path)
     if not os.path.lexists(path):
-        return {}
+        return
     if not os.path.isdir(path):
         raise UserError(f"{path} is a {files.kind_of(path)}, and a sweep is a directory\n       choose another --name")
     try:
@@ -67,13 +66,19 @@ def check(sweep: Sweep) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if "config.json" in names:
         raise UserError(f"{path} is a run, and no sweep\n       choose another --name")
-    if NAME in names:
-        before = _read(path / NAME)
-        _check_same(path, before, asked(sweep), extends=not sweep.halve)
-        return before
-    if strangers := [name for name in names if name != LOCK and not files.LEFTOVER.fullmatch(name)]:
+    strangers = [name for name in names if name != LOCK and not files.LEFTOVER.fullmatch(name)]
+    if strangers and NAME not in names:
         raise UserError(f"{path} holds other files ({strangers[0]}) and is no sweep\n       choose another --name")
-    return {}
+
+
+def check(sweep: Sweep) -> dict[str, Any]:
+    """What sweep.json says; {} if there is none. UserError if the directory is not for this sweep. Writes nothing."""
+    check_place(sweep.path)
+    if not os.path.lexists(sweep.path / NAME):
+        return {}
+    before = _read(sweep.path / NAME)
+    _check_same(sweep.path, before, asked(sweep), extends=not sweep.halve)
+    return before
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -170,7 +170,9 @@ def warnings(asked: Sequence[Range], best: Row | None, rows: Sequence[Row]) -> l
         shown = f"{one.key}={ranges.shown(value)}"
         lines.append(f"the best {shown} lies on the edge of its range: {beyond} values may be better")
     if n := sum(row.n_diverged for row in rows):
-        lines.append(f"{n} member{'s' if n > 1 else ''} diverged; a configuration is ranked behind those that did less")
+        lines.append(
+            f"{n} member{'s' if n > 1 else ''} diverged; their configurations come behind those with fewer such"
+        )
     if texts := [one.key for one in asked if one.key in TEXTS]:
         lines.append(f"{' and '.join(texts)} changes the validation text: such losses are not of the same thing")
     return lines
