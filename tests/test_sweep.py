@@ -32,8 +32,8 @@ from nanogpt_jax.training.loop import Diverged, Outcome, not_finite
 TEXT = "El gato negro persigue al ratón gris; el ratón huye del gato. " * 60
 TINY = (
     "--data.source=text.txt --model.n-layer=1 --model.n-head=2 --model.n-embd=16 --model.block-size=16 "
-    "--train.batch-size=4 --train.steps=16 --train.eval-every=8 --train.save-every=4 --optim.warmup-steps=4 "
-    "--optim.name=adamw"
+    "--train.batch-size=3 --train.steps=16 --train.eval-every=16 --train.save-every=4 --optim.warmup-steps=4 "
+    "--optim.name=sgd"
 ).split()
 RATES = "--over=optim.learning-rate=1e-3,1e-2"
 NATS = Figure("val/loss", "nats a token")
@@ -448,7 +448,7 @@ def test_halving_trains_complete_shorter_schedules_and_the_last_two_in_full(caps
     assert "round 3, all steps: validation loss" in out
     assert config.load(["runs/s/best.toml"]).cfg.optim.learning_rate == 0.01
     short = config.read_json(Path("runs/s/learning_rate=0.01,seed=1337,1of8/config.json"))
-    assert (short.train.steps, short.optim.warmup_steps, short.train.eval_every) == (20, 1, 1)
+    assert (short.train.steps, short.optim.warmup_steps, short.train.eval_every) == (20, 1, 2)
 
 
 def test_shares_of_the_steps():
