@@ -523,20 +523,22 @@ def test_killed_at_random_moments_it_gives_the_same_table(tmp_path, users_env):
         words = [*TINY, RATES, "--seeds=2", f"--name={name}"]
         env = {**users_env, "PYTHONPATH": str(PACKAGE.parent)}
         run = [sys.executable, "-m", "nanogpt_jax", "sweep", *words]
-        return subprocess.Popen(run, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(run, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    began = time.monotonic()
-    whole, _ = start("whole").communicate()
-    seconds, moment, kills = time.monotonic() - began, random.Random(0), 0
-    for _ in range(40):
+    with start("whole") as process:
+        whole, _ = process.communicate()
+    moment = random.Random(0)
+    for n in (1, 4, 2, 6, 3):  # lines of progress, of which a member has five
         with start("s") as process:
-            time.sleep(moment.uniform(0.3, 0.7) * seconds)
-            if process.poll() is not None:
-                break
+            for _ in range(n):
+                assert process.stderr is not None
+                assert process.stderr.readline()
+            time.sleep(moment.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
-            kills += 1
-    out, _ = start("s").communicate()
-    assert kills >= 2
+    with start("s") as process:
+        out, told = process.communicate()
+    assert "member 4 of 4" in told
+    assert "member 1 of 4" not in told
     assert out.replace("runs/s/", "runs/whole/") == whole
     for run in sorted(Path("runs/whole").glob("*seed*")):
         assert numbers(run) == numbers(Path("runs/s") / run.name)
