@@ -194,7 +194,7 @@ def _findings(sweep: Sweep, stages: Sequence[Stage]) -> list[str]:
     figure, final, again = results.figure_of(sweep.keys), _final(stages), _confirmed(stages)
     lines = [results.words(results.verdict(final.rows), figure)]
     if again:
-        lines.append(f"on fresh seeds: {results.words(results.verdict(again.rows), figure)}")
+        lines.append(f"on fresh seeds: {results.words(results.verdict(again.rows), figure, '--confirm')}")
     every = [row for stage in stages for row in stage.rows]
     return [*lines, *(f"warning: {line}" for line in results.warnings(sweep.ranges, _best(stages), every))]
 

@@ -130,8 +130,8 @@ def verdict(rows: Sequence[Row]) -> Verdict | None:
     return Verdict(best, second, ahead, len(common))
 
 
-def words(found: Verdict | None, figure: Figure) -> str:
-    """Who is best, and whether that is more than chance."""
+def words(found: Verdict | None, figure: Figure, more: str = "--seeds") -> str:
+    """Who is best, and whether that is more than chance. `more`: the flag that gives more seeds."""
     if found is None:
         return "no member has reached its last step"
     best = ranges.label(found.best.values)
@@ -144,7 +144,7 @@ def words(found: Verdict | None, figure: Figure) -> str:
         return f"no clear winner: {best} is ahead of {second}, and no seed is common to both"
     if found.ahead.error is None:
         by = f"by {found.ahead.value:.4f} {figure.unit} with one seed"
-        return f"no clear winner: {best} is ahead of {second} {by}, which says nothing of chance; give --seeds 3"
+        return f"no clear winner: {best} is ahead of {second} {by}, which says nothing of chance; give {more} 3"
     by = f"by {found.ahead.value:.4f} ± {found.ahead.error:.4f} {figure.unit}, paired by seed ({pairs})"
     if found.is_clear:
         return f"best: {best} is better than {second} {by}: {found.ahead.errors:.1f} standard errors"
