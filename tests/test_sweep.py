@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -418,6 +420,12 @@ def test_fresh_seeds_confirm_the_best_two(capsys, training):
     assert [line["optim.learning_rate"] for line in again] == ["0.01", "0.005"]
     assert all(line["seed_2337"] and line["seed_2338"] and not line["seed_1337"] for line in again)
     assert "on fresh seeds: best: learning_rate=0.01 is better than learning_rate=0.005 by 0.0050 ± 0.0000" in out
+
+
+def test_a_text_from_a_pipe_is_read_once(capsys, training, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(TEXT.encode()), isatty=lambda: False))
+    swept(capsys, RATES, "--data.source=-", "--seeds=1")
+    assert len(training.trained) == 2
 
 
 def test_a_swept_seed_is_the_list_of_seeds(capsys, training):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import sizes
 from nanogpt_jax.sweeping import halve, in_turn, ranges, results
@@ -29,6 +30,7 @@ class Study:
     interrupted: signal.Signals | None = None
     saved: str = ""  # of the member that a signal has stopped
     _known: dict[str, float | None] = field(default_factory=dict)  # member -> its figure, None if it diverged
+    _opened: dict[str, Dataset] = field(default_factory=dict)  # data, by its settings
     _work: float = 0.0  # of the members that are missing, in FLOPs,
     _spent: float = 0.0  # and of those that were trained here,
     _seconds: float = 0.0  # in so many seconds
@@ -65,7 +67,7 @@ class Study:
         full = sweep.members(sweep.configurations, sweep.seeds)
         first = sweep.members(sweep.configurations, sweep.seeds, shares[0]) if shares[0] > 1 else full
         if missing := self._missing(first):
-            in_turn.ready(full if first is not full else missing)
+            in_turn.ready(full if first is not full else missing, self._opened)
         self.record.write()
         fresh = min(2, n) * sweep.confirm
         self.total = sum(numbers) * len(sweep.seeds) + fresh
@@ -81,7 +83,7 @@ class Study:
         self.done += len(there)
         self._work -= sum(map(_flops, there))
         self.stages.append(self._table(name, members, seeds, share))
-        for one, ended in in_turn.train_members(in_turn.ready(missing), self.stop, self._begin):
+        for one, ended in in_turn.train_members(in_turn.ready(missing, self._opened), self.stop, self._begin):
             self._end(one, ended)
             self.stages[-1] = self._table(name, members, seeds, share)
             self.on_change(self.stages)

@@ -25,12 +25,12 @@ class Ready:
     data: Dataset
 
 
-def ready(members: Sequence[Member]) -> list[Ready]:
+def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
     """Opens the data of each, prepared on first use, and checks all that can be checked before training.
 
-    Members with the same data share it. UserError that names the member if one cannot be trained.
+    `opened` keeps data by its settings: members share it, and a pipe can be read only once. UserError that names the
+    member if one cannot be trained.
     """
-    opened: dict[str, Dataset] = {}
     found = []
     for one in members:
         command = one.command
