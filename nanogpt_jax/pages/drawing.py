@@ -25,7 +25,7 @@ def curve(title: str, line: Points, dots: Points = ()) -> str:
 
     told = f"{title}: {short(line[0][1])} at step {line[0][0]}, {short(line[-1][1])} at step {line[-1][0]}"
     points = " ".join("{},{}".format(*place(point)) for point in line)
-    return _figure(
+    return figure(
         title,
         (WIDTH, HEIGHT),
         told,
@@ -49,14 +49,14 @@ def squares(title: str, weights: Sequence[Sequence[float]], tokens: Sequence[str
     words = "".join(f'<text x="{x}" y="{t * CELL + 11}">{escape(name)}</text>' for t, name in enumerate(names))
     most = [max(range(t + 1), key=row.__getitem__) for t, row in enumerate(weights)]
     told = "; ".join(f"{names[t]} looks most at {names[s]} ({weights[t][s]:.2f})" for t, s in enumerate(most))
-    return _figure(title, (len(tokens) * CELL + 90, len(tokens) * CELL), told, cells + words)
+    return figure(title, (len(tokens) * CELL + 90, len(tokens) * CELL), told, cells + words)
 
 
 def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _figure(title: str, size: tuple[int, int], told: str, drawing: str) -> str:
+def figure(title: str, size: tuple[int, int], told: str, drawing: str) -> str:
     """`told`: what the drawing shows, for those who cannot see it."""
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {size[0]} {size[1]}" role="img" '

@@ -33,6 +33,10 @@ from nanogpt_jax.training.step import TrainStep
 from nanogpt_jax.training.task import Task
 
 
+class Diverged(UserError):
+    """A loss, a gradient, a weight or the optimizer's state is not finite."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended: the step, the seconds, the signal if there was one, and the last validation metrics."""
@@ -180,7 +184,7 @@ def are_finite(tree: Any) -> jax.Array:
     return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
-def not_finite(cfg: Config, start: int, step: int, saved: list[Folder], what: str) -> UserError:
+def not_finite(cfg: Config, start: int, step: int, saved: list[Folder], what: str) -> Diverged:
     """The error for a run that has diverged by `step`. It names the remaining checkpoints."""
     o = cfg.optim
     remedy = (
@@ -193,7 +197,7 @@ def not_finite(cfg: Config, start: int, step: int, saved: list[Folder], what: st
         remedy = f"kept in {saved[0].parent} from before: {kept}\n       {remedy}, in another --run-dir"
     else:
         remedy = f"nothing was saved before\n       {remedy}"
-    return UserError(f"step {step}: {what}; the run stops here, and this is not saved\n       {remedy}")
+    return Diverged(f"step {step}: {what}; the run stops here, and this is not saved\n       {remedy}")
 
 
 class _Reader:
@@ -241,7 +245,7 @@ class _Reader:
         memory.trim()
         self._run.save(step, {"params": state.params, "opt_state": state.opt_state}, loss)
 
-    def _diverged(self, step: int, what: str) -> UserError:
+    def _diverged(self, step: int, what: str) -> Diverged:
         return not_finite(self._cfg, self._run.step, step, self._run.checkpoints.saved(), what)
 
     def _read(self) -> None:

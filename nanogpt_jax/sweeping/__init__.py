@@ -1,0 +1,1 @@
+"""Many runs at once: a grid of settings times seeds, compared honestly."""

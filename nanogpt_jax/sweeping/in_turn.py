@@ -1,0 +1,97 @@
+"""The members that are missing, trained one after the other in this process, each as `train.py` would train it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt_jax import config
+from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.data import batches, dataset
+from nanogpt_jax.data.dataset import Dataset
+from nanogpt_jax.host.signals import StopRequest
+from nanogpt_jax.run import run_dir
+from nanogpt_jax.run.places import checkpoint_steps
+from nanogpt_jax.run.plan import execution_here
+from nanogpt_jax.sweeping.members import Member, named
+from nanogpt_jax.training.loop import Diverged, Outcome
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A member that can be trained."""
+
+    member: Member
+    cfg: Config  # with the vocabulary
+    data: Dataset
+
+
+def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
+    """Opens the data of each, prepared on first use, and checks all that can be checked before training.
+
+    `opened` keeps data by its settings: members share it, and a pipe can be read only once. UserError that names the
+    member if one cannot be trained.
+    """
+    found = []
+    for one in members:
+        command = one.command
+        try:
+            key = repr(command.cfg.data)
+            if key not in opened:
+                opened[key] = dataset.open_data(command.cfg.data)
+            data, first = opened[key], command.cfg.train.init_from
+            run_dir.check_tokenizer(command, data)
+            cfg = config.with_vocabulary(
+                command.cfg, data.tokenizer.n_vocab, data.tokenizer.end_of_text, command.origin
+            )
+            batches.check_length(data.train, cfg.model.block_size)
+            if first != "scratch" and not checkpoint_steps(Path(first)) and not checkpoint_steps(command.run_dir):
+                where = command.origin["train.init_from"]
+                raise UserError(f"train.init_from={first} has no checkpoint yet ({where})")
+            execution_here(cfg)
+        except UserError as e:
+            raise named(one.name, e) from None
+        found.append(Ready(one, cfg, data))
+    return found
+
+
+def train_members(
+    members: Sequence[Ready], stop: StopRequest, on_start: Callable[[Member], None]
+) -> Iterator[tuple[Member, Outcome | Diverged]]:
+    """Train the members -> each as it ends, and how. After a signal, the one under way has saved, and is the last.
+
+    A member's directory is as `train.py` leaves it: what is there of it is resumed, and its losses are the same, bit
+    for bit.
+    """
+    for one in members:
+        if stop.received:
+            return
+        on_start(one.member)
+        try:
+            outcome = _train(one, stop)
+        except Diverged as e:
+            yield one.member, e
+            continue
+        yield one.member, outcome
+        if outcome.signal:
+            return
+
+
+def _train(one: Ready, stop: StopRequest) -> Outcome:
+    """What `train.py` does, without a sample of text at the end."""
+    from nanogpt_jax.distributed.mesh import common_room, make_mesh, start
+    from nanogpt_jax.model import execution
+    from nanogpt_jax.run.recording import Recording
+    from nanogpt_jax.training import loop, optim
+    from nanogpt_jax.training.language_model import language_model
+    from nanogpt_jax.training.step import make_train_step
+
+    with run_dir.claim(one.member.command) as directory:
+        run_dir.prepare(directory, one.member.command, one.cfg, one.data)
+        platform, mesh = start(), make_mesh(one.cfg.mesh)
+        cfg, how = execution.choose(one.cfg, platform, mesh.size, common_room(mesh))
+        task = language_model(cfg, mesh, one.data)
+        tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
+        step = make_train_step(cfg, tx, mesh, task, how)
+        with Recording(directory, cfg.train) as run:
+            state = loop.start_state(cfg, tx, task, step, run)
+            return loop.fit(cfg, task, state, step, run, stop)
