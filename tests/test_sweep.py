@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import filelock
+import jax
 import pytest
 from helpers import interrupt_at, numbers, refused
 from test_architecture import PACKAGE
@@ -55,7 +56,7 @@ class Training:
         self.diverge: set[str] = set()
         self.killed_at: int | None = None  # members, after which the process ends without a word
 
-    def __call__(self, one: in_turn.Ready, stop) -> Outcome:
+    def __call__(self, one: in_turn.Ready, stop, steps) -> Outcome:
         if len(self.trained) == self.killed_at:
             raise MemoryError("killed")
         name, steps = one.member.name, one.cfg.train.steps
@@ -81,9 +82,9 @@ class Only:
     def __init__(self):
         self.trained, self._train = [], in_turn._train
 
-    def __call__(self, one: in_turn.Ready, stop) -> Outcome:
+    def __call__(self, one: in_turn.Ready, stop, steps) -> Outcome:
         self.trained.append(one.member.name)
-        return self._train(one, stop)
+        return self._train(one, stop, steps)
 
 
 @pytest.fixture
@@ -246,6 +247,22 @@ def test_members_are_runs_equal_to_those_made_alone_bit_for_bit_and_a_signal_los
     assert open_run(second).load()[1] in checkpoint_steps(second)  # as sample.py, eval and report do
     best = config.load(["runs/s/best.toml"]).cfg
     assert best == config.load(tiny("--optim.learning-rate=1e-2")).cfg
+
+
+def test_members_that_differ_in_numbers_share_what_is_compiled(capsys, monkeypatch):
+    """All that is compiled for the second and the third is a table of learning rates."""
+    compiled: list[int] = [0]
+    heard = lambda event, _, **__: compiled.__setitem__(-1, compiled[-1] + event.endswith("backend_compile_duration"))  # noqa: E731
+    before = in_turn._train
+    monkeypatch.setattr(in_turn, "_train", lambda *args: (compiled.append(0), before(*args))[1])
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        over = ("--over", "optim.learning-rate=1e-2,2e-2,3e-2", "--optim.schedule=wsd", "--model.dropout=0.1")
+        swept(capsys, *over, "--seeds=1", "--over", "optim.beta2=0.9")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert compiled[1] > 3
+    assert compiled[2:] == [1, 1]
 
 
 def test_a_member_that_was_trained_further_has_the_figure_of_its_own_last_step(capsys, training):

@@ -45,6 +45,7 @@ def for_scoring(cfg: ModelConfig, platform: str) -> ModelConfig:
     return execution.resolve(replace(cfg, attention="auto", scan_unroll=0, remat="none", dropout=0.0), platform)
 
 
+@functools.lru_cache(maxsize=8)  # a sweep asks for the same one again
 def make_score(cfg: ModelConfig, mesh: Mesh) -> Score:
     """(params, tokens [E, B, W+1]) -> nats [E, B, W] float32 of each token after its row's first, and whether it was
     the likeliest. B is `rows(W)` for each device; groups are computed one after the other."""

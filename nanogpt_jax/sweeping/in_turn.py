@@ -1,8 +1,9 @@
 """The members that are missing, trained one after the other in this process, each as `train.py` would train it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nanogpt_jax import config
 from nanogpt_jax.config import Config, UserError
@@ -13,7 +14,9 @@ from nanogpt_jax.run import run_dir
 from nanogpt_jax.run.places import checkpoint_steps
 from nanogpt_jax.run.plan import execution_here
 from nanogpt_jax.sweeping.members import Member, named
+from nanogpt_jax.training import dials
 from nanogpt_jax.training.loop import Diverged, Outcome
+from nanogpt_jax.training.step import TrainStep, make_train_step
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,13 @@ def train_members(
     A member's directory is as `train.py` leaves it: what is there of it is resumed, and its losses are the same, bit
     for bit.
     """
+    steps: dict[Any, TrainStep] = {}
     for one in members:
         if stop.received:
             return
         on_start(one.member)
         try:
-            outcome = _train(one, stop)
+            outcome = _train(one, stop, steps)
         except Diverged as e:
             yield one.member, e
             continue
@@ -76,14 +80,16 @@ def train_members(
             return
 
 
-def _train(one: Ready, stop: StopRequest) -> Outcome:
-    """What `train.py` does, without a sample of text at the end."""
+def _train(one: Ready, stop: StopRequest, steps: dict[Any, TrainStep]) -> Outcome:
+    """What `train.py` does, without a sample of text at the end. `steps`: those of earlier members, by their program.
+
+    JAX keeps what a jitted function has compiled, so a member that takes an earlier one's step compiles nothing.
+    """
     from nanogpt_jax.distributed.mesh import common_room, make_mesh, start
     from nanogpt_jax.model import execution
     from nanogpt_jax.run.recording import Recording
     from nanogpt_jax.training import loop, optim
     from nanogpt_jax.training.language_model import language_model
-    from nanogpt_jax.training.step import make_train_step
 
     with run_dir.claim(one.member.command) as directory:
         run_dir.prepare(directory, one.member.command, one.cfg, one.data)
@@ -91,7 +97,10 @@ def _train(one: Ready, stop: StopRequest) -> Outcome:
         cfg, how = execution.choose(one.cfg, platform, mesh.size, common_room(mesh))
         task = language_model(cfg, mesh, one.data)
         tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
-        step = make_train_step(cfg, tx, mesh, task, how)
+        program = (how, *dials.program_of(cfg))
+        if program not in steps:
+            steps[program] = make_train_step(cfg, tx, mesh, task, how)
+        step = replace(steps[program], dials=dials.make_dials(cfg, how.steps_per_dispatch))
         with Recording(directory, cfg.train) as run:
-            state = loop.start_state(cfg, tx, task, step, run)
+            state = loop.start_state(cfg, step, run)
             return loop.fit(cfg, task, state, step, run, stop)

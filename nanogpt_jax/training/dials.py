@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,13 @@ def make_dials(cfg: Config, K: int) -> Callable[[int], Dials]:
     rates = np.asarray(schedule(np.arange(t.steps + K)), np.float32)
     dropout = key_data(t.seed ^ 0xD409)  # differs from the key of the initial weights
     return lambda first: Dials(rates[first : first + K], numbers_of(cfg.optim), dropout)
+
+
+def program_of(cfg: Config) -> tuple[Any, ...]:
+    """Equal for runs that share a compiled step: what is left of their settings without dials and what no step sees."""
+    o, t = cfg.optim, cfg.train
+    optim = (o.name, bool(o.grad_clip), o.freeze_layers, o.freeze_embeddings)
+    return cfg.model, cfg.mesh, optim, (t.batch_size, t.micro_batch)
 
 
 def key_data(seed: int) -> np.ndarray:
