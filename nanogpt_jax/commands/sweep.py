@@ -241,7 +241,7 @@ def _page(sweep: Sweep, stages: Sequence[Stage], command: str, standing: str) ->
     parts += ["<h2>What was found</h2>", notes, *_drawings(stages[0], sweep), "<h2>Every configuration</h2>"]
     for stage in stages:
         heads, lines = results.cells(stage.rows, sweep.keys, stage.seeds)
-        caption = " ".join(filter(None, [_title(stage, sweep), _correlation(stage)]))
+        caption = "; ".join(filter(None, [_title(stage, sweep), _correlation(stage)]))
         table = html.table(heads, [list(line) for line in lines], caption)
         parts.append(
             f'<div class="scrolls" tabindex="0" role="group" aria-label="{html.escape(caption)}">{table}</div>'

@@ -14,6 +14,7 @@ from nanogpt_jax.sweeping import halve, in_turn, ranges, results
 from nanogpt_jax.sweeping.members import Member, Sweep
 from nanogpt_jax.sweeping.record import Record
 from nanogpt_jax.sweeping.results import CONFIRM, SWEEP, Figure, Row, Stage
+from nanogpt_jax.training.loop import Diverged, Outcome
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Study:
         """Train what is missing of a stage -> its table, which is the last of `stages` from now on."""
         members = self.sweep.members(configurations, seeds, share)
         missing = self._missing(members)
-        there = [one for one in members if one not in missing]
+        there = [one for one in members if one.name in self._known]
         self.done += len(there)
         self._work -= sum(map(_flops, there))
         self.stages.append(self._table(name, members, seeds, share))
@@ -118,8 +119,8 @@ class Study:
         print(f"member {self.done + 1} of {self.total}: {one.name}{left}", file=sys.stderr, flush=True)
         self._clock = time.monotonic()
 
-    def _end(self, one: Member, ended: "in_turn.Outcome | in_turn.Diverged") -> None:
-        if isinstance(ended, in_turn.Diverged):
+    def _end(self, one: Member, ended: Outcome | Diverged) -> None:
+        if isinstance(ended, Diverged):
             told = str(ended).partition(";")[0]
             self.record.diverged[one.name] = told
             self.record.write()

@@ -9,7 +9,6 @@ from typing import Any
 
 from nanogpt_jax import config
 from nanogpt_jax.config import Command, Config, UserError, parse, settings
-from nanogpt_jax.config.settings import types_of
 from nanogpt_jax.sweeping import halve, ranges
 from nanogpt_jax.sweeping.ranges import SEED, Range
 
@@ -46,7 +45,9 @@ class Sweep:
     def keys(self) -> list[str]:
         return [one.key for one in self.ranges]
 
-    def members(self, configurations: Sequence[Mapping[str, Any]], seeds: Sequence[int], share: int = 1):
+    def members(
+        self, configurations: Sequence[Mapping[str, Any]], seeds: Sequence[int], share: int = 1
+    ) -> list["Member"]:
         """Each configuration with each seed. UserError that names the member if one is invalid."""
         return [member(self, values, seed, share) for values in configurations for seed in seeds]
 
@@ -111,9 +112,9 @@ def _hash(text: str) -> str:
 
 def best_toml(one: Member, title: str) -> str:
     """The settings of a member that are no defaults, as a config file for train.py."""
-    default, lines, section = dict(settings.items(Config())), [f"# {title}"], ""
+    default, lines, section = dict(settings.items(Config())), [f"# {' '.join(title.split())}"], ""
     for key, value in given(one.command).items():
-        if key not in types_of() or value == default[key]:
+        if value == default[key]:
             continue
         if key.split(".")[0] != section:
             section = key.split(".")[0]
