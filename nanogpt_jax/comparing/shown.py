@@ -98,22 +98,20 @@ def omitted(left_out: dict[str, str]) -> list[list[object]]:
 
 def verdict(one: Verdict, unit: str) -> str:
     """Whether the best group is better than the second, and how that is known."""
-    first, second = f"Group {one.best.number}", f"group {one.second.number}"
+    first, second = f"group {one.best.number}", f"group {one.second.number}"
+    flattered = f"; the best of {one.of} groups is flattered by the choice" if one.of > 2 else ""
     if one.gap.error is None:
         return (
-            f"{first} is ahead of {second} by {one.gap.value:.4f} {unit}; whether another seed would turn that "
-            "round is unknown, as it takes two seeds of each."
+            f"Group {one.best.number} is ahead of {second} by {one.gap.value:.4f} {unit}; whether another seed would "
+            f"turn that round is unknown, as it takes two seeds of each{flattered}."
         )
     how = f"paired by {one.pairs} seeds" if one.pairs else "seeds not paired, as fewer than two are in both"
     size = f"by {one.gap.value:.4f} ± {one.gap.error:.4f} {unit}, {one.gap.errors:.1f} standard errors ({how})"
-    chosen = f"; the best of {one.of} groups is flattered by the choice" if one.of > 2 else ""
     if one.is_clear:
-        return f"{first} is better than {second} {size}{chosen}."
+        return f"Group {one.best.number} is better than {second} {size}{flattered}."
     if one.gap.value == 0:
-        return f"No clear winner: {first.lower()} and {second} are equal ({how})."
-    return (
-        f"No clear winner: {first.lower()} is ahead of {second} {size}; below {CLEAR:.0f} that may be chance{chosen}."
-    )
+        return f"No clear winner: {first} and {second} are equal ({how}){flattered}."
+    return f"No clear winner: {first} is ahead of {second} {size}; below {CLEAR:.0f} that may be chance{flattered}."
 
 
 def warnings(found: Comparison) -> list[str]:

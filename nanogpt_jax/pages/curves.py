@@ -89,7 +89,7 @@ def _labels(ends: list[tuple[tuple[float, float], Line]]) -> str:
         found.setdefault(line.label, (y, line))
     before, parts = -math.inf, []
     for y, line in sorted(found.values(), key=lambda each: each[0]):
-        before = max(TOP + y, before + APART)
+        before = max(TOP + min(max(y, 0), HEIGHT - TOP - BELOW), before + APART)  # its line may be cut off
         parts.append(f'<text x="{WIDTH - RIGHT + 4}" y="{before + 4:.1f}">{escape(line.label)}</text>')
     return "".join(parts)
 
