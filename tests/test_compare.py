@@ -213,6 +213,17 @@ def test_losses_of_other_texts_are_shown_but_not_compared(capsys):
     assert "better" not in out
 
 
+def test_runs_of_other_lengths_are_shown_with_a_warning(capsys):
+    made("a", "--train.seed 1")
+    made("b", "--train.steps 200", until=200)
+    made("c", "--model.block-size 4 --train.batch-size 10")
+    out = " ".join(said(capsys, "a", "b").split())
+    assert "Groups were trained on different numbers of tokens" in out
+    out = " ".join(said(capsys, "a", "c").split())
+    assert "different numbers of tokens" not in out
+    assert "Contexts differ in length (model.block_size)" in out
+
+
 # ---- what a run can be -----------------------------------------------------------------------------------------------
 
 

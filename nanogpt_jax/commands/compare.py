@@ -19,7 +19,7 @@ from nanogpt_jax.host import messages, progress
 from nanogpt_jax.run import opened
 
 PAGE = "compare.html"
-CUT = "A line a run; its number is its group. Losses far above what most runs have after the first tenth are cut off."
+CUT = "A line a run; its number is its group. Losses far above what most runs have after the first fifth are cut off."
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _page(pages: Any, found: Comparison, left_out: dict[str, str], measured: lis
     parts += ["<h2>Settings that differ</h2>"]
     parts += [table(*shown.settings(found), "These, and no others")] if found.differences else said(["None."])
     parts += ["<h2>How training went</h2>", *_curves(html, curves, found)]
-    parts += ["<h2>Every run</h2>", table(*shown.single(found), "All single values"), *said([shown.SECONDS])]
+    parts += ["<h2>Every run</h2>", table(*shown.single(found), "All single values")]
     if left_out:
         parts += ["<h2>Left out</h2>", table(["why", "what"], shown.omitted(left_out), "Matched, but not compared")]
     return html.page(title, "\n".join([*parts, "</main>"]), style=html.asset("compare.css"))
@@ -208,12 +208,11 @@ def _curves(html: Any, curves: Any, found: Comparison) -> list[str]:
                 for run in group.runs
                 if (line := [(at, loss) for step, loss in points(run) if (at := x(run, step)) is not None])
             ]
-            unit = found.unit if what == "Validation loss" else f"{NATS}, single batches"
-            title = f"{what}, {unit}, against {axis}"
+            title = f"{what} against {axis}"
             drawn.setdefault(what, []).append(curves.chart(title, axis, lines, f"{title}; the tables hold its figures"))
     without = [run.name for group in found.groups for run in group.runs if not (run.training or run.validation[NATS])]
     silent = [run.name for group in found.groups for run in group.runs if run.training and not run.clock]
-    notes = [CUT, shown.SECONDS] + (
+    notes = [f"In {found.unit}. {CUT}", shown.SECONDS] + (
         ["Training losses are of different tokens, so they are not drawn."] * (found.unit != NATS)
     )
     notes += [f"No curve, as they have no metrics: {', '.join(without)}."] if without else []

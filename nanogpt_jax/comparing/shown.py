@@ -10,6 +10,7 @@ from nanogpt_jax.host.messages import listed
 
 SEED = "train.seed"
 WIDTH = 108  # columns of a sentence
+LABEL = 60  # characters of the settings of a group; longer ones are not repeated in its row
 NAMED = 6  # runs that are named; of more, their number is said
 Table = tuple[list[str], list[list[object]]]  # heads and rows
 SECONDS = (
@@ -50,17 +51,19 @@ def settings(found: Comparison) -> Table:
 
 
 def groups(found: Comparison) -> Table:
-    """A row a group, the best first."""
+    """A row a group, the best of a text first."""
     told, units = labels(found), [NATS, BITS] if found.unit == BITS else [NATS]
-    heads = ["group", "n", *(f"final, {unit}" for unit in units), "best", "tokens/s", "seconds", "runs", "settings"]
+    is_short = 0 < max(map(len, told.values())) <= LABEL
+    heads = ["group", *(["settings"] * is_short), "n", *(f"final, {unit}" for unit in units)]
+    heads += ["best", "tokens/s", "seconds", "runs"]
     rows: list[list[object]] = []
     for group in found.groups:
         finals = [_estimate(group.final(unit), 4) for unit in units]
         best, speed, seconds = group.best(found.unit), group.speed, group.seconds
         rows.append(
             [
-                *(group.number, len(group.by_seed(found.unit)), *finals, _estimate(best, 4)),
-                *(_estimate(speed, 0), _estimate(seconds, 1), _states(group), told[group.number]),
+                *(group.number, *([told[group.number]] * is_short), len(group.by_seed(found.unit)), *finals),
+                *(_estimate(best, 4), _estimate(speed, 0), _estimate(seconds, 1), _states(group)),
             ]
         )
     return heads, rows
@@ -121,6 +124,16 @@ def warnings(found: Comparison) -> list[str]:
         told.append(
             f"Losses were measured on {found.texts} different validation texts. Only groups of one text can be "
             "compared; for all on one text: --data FILE"
+        )
+    scored = [group.finished[0] for group in found.groups if group.finished]
+    if len({run.step * run.tokens_per_step for run in scored}) > 1:
+        told.append(
+            "Groups were trained on different numbers of tokens; the curves against tokens and seconds compare them at "
+            "equal cost, but a schedule that is not at its end is higher than one of that length."
+        )
+    if len({run.settings["model.block_size"] for run in scored}) > 1:
+        told.append(
+            "Contexts differ in length (model.block_size), and so do the windows in which losses were measured."
         )
     if found.unit == BITS:
         told.append(

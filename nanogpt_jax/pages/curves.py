@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from nanogpt_jax.pages.drawing import short
 from nanogpt_jax.pages.html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BELOW = 560, 320, 52, 34, 10, 40  # of a chart and its margins, in its own units
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BELOW = 400, 260, 44, 24, 10, 38  # of a chart and its margins, in its own units
 KINDS = 6  # that can be told apart; all others are drawn alike, behind them
 POINTS = 240  # most points of a line
-MOST = 4  # times the median line's height, so that a run that breaks does not flatten all others
+EARLY = 0.2  # of x: what is above the rest here is cut off
+MOST = 2  # times the median line's height, so that a run that breaks does not flatten all others
 APART = 12  # of two labels, in the chart's own units
 
 
@@ -28,7 +29,7 @@ class Line:
 def chart(title: str, x_title: str, lines: Sequence[Line], told: str) -> str:
     """Lines over one pair of axes. "" if no line has two points. `told`: what it shows, for those who cannot see it.
 
-    Curves of a loss fall steeply first. So the top of the chart is the largest value after the first tenth of x, and
+    Curves of a loss fall steeply first. So the top of the chart is the largest value after the EARLY part of x, and
     at most MOST times as high as the median line then is. What lies above is cut off.
     """
     lines = [line for line in lines if len(line.points) > 1]
@@ -36,7 +37,7 @@ def chart(title: str, x_title: str, lines: Sequence[Line], told: str) -> str:
         return ""
     x_low, x_high = 0.0, max(line.points[-1][0] for line in lines) or 1.0
     low = min(y for line in lines for _, y in line.points)
-    tops = [max([y for x, y in line.points if x >= x_high / 10] or [line.points[-1][1]]) for line in lines]
+    tops = [max([y for x, y in line.points if x >= x_high * EARLY] or [line.points[-1][1]]) for line in lines]
     y_low, y_high = _widened(low, min(max(tops), low + MOST * (statistics.median(tops) - low)))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BELOW
 
@@ -48,7 +49,7 @@ def chart(title: str, x_title: str, lines: Sequence[Line], told: str) -> str:
         at = TOP + place(0, y)[1]
         grid.append(f"M{LEFT} {at}H{WIDTH - RIGHT}")
         texts.append(f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{_figure(y)}</text>')
-    for x in ticks(x_low, x_high):
+    for x in ticks(x_low, x_high, 5):
         at = LEFT + place(x, 0)[0]
         texts.append(f'<text x="{at}" y="{HEIGHT - BELOW + 15}" text-anchor="middle">{_figure(x)}</text>')
     texts.append(f'<text x="{LEFT + wide / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
@@ -56,7 +57,7 @@ def chart(title: str, x_title: str, lines: Sequence[Line], told: str) -> str:
     for line in sorted(lines, key=lambda line: -line.kind if line.kind >= 0 else -KINDS):  # the best on top
         points = " ".join("{},{}".format(*place(x, y)) for x, y in _thinned(line.points))
         drawn.append(f'<polyline class="k{line.kind if line.kind >= 0 else "x"}" points="{points}"/>')
-    labels = _labels([(place(*line.points[-1]), line) for line in lines if line.label])
+    labels = _labels([(place(*line.points[-1]), line) for line in lines if line.label], wide, high)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(told)}"><path class="grid" d="{"".join(grid)}"/>'
@@ -82,15 +83,25 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [n * apart for n in range(first, math.floor(high / apart + 1e-9) + 1)]
 
 
-def _labels(ends: list[tuple[tuple[float, float], Line]]) -> str:
-    """Each label once, beside the end of its line, moved down where another one stands."""
-    found: dict[str, tuple[float, Line]] = {}
-    for (_, y), line in sorted(ends, key=lambda end: -end[0][0]):
-        found.setdefault(line.label, (y, line))
-    before, parts = -math.inf, []
-    for y, line in sorted(found.values(), key=lambda each: each[0]):
-        before = max(TOP + min(max(y, 0), HEIGHT - TOP - BELOW), before + APART)  # its line may be cut off
-        parts.append(f'<text x="{WIDTH - RIGHT + 4}" y="{before + 4:.1f}">{escape(line.label)}</text>')
+def _labels(ends: list[tuple[tuple[float, float], Line]], wide: float, high: float) -> str:
+    """Each label once, beside the end of its longest line, moved up or down where another one stands."""
+    found: dict[str, tuple[float, float]] = {}
+    for place, line in sorted(ends, key=lambda end: -end[0][0]):
+        found.setdefault(line.label, place)
+    columns: dict[int, list[tuple[float, float, str]]] = {}  # those that might touch, by x
+    for label, (x, y) in found.items():
+        columns.setdefault(round(x / wide * 10), []).append((min(max(y, 0.0), high), x, label))  # y may be cut off
+    parts = []
+    for column in columns.values():
+        column.sort()
+        places: list[float] = []
+        for y, _, _ in column:
+            places.append(max(y, places[-1] + APART) if places else y)
+        lift = max(0.0, places[-1] - high)  # the whole column, if its end hangs out of the chart
+        parts += [
+            f'<text x="{LEFT + x + 4:.1f}" y="{TOP + y - lift + 4:.1f}">{escape(label)}</text>'
+            for y, (_, x, label) in zip(places, column, strict=True)
+        ]
     return "".join(parts)
 
 
