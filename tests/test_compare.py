@@ -442,7 +442,7 @@ def test_a_hundred_runs_in_three_seconds_without_jax():
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    code, seconds, *imported = done.stderr.split()
+    code, seconds, *imported = done.stderr.splitlines()[-1].split()
     assert code == "0"
     assert imported == []
     assert float(seconds) < 3
@@ -500,9 +500,9 @@ def test_what_is_measured_now_is_what_eval_says(capsys, monkeypatch):
         ("a ./a/", "a is the same run as a: name each one once"),
         ("a damaged", "damaged/config.json is damaged: "),
         ("a foreign", "unknown setting model.layers (foreign/config.json)"),
-        ("a b --out .", "--out=. is a directory; give a file"),
-        ("a b --out none/page.html", "--out=none/page.html: there is no directory none"),
-        ("a b --out=", "--out needs the name of a file"),
+        pytest.param("a b --out .", "--out=. is a directory; give a file", marks=with_pages),
+        pytest.param("a b --out none/page.html", "--out=none/page.html: there is no directory none", marks=with_pages),
+        pytest.param("a b --out=", "--out needs the name of a file", marks=with_pages),
         ("a b --outt page.html", "did you mean --out?"),
         ("a b --data=", "--data is empty"),
         ("a b --checkpoint latest", "--checkpoint=latest is about what is measured now; add --paired"),

@@ -85,7 +85,7 @@ def find(words: list[str]) -> tuple[list[Run], dict[str, str]]:
     seen: dict[str, str] = {}  # the real path -> how it was typed
     for word in words:
         is_pattern = glob.has_magic(word) and not os.path.lexists(word)
-        paths = sorted(glob.glob(word, recursive=True)) if is_pattern else [word]
+        paths = sorted(glob.glob(word)) if is_pattern else [word]
         if not paths:
             raise UserError(f"nothing matches {word}{_nearby(word)}")
         for path in map(Path, paths):

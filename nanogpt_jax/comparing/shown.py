@@ -122,8 +122,8 @@ def warnings(found: Comparison) -> list[str]:
     told = []
     if found.texts > 1:
         told.append(
-            f"Losses were measured on {found.texts} different validation texts. Only groups of one text can be "
-            "compared; for all on one text: --data FILE"
+            f"Losses were measured on {found.texts} different validation texts, and only those of one text can be "
+            "compared. To measure two groups on one text, name their runs and add --data FILE."
         )
     scored = [group.finished[0] for group in found.groups if group.finished]
     if len({run.step * run.tokens_per_step for run in scored}) > 1:
