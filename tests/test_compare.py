@@ -135,6 +135,10 @@ def test_one_run_of_each_says_nothing_about_seeds_and_a_seed_counts_once(capsys)
     found = compared("runs/0.01-*", "elsewhere/again")
     assert [len(group.by_seed(NATS)) for group in found.groups] == [3]
     assert found.groups[0].final(NATS) == compared("runs/0.01-*").groups[0].final(NATS)
+    Path("elsewhere/again/metrics.jsonl").write_text(Path("runs/0.01-3/metrics.jsonl").read_text())
+    assert groups.compare(runs.find(["runs/0.01-*", "elsewhere/again"])[0]).groups[0].by_seed(NATS) == pytest.approx(
+        {1: (2.0 + 2.2) / 2, 2: 2.1, 3: 2.2}
+    )
     assert "elsewhere/again, runs/0.01-1 of group 1 have the same seed 1 and count once" in shown.page(found, {}, [])
 
 
@@ -209,6 +213,7 @@ def test_losses_of_other_texts_are_shown_but_not_compared(capsys):
     made("b", "--data.source other.txt", final=2.0, data=data_of("b"))
     out = said(capsys, "a", "b")
     assert "2 different validation texts" in out
+    assert [one.key for one in compared("a", "b").differences] == ["data.source"]  # which says it all
     assert "ahead" not in out
     assert "better" not in out
 
@@ -326,6 +331,28 @@ def test_metrics_that_cannot_be_read_and_a_missing_or_damaged_data_json():
         assert runs.read(Path("b")).state == "finished"
     Path("b/data.json").unlink()
     assert runs.read(Path("b")).settings[runs.DATA] == "not recorded"
+
+
+@pytest.mark.parametrize(
+    ("source", "texts"),
+    [
+        ({"name": "spelt otherwise", "sha256": "a"}, 1),
+        ({"name": "text", "path": "/elsewhere", "sha256": "b"}, 2),
+    ],
+)
+def test_a_text_is_known_by_its_hash_and_where_it_was_cut(source, texts):
+    made("a")
+    made("b", "--data.tokenizer word", data={**data_of(tokenizer="u"), "source": source})
+    made("c", "--data.tokenizer gpt2", data=data_of(tokenizer="v", n_bytes=499))
+    assert compared("a", "b").texts == texts
+    assert compared("a", "c").texts == 2
+
+
+def test_a_text_without_a_hash_is_known_by_all_but_its_place():
+    for name, path in {"a": "/one", "b": "/two"}.items():
+        data = {**data_of(tokenizer=name), "source": {"name": "text", "path": path, "revision": 5}}
+        made(name, f"--data.source {path}", data=data)
+    assert compared("a", "b").texts == 1
 
 
 def test_equal_parts_of_a_mixture_are_one_text():
@@ -472,12 +499,18 @@ def test_what_is_measured_now_is_what_eval_says(capsys, monkeypatch):
     assert "run is better than worse by" in words
     assert f"Measured now on text.txt (val), the same windows for all: {words}" in told
     # a group of several is their mean, and a run that cannot be opened is named
-    Path("more.txt").write_text(Path("text.txt").read_text()[:300])
-    told = " ".join(said(capsys, "run", "worse", "again", "without", "--data=more.txt").split())
-    assert "Measured now on more.txt, the same windows for all: run is better than group 2 (2 runs) by" in told
+    told = " ".join(said(capsys, "run", "worse", "again", "without", "--paired").split())
+    size = words.removeprefix("run is better than worse ")
+    assert f"the same windows for all: run is better than group 2 (2 runs) {size}" in told
     assert "Not measured: without: without has no checkpoint yet" in told
     refused(command.main, "worse again --paired", capsys, "all runs are of one group")
     refused(command.main, "run without --paired", capsys, "no run of group 2 can be measured", "no checkpoint yet")
+    # an imported model has no metrics, but can be measured
+    Path("again/metrics.jsonl").unlink()
+    Path("again/import.json").write_text("{}")
+    Path("more.txt").write_text(Path("text.txt").read_text()[:300])
+    told = " ".join(said(capsys, "run", "again", "--data=more.txt").split())
+    assert "Measured now on more.txt, the same windows for all: run is better than again by" in told
 
 
 # ---- wrong input -----------------------------------------------------------------------------------------------------
