@@ -173,6 +173,7 @@ COMMANDS = {
     "eval": ("measure how good a run is, and which of two is better", "commands.evaluate", "main"),
     "attend": ("show what a model looks at in a text, as a page to open", "commands.attend", "main"),
     "report": ("write one page about a run", "commands.report", "main"),
+    "compare": ("compare many runs: settings, losses over seeds, curves", "commands.compare", "main"),
     "import-hf": ("make a run of a GPT-2 in Hugging Face's files", "commands.huggingface", "main_import"),
     "export-hf": ("write a run for transformers, or as GGUF", "commands.huggingface", "main_export"),
     "classify": ("train a text classifier, measure it, ask it", "commands.classify", "main"),

@@ -28,12 +28,13 @@ MAY_IMPORT = {
     "classify": {"config", "host", "model", "data", "distributed", "run", "training"},
     "pages": set(),
     "planning": {"config", "host", "model", "distributed", "training"},
+    "comparing": {"config", "host", "run", "evaluation"},
     "sweeping": {"config", "host", "model", "data", "distributed", "evaluation", "run", "training"},
     "lesson": set(),
     "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
         *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
-        *("interop", "classify", "pages", "planning", "sweeping", "api"),
+        *("interop", "classify", "pages", "planning", "comparing", "sweeping", "api"),
     },
     "cli": {"config", "host"},
     "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
@@ -45,13 +46,14 @@ SLICES = {
     "bench": [],
     "classify": ["commands/classify.py"],
     "interop": ["commands/huggingface.py"],
+    "comparing": ["commands/compare.py"],
     "lesson": [],
     "pages": ["commands/attend.py", "commands/report.py"],
     "planning": ["commands/plan.py"],
     "sweeping": ["commands/sweep.py"],
 }
-# commands that use a slice while it is there, and stay if it is removed
-USES = {"pages": ["commands/sweep.py"]}
+# commands that use a slice if it is there, and stay without it
+DO_WITHOUT = {"pages": ["commands/compare.py", "commands/sweep.py"]}
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [
     *("model", "training/step.py", "training/state.py", "training/optim.py", "distributed/sharding.py"),
@@ -101,7 +103,7 @@ def test_a_slice_is_known_to_its_command_alone_and_goes_with_it():
         assert not was_removed(path), f"{place} goes with its slice"
         for room, commands in SLICES.items():
             known = [name for name in imported(path) if f"{name}.".startswith(f"nanogpt_jax.{room}.")]
-            assert not known or room_of(path) == room or place in [*commands, *USES.get(room, [])], (
+            assert not known or room_of(path) == room or place in (*commands, *DO_WITHOUT.get(room, [])), (
                 f"{place} imports {known[0]}"
             )
 
