@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "classify": {"config", "host", "model", "data", "distributed", "run", "training"},
     "pages": set(),
     "planning": {"config", "host", "model", "distributed", "training"},
+    "replaying": {"config", "host", "model", "data", "distributed", "run", "training", "evaluation"},
     "lesson": set(),
     "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
         *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
-        *("interop", "classify", "pages", "planning", "api"),
+        *("interop", "classify", "pages", "planning", "replaying", "api"),
     },
     "cli": {"config", "host"},
     "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
@@ -47,6 +48,7 @@ SLICES = {
     "lesson": [],
     "pages": ["commands/attend.py", "commands/report.py"],
     "planning": ["commands/plan.py"],
+    "replaying": ["commands/replay.py"],
 }
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [
