@@ -23,8 +23,6 @@ import nanogpt_jax
 from nanogpt_jax.distributed.sharding import path_name
 
 PACKAGE = Path(nanogpt_jax.__file__).parent
-SUBPROGRAMS = ("jaxpr", "call_jaxpr")  # parameters of operations that only call: jit, remat, custom_vjp_call
-SHARED = ("jit", "cond", "custom_vjp_call", "custom_jvp_call", "closed_call")  # an inner line may be another caller's
 BLOCK = "Block"  # the module of a layer, by whose name the loop over layers is known
 
 
@@ -131,13 +129,12 @@ class Evaluation:
         def read(atom: Any) -> tuple[Any, Mark]:
             return (atom.val, _meant(atom.val)) if isinstance(atom, Literal) else known[atom]
 
-        last = _last_uses(jaxpr)
-        for i, equation in enumerate(jaxpr.eqns):
+        for equation, done in _needed(jaxpr):
             inputs = [read(atom) for atom in equation.invars]
             results = self._apply(equation, [v for v, _ in inputs], [m for _, m in inputs], place)
             del inputs
             known |= dict(zip(equation.outvars, zip(*results, strict=True), strict=True))
-            for variable in last.get(i, ()):  # memory: what no later operation reads is freed
+            for variable in done:
                 known.pop(variable, None)
         found = [read(atom) for atom in jaxpr.outvars]
         return [value for value, _ in found], [mark for _, mark in found]
@@ -152,9 +149,8 @@ class Evaluation:
         if kind == "cond":
             which = int(np.clip(int(values[0]), 0, len(params["branches"]) - 1))
             return self._evaluate(params["branches"][which], values[1:], marks[1:], inside)
-        for name in SUBPROGRAMS:
-            if kind not in ("scan", "while", "shard_map") and isinstance(params.get(name), ClosedJaxpr | Jaxpr):
-                return self._evaluate(params[name], values, marks, inside)
+        if called := _called(equation):
+            return self._evaluate(called, values, marks, inside)
         with equation.ctx.manager:
             results = equation.primitive.bind(*values, **equation.primitive.get_bind_params(params))
         results = list(results) if equation.primitive.multiple_results else [results]
@@ -241,18 +237,17 @@ def _meant(constant: Any) -> Mark:
     return None if found is None or found.is_finite else MEANT
 
 
-def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Any]]:
-    """Operation -> the variables that no later one reads."""
-    used: dict[Any, int] = {}
-    for i, equation in enumerate(jaxpr.eqns):
-        used |= {atom: i for atom in (*equation.invars, *equation.outvars) if not isinstance(atom, Literal)}
-    for atom in jaxpr.outvars:
-        if not isinstance(atom, Literal):
-            used.pop(atom, None)
-    found: dict[int, list[Any]] = {}
-    for variable, i in used.items():
-        found.setdefault(i, []).append(variable)
-    return found
+def _needed(jaxpr: Jaxpr) -> list[tuple[JaxprEqn, list[Any]]]:
+    """The operations that the outputs need, in order, each with the variables that no later one reads."""
+    read = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    found: list[tuple[JaxprEqn, list[Any]]] = []
+    for equation in reversed(jaxpr.eqns):
+        if not equation.effects and not any(variable in read for variable in equation.outvars):
+            continue
+        inputs = {atom for atom in equation.invars if not isinstance(atom, Literal)}
+        found.append((equation, [x for x in (*inputs, *equation.outvars) if x not in read]))
+        read |= inputs
+    return found[::-1]
 
 
 # ---- where an operation stands --------------------------------------------------------------------------------------
@@ -285,11 +280,30 @@ def _loops_in(jaxpr: Jaxpr) -> list[ClosedJaxpr]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             found.append(equation.params["jaxpr"])
-        for name in SUBPROGRAMS:
-            inner = equation.params.get(name)
-            if equation.primitive.name != "scan" and isinstance(inner, ClosedJaxpr | Jaxpr):
-                found += _loops_in(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+        if inner := _called(equation):
+            found += _loops_in(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
     return found
+
+
+def _is_shared(equation: JaxprEqn) -> bool:
+    """Whether this calls a function that is not ours, like jnp.where: all its operations name one line of ours, that of
+    whoever called it first, as JAX traces a function once."""
+    inner = equation.params["branches"] if equation.primitive.name == "cond" else [_called(equation)]
+    lines = {
+        tuple(_source(one.source_info.traceback).values())
+        for program in inner
+        if program is not None
+        for one in (program.jaxpr if isinstance(program, ClosedJaxpr) else program).eqns
+    }
+    return len(lines) == 1
+
+
+def _called(equation: JaxprEqn) -> ClosedJaxpr | Jaxpr | None:
+    """The program that an operation calls, if it does nothing else: jit, remat, custom_vjp_call."""
+    if equation.primitive.name in ("scan", "while", "shard_map"):
+        return None
+    found = [equation.params.get(name) for name in ("jaxpr", "call_jaxpr")]
+    return next((one for one in found if isinstance(one, ClosedJaxpr | Jaxpr)), None)
 
 
 def _inside(equation: JaxprEqn, place: Place) -> Place:
@@ -297,7 +311,7 @@ def _inside(equation: JaxprEqn, place: Place) -> Place:
     names = str(equation.source_info.name_stack)
     modules = (*place.modules, *(names.split("/") if names else ()))
     source = {} if place.is_shared else _source(equation.source_info.traceback)
-    is_shared = place.is_shared or equation.primitive.name in SHARED
+    is_shared = place.is_shared or _is_shared(equation)
     return replace(place, modules=modules, is_shared=is_shared, **source)
 
 

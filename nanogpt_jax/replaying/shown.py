@@ -35,7 +35,8 @@ def _title(past: Past, its: Rebuilt) -> str:
     else:
         lines.append(
             f"of {_n(c.steps, 'logged step')} {c.equal} are equal to the last bit; the losses differ by up to "
-            f"{c.worst:.2g}:\nanother machine, another number of devices or other versions round otherwise; see origin.json"
+            f"{c.worst:.2g}:\nanother machine, another number of devices or other versions round otherwise "
+            "(origin.json has the run's versions)"
         )
     if not its.is_own_mesh:
         lines.append(
