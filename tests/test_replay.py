@@ -20,6 +20,7 @@ from nanogpt_jax.replaying import findings, operations, past, rebuilt, shown
 from nanogpt_jax.replaying.operations import Evaluation
 from nanogpt_jax.run.checkpoint import load_trees
 from nanogpt_jax.run.metrics import read_metrics
+from nanogpt_jax.training.state import TrainState
 
 TEXT = "El gato negro persigue al ratón gris;\nel ratón huye del gato. \x1b[31m" * 60
 FLAGS = (
@@ -74,7 +75,7 @@ def test_the_state_is_rebuilt_bit_for_bit_from_an_earlier_checkpoint_or_from_the
     jax.tree.map(np.testing.assert_array_equal, other.before, its.before)
     assert other.metrics == its.metrics
     np.testing.assert_array_equal(other.rows, its.rows)
-    assert other.compared.steps == other.compared.equal == (9 - start) // 3
+    assert other.compared.steps == other.compared.equal == len([step for step in (3, 6, 9) if step > start])
 
 
 def test_other_numbers_than_the_run_logged_are_said(capsys):
@@ -86,6 +87,7 @@ def test_other_numbers_than_the_run_logged_are_said(capsys):
     assert its.compared.worst == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_micro_batches_dropout_and_bfloat16_are_those_of_the_run():
     its = again("odd", 3)
     found = findings.find(its)
@@ -109,6 +111,13 @@ def test_a_run_that_was_extended_had_another_schedule_before():
 # ---- what broke -----------------------------------------------------------------------------------------------------
 
 
+def with_state(its: rebuilt.Rebuilt, **parts) -> rebuilt.Rebuilt:
+    """The step, with other values before it. The compiled program would have said that they are not finite."""
+    before = its.before
+    state = TrainState(before.step, parts.get("params", before.params), parts.get("opt_state", before.opt_state))  # pyright: ignore
+    return replace(its, before=state, wrong_after=("parameters",))
+
+
 def spoilt(its: rebuilt.Rebuilt, name: str, layer: int | None, change) -> str:
     """What is said of the step if a parameter had other values before it."""
 
@@ -120,7 +129,7 @@ def spoilt(its: rebuilt.Rebuilt, name: str, layer: int | None, change) -> str:
         return x
 
     params = jax.tree_util.tree_map_with_path(spoil, its.before.params)
-    its = replace(its, before=its.before.replace(params=params), wrong_after=("parameters",))
+    its = with_state(its, params=params)
     return shown.page(past.read(Path("good")), its, findings.find(its), None)
 
 
@@ -148,16 +157,14 @@ def test_the_layer_and_the_operation_that_broke_are_named():
 
 def test_a_poisoned_token_is_found_with_its_text():
     its = again("good", 9)
-    token = np.setdiff1d(its.rows[2], np.delete(its.rows, 2, 0))  # one that only that row has
-    if not len(token):
-        its.rows[2, 0], token = its.before.params["wte"].shape[0] - 1, [its.before.params["wte"].shape[0] - 1]
+    token = [int(its.rows[2, 3])]
 
     def poison(x):
         x[token[0]] = np.nan
         return x
 
     params = {**its.before.params, "wte": poison(np.array(its.before.params["wte"]))}
-    found = findings.find(replace(its, before=its.before.replace(params=params), wrong_after=("parameters",)))
+    found = findings.find(with_state(its, params=params))
     assert found.origin is not None
     assert found.origin.name == "wte"
     assert found.shown is not None
@@ -184,11 +191,10 @@ def test_a_diverged_run_says_what_to_type_and_that_names_the_operation(capsys):
 def test_an_update_that_is_not_finite_is_found_though_the_gradient_is(capsys):
     its = again("good", 9)
     big = jax.tree.map(lambda x: np.full_like(x, 3e38) if x.ndim > 1 else x, its.before.opt_state)
-    its = replace(its, before=its.before.replace(opt_state=big), wrong_after=("optimizer's state",))
-    found = findings.find(its)
-    if found.origin is None:  # the optimizer took it
-        pytest.skip("nothing broke")
+    found = findings.find(with_state(its, opt_state=big))
     assert found.phase == "update"
+    assert found.origin is not None
+    assert "the first result that is not finite: the optimizer" in shown.page(past.read(Path("good")), its, found, None)
 
 
 def test_a_finite_step_shows_the_same_table_and_its_text_escaped(capsys):
@@ -317,8 +323,16 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(capsys):
 
 def test_a_run_on_more_devices_than_there_are_is_said(monkeypatch):
     settings = config.read_json(Path("good/config.json"))
-    settings = replace(settings, mesh=replace(settings.mesh, data=16))
+    settings = replace(settings, mesh=replace(settings.mesh, data=2))
     Path("good/config.json").write_text(config.to_json(settings))
+    make_mesh = rebuilt.make_mesh
+
+    def too_few(mesh):
+        if mesh.data > 1:
+            raise UserError("needs 2 devices")
+        return make_mesh(mesh)
+
+    monkeypatch.setattr(rebuilt, "make_mesh", too_few)
     its = again("good", 9)
     assert not its.is_own_mesh
     assert its.compared.worst < 1e-5

@@ -2,7 +2,7 @@
 
 # B batch, T time, L layers, G micro-batches
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -51,7 +51,8 @@ def find(its: Rebuilt) -> Findings:
     cfg, mesh = its.cfg, make_mesh(MeshConfig())
     state: TrainState = jax.device_put(its.before, mesh.devices.flat[0])
     rows, key = jax.device_put(its.rows, mesh.devices.flat[0]), dropout_key(its)
-    gradients = make_gradients(cfg, mesh, its.task, its.how)
+    # by halves, JAX would name one line for all operations; it is the same to rounding
+    gradients = make_gradients(cfg, mesh, its.task, replace(its.how, halves=False))
     largest: dict[tuple[int | None, str], float] = {}
 
     def measure(place: Place, primitive: str, found: Summary) -> None:
@@ -60,15 +61,22 @@ def find(its: Rebuilt) -> Findings:
             largest[place.layer, column] = max(known, found.largest if found.is_finite else np.inf)
 
     keys = () if key is None else (key,)
-    first = Evaluation(
-        lambda params, *keys: gradients(params, rows, *(keys or (None,))), (state.params, *keys), measure
-    )
-    loss, grads = first.outputs
-    of_loss, *of_grads = first.origins
-    phase, origin, shown, spoilt = PHASES[0], of_loss, first.shown, []
-    if origin is None:
-        phase, origin, spoilt = PHASES[1], operations.first(of_grads), _spoilt(grads)
-    if origin is None and (its.wrong_after or not np.isfinite(its.metrics["grad_norm"])):
+
+    def whole(params: Any, *keys: jax.Array) -> Any:
+        return gradients(params, rows, *(keys or (None,)))
+
+    def both(params: Any, *keys: jax.Array) -> Any:
+        return whole(params, *keys), _nats(cfg.model, its.how.micro_batch, params, rows, *keys)
+
+    args = (state.params, *keys)
+    forward = Evaluation(lambda *args: whole(*args)[0], args, measure)
+    phase, origin, shown = PHASES[0], forward.origins[0], forward.shown
+    (loss, grads), nats = jax.jit(both)(*args)
+    spoilt = _spoilt(grads)
+    if origin is None and spoilt:
+        backward = Evaluation(whole, args)
+        phase, origin, shown = PHASES[1], operations.first(backward.origins), backward.shown
+    elif origin is None and (its.wrong_after or not np.isfinite(its.metrics["grad_norm"])):
 
         def rest(state: TrainState, loss: jax.Array, grads: Any) -> Any:
             return update(its.tx, lambda *_: (loss, grads), state, rows, None)
@@ -77,9 +85,8 @@ def find(its: Rebuilt) -> Findings:
         phase, origin, shown = PHASES[2], operations.first(last.origins), last.shown
         spoilt = _spoilt(last.outputs[0].params)
     return Findings(
-        phase, origin, shown.get(origin.number) if origin else None, float(loss), largest,
-        _norms(grads), _norms(state.params),
-        np.asarray(_nats(cfg.model, its.how.micro_batch, state.params, rows, key)), spoilt,
+        phase, origin, shown.get(origin.number) if origin else None, float(forward.outputs),
+        largest, _norms(grads), _norms(state.params), np.asarray(nats), spoilt,
     )  # fmt: skip
 
 
@@ -127,7 +134,7 @@ def _spoilt(tree: Any) -> list[str]:
     return found
 
 
-def _nats(cfg: ModelConfig, micro_batch: int, params: Any, rows: jax.Array, key: jax.Array | None) -> jax.Array:
+def _nats(cfg: ModelConfig, micro_batch: int, params: Any, rows: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """[B, T]: the loss of each token, with the masks of the step."""
 
     def of_rows(rows: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -135,11 +142,7 @@ def _nats(cfg: ModelConfig, micro_batch: int, params: Any, rows: jax.Array, key:
 
     B, G = len(rows), len(rows) // micro_batch
     if G == 1:
-        return jax.jit(of_rows)(rows, key)
+        return of_rows(rows, key)
     apart = rows.reshape(B // G, G, -1).swapaxes(0, 1)  # as training/gradients.py cuts them
     keys = None if key is None else jax.random.split(key, G)
-    return (
-        jax.jit(lambda rows, keys: jax.lax.map(lambda one: of_rows(*one), (rows, keys)))(apart, keys)
-        .swapaxes(0, 1)
-        .reshape(B, -1)
-    )
+    return jax.lax.map(lambda one: of_rows(*one), (apart, keys)).swapaxes(0, 1).reshape(B, -1)
