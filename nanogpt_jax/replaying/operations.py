@@ -331,5 +331,5 @@ def _source(traceback: Any) -> dict[str, Any]:
     """The file, the line and the function of ours that called for an operation, as fields of Place; {} without one."""
     for frame in traceback.frames if traceback else ():
         if short := _short(frame.file_name):
-            return {"file": short, "line": frame.line_num, "function": frame.function_name.rpartition(".")[2]}
+            return {"file": short, "line": frame.line_num, "function": frame.function_name.partition(".<locals>")[0]}
     return {}

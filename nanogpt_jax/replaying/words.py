@@ -19,7 +19,7 @@ SCORES, MEAN = "scores QK\u1d40/\u221ad", "weighted mean of the values"
 LABELS = {"bthd,bshd->bhts": SCORES, "td,sd->ts": SCORES, "ts,sd->td": MEAN, "ts,td->sd": MEAN}
 OF_ATTENTION = {"scaled_scores": SCORES, "attention_weights": "softmax", "weighted_mean": MEAN, "_scores": SCORES}
 SOFTMAX = ("reduce_max", "sub", "exp", "reduce_sum", "div", "log", "max")  # operations of blocked attention
-DROPOUT = ("dropout", "keep", "words", "numbers", "_mix", "drop", "_drop")
+DROPOUT = ("dropout", "keep", "words", "numbers", "_mix", "_drop")
 # beside the layers: by our function
 ELSEWHERE = {
     "embed": "embeddings",
@@ -35,9 +35,8 @@ ELSEWHERE = {
     "_cross_entropy": "loss, cross-entropy",
     "mean_loss": "loss, cross-entropy",
     "forward": "logits",
-    "both": "mean over the two halves of the batch",
-    "gradients": "sum over micro-batches",
-    "add": "sum over micro-batches",
+    "_forward": "output head",
+    "_accumulated": "sum over micro-batches",
     "with_frozen": "gradients of frozen parameters",
 }
 
