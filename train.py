@@ -64,7 +64,7 @@ def train(cfg, directory, data, stop):
     tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
     step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = loop.start_state(cfg, tx, task, step, run)  # new, or the newest complete checkpoint
+        state = loop.start_state(cfg, step, run)  # new, or the newest complete checkpoint
         print(headline(cfg, directory, data, mesh, run.step), flush=True)
         outcome = loop.fit(cfg, task, state, step, run, stop)
     if outcome.signal:

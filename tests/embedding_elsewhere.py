@@ -70,7 +70,9 @@ def main(target: str, argv: list[str]) -> None:
     objective = embedding_alone(cfg.model.padded_vocab_size, cfg.model.n_embd, cfg.model.block_size)
     tokens = jax.ShapeDtypeStruct((1, cfg.train.batch_size, objective.row_length), np.int32)
     step = make_train_step(cfg, tx, mesh, objective, how)
-    compiled = step.jitted.lower(step.state, tokens, jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh))).compile()
+    compiled = step.jitted.lower(
+        step.state, tokens, jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh)), step.dials(0)
+    ).compile()
 
     text = compiled.as_text()
     # per computation: the body of a loop runs many times

@@ -24,19 +24,18 @@ from nanogpt_jax.run.checkpoint import load_params
 from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.training.language_model import next_token
 from nanogpt_jax.training.optim import make_optimizer
-from nanogpt_jax.training.state import TrainState, init_state, state_shapes
+from nanogpt_jax.training.state import TrainState, init_state
 from nanogpt_jax.training.step import TrainStep, make_train_step
 
 
 def make_state(cfg: Config, given: Any = None, mesh: Mesh | None = None) -> TrainState:
     """The state at step 0 of a language model's run."""
-    tx, objective = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model)
-    return init_state(cfg, tx, objective, state_shapes(tx, objective, mesh or make_mesh(cfg.mesh)), given)
+    return init_state(make_step(cfg, mesh=mesh).born, cfg.train.seed, given)
 
 
-def make_step(cfg: Config, per_call: int = 1) -> TrainStep:
+def make_step(cfg: Config, per_call: int = 1, mesh: Mesh | None = None) -> TrainStep:
     """Its step, as train.py makes it on a CPU."""
-    cfg, mesh = replace(cfg, train=replace(cfg.train, steps_per_dispatch=per_call)), make_mesh(cfg.mesh)
+    cfg, mesh = replace(cfg, train=replace(cfg.train, steps_per_dispatch=per_call)), mesh or make_mesh(cfg.mesh)
     cfg, how = execution.choose(cfg, "cpu", mesh.size)
     return make_train_step(cfg, make_optimizer(cfg.optim, cfg.train.steps), mesh, next_token(cfg.model), how)
 
@@ -52,7 +51,7 @@ def steps_of(cfg: Config, n: int) -> tuple[TrainState, list[float], list[jax.Arr
             return batches.batch(tokens, seed=1, step=np.array([i]), batch_size=t.batch_size, block_size=T, rows=rows)
 
         batches_.append(processes.place_rows(step.layout, (1, t.batch_size, T + 1), rows_of))
-        state, metrics = take(state, batches_[-1], np.int32(1))
+        state, metrics = take(state, batches_[-1], np.int32(1), step.dials(i))
         losses.append(float(metrics["loss"][0]))
     return state, losses, batches_
 

@@ -122,10 +122,10 @@ def take_steps(n: int, freeze: bool = False, **changed):
     objective = task.objective(cfg, 12, np.array([0.5, 1, 2], np.float32))
     cfg, how = execution.choose(cfg, "cpu", mesh.size)
     step, losses = make_train_step(cfg, tx, mesh, objective, replace(how, steps_per_dispatch=1)), []
-    state = init_state(cfg, tx, objective, step.state)
+    state = init_state(step.born, cfg.train.seed)
     before = jax.tree.map(np.asarray, state.params)
     for i in range(n):
-        state, metrics = step.jitted(state, some_rows(cfg.train.batch_size, 12, i)[None], np.int32(1))
+        state, metrics = step.jitted(state, some_rows(cfg.train.batch_size, 12, i)[None], np.int32(1), step.dials(i))
         losses.append(float(metrics["loss"][0]))
     return before, state, losses
 
@@ -862,10 +862,10 @@ def test_prose_and_code_are_told_apart():
     mesh, tx = make_mesh(cfg.mesh), make_optimizer(cfg.optim, 144)
     objective, how = task.objective(cfg, 64, np.ones(2, np.float32)), replace(how, steps_per_dispatch=8)
     step = make_train_step(cfg, tx, mesh, objective, how)
-    state = init_state(cfg, tx, objective, step.state)
+    state = init_state(step.born, cfg.train.seed)
     for first in range(0, 144, 8):
         rows = data.splits["train"].batch(np.arange(first, first + 8), seed=0, batch_size=16, width=64)
-        state, _ = step.jitted(state, rows, np.int32(8))
+        state, _ = step.jitted(state, rows, np.int32(8), step.dials(first))
     test = data.splits["test"]
     tokens, lengths, labels = head.unpack(jnp.asarray(test.rows(np.arange(len(test)), 64)))
     predicted = head.logits(cfg.model, state.params, tokens, lengths).argmax(1)

@@ -224,14 +224,15 @@ def test_a_folder_that_may_not_be_searched_is_no_traceback(place, monkeypatch, c
     refused(cli._main, line.format("locked/n"), capsys)
 
 
-def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
-    page = run(tmp_path, {**clean_env, "COLUMNS": "80"}, "train.py", "--help").stdout
+def test_help_and_print_config_name_every_setting(place, go, monkeypatch, clean_env):
+    monkeypatch.setenv("COLUMNS", "80")
+    page = go("train", "--help").stdout
     assert re.search(r"--model.n-layer INT +L, transformer blocks \(default: 4\)", page)
     assert re.search(r"--optim.schedule \{cosine,linear,wsd,constant\}\s+from the peak .* in the last 20\s+%", page)
     assert not re.search(r"(INT|FLOAT|TEXT|\})\s+\(default", page), "a setting without a comment"
     assert max(map(len, page.splitlines())) < 110
     page = page.replace("-", "_")
-    shown = run(tmp_path, clean_env, "train.py", "gpt2", "--model.n-layer=3", "--model.n_head", "4", "--print-config")
+    shown = go("train", "gpt2", "--model.n-layer=3", "--model.n_head", "4", "--print-config")
     for key in types_of():
         assert key in page
         assert re.search(rf"^{key.split('.')[1]} = .* # ", shown.stdout, re.M)
@@ -240,24 +241,23 @@ def test_help_and_print_config_name_every_setting(tmp_path, clean_env):
     assert re.search(r"n_embd = 768 +# .*gpt2.toml", shown.stdout)
     assert re.search(r"dropout = 0.0 +# default", shown.stdout)
     assert re.search(r"^# how it runs on this machine.*:\n# attention=blocked\n# scan_unroll=3\n", shown.stdout, re.M)
-    (tmp_path / "again.toml").write_text(shown.stdout, encoding="utf-8")
-    again = run(tmp_path, clean_env, "train.py", "again.toml", "--print-config").stdout
+    (place / "again.toml").write_text(shown.stdout, encoding="utf-8")
+    again = go("train", "again.toml", "--print-config").stdout
     assert re.sub("#.*", "", again) == re.sub("#.*", "", shown.stdout)
     code = "import sys; from nanogpt_jax import cli, config; config.load(['gpt2']); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=clean_env, check=True)
 
 
-@pytest.mark.parametrize(
-    ("flag", "platform", "reason"),
-    [("--mesh.data=16", "cpu", "mesh data=16 .* needs 16 devices"), ("", "abacus", "JAX cannot start on .*abacus")],
-)
-def test_settings_are_shown_on_a_machine_that_cannot_run_them(tmp_path, clean_env, flag, platform, reason):
-    flags = ["gpt2", *([flag] if flag else []), "--print-config"]
-    shown = run(tmp_path, {**clean_env, "JAX_PLATFORMS": platform}, "train.py", *flags)
-    assert shown.returncode == 0, shown.stderr
-    assert re.search(r"n_embd = 768 +# .*gpt2.toml", shown.stdout)
-    assert re.search(rf"^# it cannot run on this machine:\n# {reason}", shown.stdout, re.M)
-    assert not [line for line in shown.stdout.splitlines() if line and not re.match(r"#|\[\w+\]$|\w+ = ", line)]
+def test_settings_are_shown_on_a_machine_that_cannot_run_them(place, clean_env, go):
+    abacus = run(place, {**clean_env, "JAX_PLATFORMS": "abacus"}, "train.py", "gpt2", "--print-config")
+    for shown, reason in (
+        (go("train", "gpt2", "--mesh.data=16", "--print-config"), "mesh data=16 .* needs 16 devices"),
+        (abacus, "JAX cannot start on .*abacus"),
+    ):
+        assert shown.returncode == 0, shown.stderr
+        assert re.search(r"n_embd = 768 +# .*gpt2.toml", shown.stdout)
+        assert re.search(rf"^# it cannot run on this machine:\n# {reason}", shown.stdout, re.M)
+        assert not [line for line in shown.stdout.splitlines() if line and not re.match(r"#|\[\w+\]$|\w+ = ", line)]
 
 
 def command_lines() -> list[command_line.CommandLine]:
@@ -634,11 +634,11 @@ def test_a_start_that_failed_late_leaves_nothing_behind(place, clean_env):
     assert not (place / "runs/late").exists()
 
 
-@pytest.mark.parametrize(("platform", "flag"), [("abacus", ""), ("cpu", "--model.attention=splash")])
-def test_overwriting_deletes_nothing_before_there_are_devices(place, clean_env, platform, flag):
-    flags = [*SMALL, "--run-dir", "runs/done", "--overwrite", *([flag] if flag else [])]
+def test_overwriting_deletes_nothing_before_there_are_devices(place, clean_env, go):
+    flags = [*SMALL, "--run-dir", "runs/done", "--overwrite"]
     before = sorted((place / "runs/done").rglob("*"))
-    failed(run(place, {**clean_env, "JAX_PLATFORMS": platform}, "train.py", *flags))
+    failed(run(place, {**clean_env, "JAX_PLATFORMS": "abacus"}, "train.py", *flags))
+    failed(go("train", *flags, "--model.attention=splash"))
     assert sorted((place / "runs/done").rglob("*")) == before
 
 

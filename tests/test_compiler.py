@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from embedding_elsewhere import embedding_alone
-from helpers import make_state, make_step
+from helpers import make_step
 
 from nanogpt_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from nanogpt_jax.distributed.mesh import make_mesh
@@ -103,8 +103,8 @@ def test_no_step_on_a_cpu_asks_gloo_for_a_reduce_scatter(sizes):
         train=TrainConfig(steps=10, batch_size=8),
         mesh=MeshConfig(*sizes),
     )
-    state, rows = jax.eval_shape(lambda: make_state(cfg)), jax.ShapeDtypeStruct((1, 8, 17), np.int32)
-    text = make_step(cfg).jitted.lower(state, rows, np.int32(1)).compile().as_text()
+    state, rows = make_step(cfg).state, jax.ShapeDtypeStruct((1, 8, 17), np.int32)
+    text = make_step(cfg).jitted.lower(state, rows, np.int32(1), make_step(cfg).dials(0)).compile().as_text()
     assert "all-reduce" in text
     assert "reduce-scatter" not in text
 

@@ -80,7 +80,7 @@ def take_steps(cfg: Config, n: int, per_dispatch: int = 1, stream: np.ndarray | 
             stack[i] = batches.batch(
                 stream, seed=1, step=first + i, batch_size=t.batch_size, block_size=cfg.model.block_size
             )
-        state, values = step.jitted(state, stack, np.int32(count))
+        state, values = step.jitted(state, stack, np.int32(count), step.dials(first))
         losses += [float(x) for x in values["loss"][:count]]
     return state, losses
 
@@ -143,7 +143,9 @@ def test_python_looks_through_a_layer_once(monkeypatch):
     plain = attention.reference
     backend = lambda q, *rest, **more: seen.append(q.shape) or plain(q, *rest, **more)  # noqa: E731
     monkeypatch.setitem(attention.BACKENDS, "reference", backend)
-    make_step(TINY).jitted.lower(make_state(TINY), np.zeros((1, 8, 17), np.int32), np.int32(1))
+    make_step(TINY).jitted.lower(
+        make_state(TINY), np.zeros((1, 8, 17), np.int32), np.int32(1), make_step(TINY).dials(0)
+    )
     assert [shape for shape in seen if shape[1] > 1] == [(4, 16, 4, 8)]  # of length 1: where weights are made
 
 
@@ -210,8 +212,9 @@ def test_each_device_calls_cudnn_with_its_own_part(monkeypatch, micro_batch):
 
 def compiled_step(cfg) -> str:
     """The text of the program of a step of TINY, changed, with shapes alone."""
-    state, tokens = jax.eval_shape(lambda: make_state(cfg)), jax.ShapeDtypeStruct((1, 8, 17), np.int32)
-    return make_step(cfg).jitted.lower(state, tokens, np.int32(1)).compile().as_text()
+    state, tokens = make_step(cfg).state, jax.ShapeDtypeStruct((1, 8, 17), np.int32)
+    step = make_step(cfg)
+    return step.jitted.lower(state, tokens, np.int32(1), step.dials(0)).compile().as_text()
 
 
 def test_devices_that_split_the_batch_exchange_gradients_alone():
@@ -241,7 +244,7 @@ def test_update_is_a_function_that_vmap_takes():
 
     def run(seed, rate):
         tx = make_optimizer(replace(cfg.optim, learning_rate=rate), 3)
-        state = first_state(tx, objective, seed)
+        state = first_state(tx, objective, jax.random.key(seed))
         for batch in rows:
             state, metrics = update(tx, gradients, state, batch, None)
         return state, metrics
@@ -327,11 +330,12 @@ def test_the_second_program_takes_over_and_gives_the_same_bits(capfd):
     """Else a run that goes on from a checkpoint would differ from one that was never stopped."""
     cfg = change(TINY, model__dropout=0.2, model__n_layer=1, optim__name="muon")
     tokens = np.random.default_rng(0).integers(0, 65, (2, 8, 17), dtype=np.int32)
+    dials = make_step(cfg, 2).dials
     step = CompiledStep(make_step(cfg, 2), make_state(cfg), tokens)  # pyright: ignore[reportArgumentType]
 
     def three_steps():
-        state, _ = step(make_state(cfg), tokens, np.int32(2))
-        state, metrics = step(state, tokens, np.int32(1))
+        state, _ = step(make_state(cfg), tokens, 2, dials(0))
+        state, metrics = step(state, tokens, 1, dials(2))
         return state, metrics, step._program.memory_analysis().temp_size_in_bytes
 
     *expected, before = three_steps()
@@ -354,17 +358,17 @@ def test_the_second_program_takes_over_and_gives_the_same_bits(capfd):
 def test_no_second_program_where_memory_is_scarce_or_xla_refuses(monkeypatch, place, name, value):
     monkeypatch.setattr(place, name, value)
     x, rows = jnp.ones((64, 64)), jnp.ones(1)
-    step = CompiledStep(as_step(lambda x, rows, n: (jnp.sin(x @ x) @ x, {})), x, rows)  # pyright: ignore
-    first, expected = step._program, step(x, rows, 1)  # pyright: ignore
+    step = CompiledStep(as_step(lambda x, rows, n, dials: (jnp.sin(x @ x) @ x, {})), x, rows)  # pyright: ignore
+    first, expected = step._program, step(x, rows, 1, ())  # pyright: ignore
     step.improve(at_once=True)
-    assert_trees_equal(step(x, rows, 1), expected)  # pyright: ignore
+    assert_trees_equal(step(x, rows, 1, ()), expected)  # pyright: ignore
     assert (step._program is first) == (name != "RECOMPILE_COST")
 
 
 def as_step(function: Any) -> TrainStep:
-    """Any function of (state, rows, n) as a step that may be compiled twice."""
+    """Any function of (state, rows, n, dials) as a step that may be compiled twice."""
     _, how = execution.choose(TINY, "cpu")
-    return TrainStep(jax.jit(function), None, None, how)  # pyright: ignore[reportArgumentType]
+    return TrainStep(jax.jit(function), None, None, None, how, lambda first: ())  # pyright: ignore[reportArgumentType]
 
 
 def test_a_signal_is_heard_while_the_step_is_compiled():
@@ -381,7 +385,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 
     with stop_on_signals(str) as stop:
         _, how = execution.choose(TINY, "cpu")
-        step = TrainStep(Step(), None, None, how)  # pyright: ignore[reportArgumentType]
+        step = TrainStep(Step(), None, None, None, how, lambda first: ())  # pyright: ignore[reportArgumentType]
         CompiledStep(step, jnp.ones(()), jnp.ones(1), stop=stop)  # pyright: ignore[reportArgumentType]
         assert stop.received == signal.SIGTERM
         signalled.set()
@@ -504,7 +508,7 @@ def test_a_step_that_takes_minutes_is_announced(train, monkeypatch, capsys):
 def test_several_devices_have_no_second_program():
     mesh = make_mesh(change(TINY, mesh__data=2).mesh)
     x = jax.device_put(jnp.ones((64, 64)), NamedSharding(mesh, P("data")))
-    step = CompiledStep(as_step(lambda x, rows, n: (x @ x, {})), x, jnp.ones(1))  # pyright: ignore
+    step = CompiledStep(as_step(lambda x, rows, n, dials: (x @ x, {})), x, jnp.ones(1))  # pyright: ignore
     step.improve(at_once=True)
     assert step._second is None
 
@@ -536,12 +540,13 @@ def test_only_a_long_run_is_compiled_twice(train, monkeypatch):
     asked = []
     monkeypatch.setattr(CompiledStep, "improve", lambda self: asked.append(self))
     monkeypatch.setattr(execution, "RECOMPILE_AFTER", 0)
-    assert train("--train.steps", "20", "--run-dir", "short") == 0
+    flags = "--train.steps 20 --train.save-every 0 --train.eval-every 0 --run-dir".split()
+    assert train(*flags, "short") == 0
     assert not asked
     monkeypatch.setattr(execution, "RECOMPILE_LEFT", 0)
-    assert train("--train.steps", "20", "--train.recompile", "off", "--run-dir", "off") == 0
+    assert train(*flags, "off", "--train.recompile", "off") == 0
     assert not asked
-    assert train("--train.steps", "20", "--run-dir", "long") == 0
+    assert train(*flags, "long") == 0
     assert asked
 
 
@@ -552,7 +557,7 @@ def test_a_run_takes_the_second_program_and_says_so(train, monkeypatch, capsys):
     )
     for name in ("RECOMPILE_AFTER", "RECOMPILE_LEFT", "RECOMPILE_TOLD"):
         monkeypatch.setattr(execution, name, 0)
-    assert train("--train.steps", "60", "--run-dir", "r") == 0
+    assert train(*"--train.steps 60 --train.save-every 0 --train.eval-every 0 --run-dir r".split()) == 0
     told = re.findall(
         r"step \d+: (a faster program .* is being compiled, in about|a second, faster program)", capsys.readouterr().err
     )
@@ -593,7 +598,7 @@ def test_training_learns_and_the_step_is_donated():
     assert losses[-1] < 0.5
     assert int(state.step) == 60
     old = make_state(TINY)
-    make_step(TINY).jitted(old, np.zeros((1, 8, 17), np.int32), np.int32(1))
+    make_step(TINY).jitted(old, np.zeros((1, 8, 17), np.int32), np.int32(1), make_step(TINY).dials(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
 
 
@@ -883,7 +888,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(saved, monkeypatch):
     bad = run / "checkpoints/20/opt_state/_METADATA"
     flip(bad, 5)
     load(run)  # which needs none of it
-    shapes = trees(jax.eval_shape(lambda: make_state(cfg)))
+    shapes = trees(make_step(cfg).state)
     delete = re.escape(f"rm -r {run / 'checkpoints/20'}")
     with Checkpointer(run, 2) as checkpoints, pytest.raises(UserError, match=f"{bad} has .*checksum(.|\n)*{delete}\n"):
         checkpoints.restore(shapes)
@@ -939,7 +944,7 @@ def test_every_file_that_is_read_is_verified_once(saved, monkeypatch):
     assert sorted(verified) == read
     verified.clear()
     with Checkpointer(run, 2) as checkpoints:
-        checkpoints.restore(trees(jax.eval_shape(lambda: make_state(cfg))))
+        checkpoints.restore(trees(make_step(cfg).state))
     assert sorted(verified) == sorted([*read, *files_of("20/opt_state")])
 
 

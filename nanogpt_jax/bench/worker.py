@@ -49,7 +49,8 @@ def work(order: dict[str, Any]) -> None:
                 peak_memory = peak_memory or _peak_memory(order["engine"])  # before the arrays of the limits
                 answer = {"tokens_per_second": tokens / seconds}
                 if order["engine"] == "jax":
-                    answer |= _limits()
+                    computes = order["work"] != "data"  # who only reads has no share of them: seconds a round
+                    answer |= _limits() if computes else dict.fromkeys(("peak_flops", "bandwidth"), float("inf"))
             else:
                 answer = {"peak_memory_bytes": peak_memory}
         except ImportError as e:
@@ -137,7 +138,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
     cfg, how = execution.choose(cfg, platform, mesh.size, room(mesh))
     tx, task, K = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model), how.steps_per_dispatch
     step = make_train_step(cfg, tx, mesh, task, how)
-    state = init_state(cfg, tx, task, step.state)
+    state = init_state(step.born, cfg.train.seed)
     shape = (K, cfg.train.batch_size, cfg.model.block_size + 1)
     tokens = jax.device_put(
         np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32), step.layout
@@ -148,7 +149,7 @@ def _jax_train(cfg: Config, order: dict[str, Any]):
         nonlocal state, runs
         if runs == 1:
             program.improve(at_once=True)  # as in a long run; not counted in the time to the first step
-        state, metrics = program(state, tokens, np.int32(K))
+        state, metrics = program(state, tokens, K, step.dials(0))
         jax.block_until_ready(metrics["loss"])
         runs += 1
         return K * cfg.train.batch_size * cfg.model.block_size

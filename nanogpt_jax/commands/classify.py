@@ -183,7 +183,7 @@ def _train(cfg: ClassifierConfig, directory: Path, data: LabelledData, stop: Any
     tx = classification.head_alone(tx) if cfg.classify.freeze else tx
     step = make_train_step(cfg, tx, mesh, task, how)
     with Recording(directory, cfg.train) as run:
-        state = start_state(cfg, tx, task, step, run)
+        state = start_state(cfg, step, run)
         print(classification.headline(cfg, directory, data, mesh, run.step), flush=True)
         outcome = fit(cfg, task, state, step, run, stop)
     if outcome.signal:

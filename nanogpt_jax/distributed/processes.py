@@ -310,7 +310,7 @@ _handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
 @_handler_type
 def _aborted(_: int) -> None:
     """If JAX aborts since process 0 is gone, the member notices that too, and ends this process in its own words."""
-    for _ in range(20):
+    for _ in range(round(20 * GRACE)):  # 0.1 s each; a busy machine needs seconds
         time.sleep(0.1)
         if _group.member and _group.member.over:
             time.sleep(2 * GRACE)

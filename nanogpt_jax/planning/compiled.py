@@ -66,7 +66,7 @@ def of_plan(p: Plan, card: Path | None = None) -> Compiled:
     rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=step.layout)
     number = jax.ShapeDtypeStruct((), np.int32, sharding=shard(mesh))
     try:
-        compiled = step.jitted.lower(step.state, rows, number).compile()
+        compiled = step.jitted.lower(step.state, rows, number, step.dials(0)).compile()
     except jax.errors.JaxRuntimeError as e:
         if (needed := _refused(str(e))) == 0:
             raise UserError(f"XLA cannot compile this step: {str(e).splitlines()[0][:300]}") from None

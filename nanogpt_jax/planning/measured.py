@@ -33,7 +33,7 @@ def step_seconds(p: Plan) -> tuple[float, float]:
     cfg, how = execution.choose(p.cfg, platform, mesh.size, room(mesh))
     tx, task = make_optimizer(cfg.optim, cfg.train.steps), next_token(cfg.model)
     step = make_train_step(cfg, tx, mesh, task, how)
-    state = init_state(cfg, tx, task, step.state)
+    state = init_state(step.born, cfg.train.seed)
     shape = (how.steps_per_dispatch, cfg.train.batch_size, cfg.model.block_size + 1)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, dtype=np.int32)
     rows = jax.device_put(tokens, step.layout)
@@ -41,10 +41,10 @@ def step_seconds(p: Plan) -> tuple[float, float]:
 
     def timed(state):
         taken, most = [], time.monotonic() + LEAST
-        state, _ = jax.block_until_ready(program(state, rows, len(rows)))
+        state, _ = jax.block_until_ready(program(state, rows, len(rows), step.dials(0)))
         while len(taken) < CALLS or time.monotonic() < most:
             began = time.monotonic()
-            state, _ = jax.block_until_ready(program(state, rows, len(rows)))
+            state, _ = jax.block_until_ready(program(state, rows, len(rows), step.dials(0)))
             taken.append((time.monotonic() - began) / len(rows))
         return state, statistics.median(taken)
 

@@ -12,12 +12,13 @@ import numpy as np
 from nanogpt_jax.host import memory, runtime
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution
+from nanogpt_jax.training.dials import Dials
 from nanogpt_jax.training.state import TrainState
 from nanogpt_jax.training.step import Metrics, TrainStep
 
 
 class CompiledStep:
-    """A jitted step (state, rows, n), compiled for these arguments.
+    """A jitted step (state, rows, n, dials), compiled for these arguments.
 
     XLA:CPU reuses buffers in program order; two cores execute in another order and stall on buffers that are still
     being read. A second program allocates a buffer of its own for every array: the same operations, the same bits,
@@ -38,7 +39,7 @@ class CompiledStep:
         stop: StopRequest | None = None,
     ):
         """Blocks until compiled. If `stop` comes first, returns uncompiled and must not be called."""
-        self._lowered: Any = step.jitted.lower(state, rows, np.int32(len(rows)))
+        self._lowered: Any = step.jitted.lower(state, rows, np.int32(len(rows)), step.dials(0))
         compiling = _aside(self._lowered.compile)  # Python hears no signal while its main thread is inside XLA
         while not (stop and stop.received) and not wait([compiling], timeout=0.1).done:
             pass
@@ -52,14 +53,14 @@ class CompiledStep:
         self._left, self._taken, self._began = steps_left, 0, time.monotonic()
         memory.trim()  # of compiling, before the step allocates its own
 
-    def __call__(self, state: TrainState, rows: jax.Array, n: jax.typing.ArrayLike) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, rows: jax.Array, n: int, dials: Dials) -> tuple[TrainState, Metrics]:
         if self._can_improve and self._taken:
             spent = time.monotonic() - self._began
             left = spent / self._taken * (self._left - self._taken)
             if spent > execution.RECOMPILE_AFTER and left > execution.RECOMPILE_LEFT:
                 self.improve()
-        self._taken += int(n)  # pyright: ignore[reportArgumentType]
-        return self._program(state, rows, n)
+        self._taken += n
+        return self._program(state, rows, np.int32(n), dials)
 
     @property
     def temporary_memory(self) -> int:

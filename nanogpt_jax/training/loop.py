@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from nanogpt_jax.config import Config, UserError, read_json
 from nanogpt_jax.data import batches
@@ -52,9 +51,7 @@ class Outcome:
         return f"{self.validation['val/loss']:.4f}" + ("" if best is None else f", the best possible {best:.4f},")
 
 
-def start_state(
-    cfg: Config, tx: optax.GradientTransformation, task: Task, step: TrainStep, run: Recording
-) -> TrainState:
+def start_state(cfg: Config, step: TrainStep, run: Recording) -> TrainState:
     """The state of the run's newest complete checkpoint, laid out as `step` takes it; without one, a new state.
 
     A new state has the best weights of the run train.init_from, if one is named. They are read now, and never again.
@@ -68,7 +65,7 @@ def start_state(
     if cfg.train.init_from != "scratch":
         theirs = gpt2.param_shapes(read_json(first / "config.json").model)
         given = load_first_params(first, laid_out(step.layout.mesh, theirs))  # pyright: ignore[reportArgumentType]
-    return init_state(cfg, tx, task, shapes, given)
+    return init_state(step.born, cfg.train.seed, given)
 
 
 def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -108,7 +105,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
                 reader.begin()
             if news := program.news():
                 progress.note(f"step {at}: {news}")
-            state, metrics = program(state, rows, np.int32(n))
+            state, metrics = program(state, rows, n, step.dials(first))
             if saved == first:
                 memory.trim()  # its save held arrays where a step's memory lay: the next would hold a second block
             reader.add(first, n, metrics)

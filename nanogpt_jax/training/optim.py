@@ -1,9 +1,11 @@
 """Optimizers and learning-rate schedules: optax's, in two tables. Adding one is a function and an entry."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -11,6 +13,8 @@ from nanogpt_jax.config import OptimConfig
 from nanogpt_jax.distributed.sharding import path_name
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Numbers = dict[str, jax.typing.ArrayLike]
+NUMBERS = ("beta1", "beta2", "weight_decay", "grad_clip")  # of OptimConfig
 
 
 def is_matrix(path: tuple, _leaf: object) -> bool:
@@ -121,19 +125,44 @@ def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])  # pyright: ignore[reportReturnType]
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The whole chain from gradient to update: clip by global norm, then the optimizer with its schedule."""
-    update = OPTIMIZERS[cfg.name](cfg, make_schedule(cfg, steps))
-    update = optax.chain(optax.clip_by_global_norm(cfg.grad_clip), update) if cfg.grad_clip else update
-    if not (cfg.freeze_layers or cfg.freeze_embeddings):
-        return update
+def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The whole chain from gradient to update: clip by global norm, then the optimizer with its schedule.
 
-    # weight decay moves what has no gradient; x + -0.0 is x for every x, and x + 0.0 is not for -0.0
-    def update_rest(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
-        updates, state = update.update(updates, state, params)
-        return with_frozen(cfg, updates, -0.0), state
+    Its `update` takes `rate`, instead of the schedule's, and `numbers`, instead of those of `cfg`: a compiled step has
+    them as arguments.
+    """
 
-    return optax.GradientTransformation(update.init, update_rest)
+    def chain(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
+        tx = OPTIMIZERS[cfg.name](cfg, rate)
+        return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), tx) if "grad_clip" in own else tx
+
+    own = numbers_of(cfg)
+    scheduled = chain(cfg, make_schedule(cfg, steps))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        rate: jax.Array | None = None,
+        numbers: Numbers | None = None,
+        **_: object,
+    ):
+        tx = scheduled
+        if rate is not None:
+            tx = chain(dataclasses.replace(cfg, **(numbers or {})), lambda _: rate)  # pyright: ignore[reportArgumentType]
+        updates, state = tx.update(updates, state, params)
+        if cfg.freeze_layers or cfg.freeze_embeddings:
+            # weight decay moves what has no gradient; x + -0.0 is x for every x, and x + 0.0 is not for -0.0
+            updates = with_frozen(cfg, updates, -0.0)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(scheduled.init, update)
+
+
+def numbers_of(cfg: OptimConfig) -> Numbers:
+    """What `update` takes as `numbers`, each [] float32. Clipping that is off is another program."""
+    return {name: np.float32(getattr(cfg, name)) for name in NUMBERS if name != "grad_clip" or cfg.grad_clip}
 
 
 def with_frozen(cfg: OptimConfig, tree: optax.Updates, value: float) -> optax.Updates:

@@ -1,6 +1,7 @@
 """What a step changes, how it is created, and where it lies."""
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from nanogpt_jax.config import Config
 from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.model.gpt2 import Params
+from nanogpt_jax.training.dials import key_data
 from nanogpt_jax.training.task import Objective
 
 
@@ -25,13 +26,17 @@ class TrainState:
 
 
 def first_state(
-    tx: optax.GradientTransformation, objective: Objective, seed: int, given: Params | None = None, positions: int = 0
+    tx: optax.GradientTransformation,
+    objective: Objective,
+    key: jax.Array,
+    given: Params | None = None,
+    positions: int = 0,
 ) -> TrainState:
-    """The state at step 0. Weights depend on the seed alone.
+    """The state at step 0. Weights depend on the key alone.
 
     `given` weights replace them; a shorter context takes their first `positions`. Those that `given` lacks are new.
     """
-    params = objective.init(jax.random.key(seed))
+    params = objective.init(key)
     if given is not None:
         params = {**params, **given, "wpe": given["wpe"][:positions]}
     return TrainState(jnp.int32(0), params, tx.init(params))
@@ -39,7 +44,7 @@ def first_state(
 
 def state_shapes(tx: optax.GradientTransformation, objective: Objective, mesh: Mesh) -> TrainState:
     """A state of jax.ShapeDtypeStructs, with the sharding of each leaf on `mesh`."""
-    return laid_out(mesh, jax.eval_shape(lambda: first_state(tx, objective, 0)), objective.rules)
+    return laid_out(mesh, jax.eval_shape(lambda: first_state(tx, objective, jax.random.key(0))), objective.rules)
 
 
 def layout(shapes: TrainState) -> TrainState:
@@ -47,10 +52,16 @@ def layout(shapes: TrainState) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, shapes)
 
 
-def init_state(
-    cfg: Config, tx: optax.GradientTransformation, objective: Objective, shapes: TrainState, given: Params | None = None
-) -> TrainState:
-    """`first_state`, created sharded as in `shapes` (`state_shapes`): no device ever holds more than its part."""
-    born = functools.partial(first_state, tx, objective, cfg.train.seed, positions=cfg.model.block_size)
-    first = jax.jit(lambda given: born(given=given), out_shardings=layout(shapes))
-    return processes.together("the first state", first)(given)
+def make_born(tx: optax.GradientTransformation, objective: Objective, shapes: TrainState, positions: int) -> Any:
+    """`first_state`, jitted: (key data [2] uint32, given weights or None) -> a state that is sharded as in `shapes`."""
+
+    @functools.partial(jax.jit, out_shardings=layout(shapes))
+    def born(key: jax.Array, given: Params | None) -> TrainState:
+        return first_state(tx, objective, jax.random.wrap_key_data(key), given, positions)
+
+    return born
+
+
+def init_state(born: Any, seed: int, given: Params | None = None) -> TrainState:
+    """The state at step 0 of a run, created sharded: no device ever holds more than its part."""
+    return processes.together("the first state", born)(key_data(seed), given)

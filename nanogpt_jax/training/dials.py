@@ -1,0 +1,42 @@
+"""Numbers that a compiled step takes as arguments: runs that differ in nothing else share a program."""
+
+# K steps in a call
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanogpt_jax.config import Config
+from nanogpt_jax.training.optim import Numbers, make_schedule, numbers_of
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dials:
+    """The numbers of a call."""
+
+    rates: jax.typing.ArrayLike  # [K] float32: learning rates
+    numbers: Numbers  # of the optimizer, [] float32 each
+    dropout: jax.typing.ArrayLike  # [2] uint32: the run's key
+
+
+def make_dials(cfg: Config, K: int) -> Callable[[int], Dials]:
+    """The first step of a call of K steps -> its dials."""
+    t = cfg.train
+    schedule = jax.jit(jax.vmap(make_schedule(cfg.optim, t.steps)))
+    rates = np.asarray(schedule(np.arange(t.steps + K)), np.float32)
+    dropout = key_data(t.seed ^ 0xD409)  # differs from the key of the initial weights
+    return lambda first: Dials(rates[first : first + K], numbers_of(cfg.optim), dropout)
+
+
+def key_data(seed: int) -> np.ndarray:
+    """[2] uint32"""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+def dropout_key(dials: Dials, step: jax.Array) -> jax.Array:
+    """The key of a step's masks."""
+    return jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(dials.dropout)), step)
