@@ -16,6 +16,7 @@ from nanogpt_jax.model import gpt2, losses
 from nanogpt_jax.replaying import operations
 from nanogpt_jax.replaying.operations import Evaluation, Mark, Place, Summary
 from nanogpt_jax.replaying.rebuilt import Rebuilt
+from nanogpt_jax.training.dials import dropout_key
 from nanogpt_jax.training.gradients import make_gradients
 from nanogpt_jax.training.state import TrainState
 from nanogpt_jax.training.step import update
@@ -50,7 +51,9 @@ def find(its: Rebuilt) -> Findings:
     """The step once more on one device, operation by operation."""
     cfg, mesh = its.cfg, make_mesh(MeshConfig())
     state: TrainState = jax.device_put(its.before, mesh.devices.flat[0])
-    rows, key = jax.device_put(its.rows, mesh.devices.flat[0]), dropout_key(its)
+    rows, key = jax.device_put(its.rows, mesh.devices.flat[0]), None
+    if cfg.model.dropout:
+        key = dropout_key(its.dials, state.step)
     # by halves, JAX would name one line for all operations; it is the same to rounding
     gradients = make_gradients(cfg, mesh, its.task, replace(its.how, halves=False))
     largest: dict[tuple[int | None, str], float] = {}
@@ -79,7 +82,8 @@ def find(its: Rebuilt) -> Findings:
     elif origin is None and (its.wrong_after or not np.isfinite(its.metrics["grad_norm"])):
 
         def rest(state: TrainState, loss: jax.Array, grads: Any) -> Any:
-            return update(its.tx, lambda *_: (loss, grads), state, rows, None)
+            rate, numbers = np.asarray(its.dials.rates)[0], its.dials.numbers
+            return update(its.tx, lambda *_: (loss, grads), state, rows, None, rate=rate, numbers=numbers)
 
         last = Evaluation(rest, (state, loss, grads))
         phase, origin, shown = PHASES[2], operations.first(last.origins), last.shown
@@ -88,12 +92,6 @@ def find(its: Rebuilt) -> Findings:
         phase, origin, shown.get(origin.number) if origin else None, float(forward.outputs),
         largest, _norms(grads), _norms(state.params), np.asarray(nats), spoilt,
     )  # fmt: skip
-
-
-def dropout_key(its: Rebuilt) -> jax.Array | None:
-    """The key of the step's dropout masks."""
-    t = its.cfg.train
-    return jax.random.fold_in(jax.random.key(t.seed ^ 0xD409), its.step - 1) if its.cfg.model.dropout else None
 
 
 def _column(place: Place, primitive: str) -> str:

@@ -25,6 +25,7 @@ from nanogpt_jax.model.execution import Execution
 from nanogpt_jax.replaying.past import Past, schedules
 from nanogpt_jax.run.checkpoint import Damaged, load_trees
 from nanogpt_jax.training import loop
+from nanogpt_jax.training.dials import Dials, make_dials
 from nanogpt_jax.training.language_model import language_model
 from nanogpt_jax.training.optim import make_optimizer
 from nanogpt_jax.training.state import TrainState, init_state
@@ -52,6 +53,7 @@ class Rebuilt:
     before: TrainState  # numpy arrays
     rows: np.ndarray  # [B, T+1] int32
     metrics: dict[str, float]  # of the step by the compiled program: loss, grad_norm, learning_rate
+    dials: Dials  # its learning rate, and the other numbers of the optimizer
     wrong_after: tuple[str, ...]  # what is not finite after the step: parameters, optimizer's state
     compared: Compared
     is_own_mesh: bool  # whether it is computed on as many devices as the run's
@@ -65,17 +67,14 @@ def rebuild(past: Past, data: Dataset, step: int) -> Rebuilt:
     cfg, how = execution.choose(cfg, platform, mesh.size, room(mesh))
     task = language_model(cfg, mesh, data)
 
-    def program(steps: int) -> tuple[optax.GradientTransformation, TrainStep]:
-        tx = make_optimizer(cfg.optim, steps)
-        return tx, make_train_step(_lasting(cfg, steps), tx, mesh, task, how)
-
     *_, (_, _, steps) = schedules(past, step - 1, step)
-    tx, last = program(steps)
-    first, state = _begin(past, cfg, tx, task, last, step)
+    tx = make_optimizer(cfg.optim, steps)
+    last = make_train_step(_lasting(cfg, steps), tx, mesh, task, how)
+    first, state = _begin(past, cfg, last, step)
     found: dict[int, dict[str, float]] = {}
     with Progress("step", step, first) as progress:
         for begin, end, its_steps in schedules(past, first, step - 1):
-            one = last if its_steps == steps else program(its_steps)[1]
+            one = replace(last, dials=make_dials(_lasting(cfg, its_steps), how.steps_per_dispatch))  # the same program
             for at, n in loop.calls(begin, end, how.steps_per_dispatch, ()):
                 state, values = _take(one, state, task, at, n)
                 found |= values
@@ -86,7 +85,8 @@ def rebuild(past: Past, data: Dataset, step: int) -> Rebuilt:
     parts = {"parameters": state.params, "optimizer's state": state.opt_state}
     wrong = tuple(name for name, tree in parts.items() if not loop.are_finite(tree))
     return Rebuilt(
-        _lasting(cfg, steps), how, tx, task, step, first, before, _rows(task, step - 1, 1)[0], values[step], wrong,
+        _lasting(cfg, steps), how, tx, task, step, first, before, _rows(task, step - 1, 1)[0], values[step],
+        last.dials(step - 1), wrong,
         _compare(past, {**found, **values}), is_own,
     )  # fmt: skip
 
@@ -104,9 +104,7 @@ def _mesh(cfg: Config) -> tuple[Mesh, bool]:
         return make_mesh(MeshConfig()), False
 
 
-def _begin(
-    past: Past, cfg: Config, tx: optax.GradientTransformation, task: Task, program: TrainStep, step: int
-) -> tuple[int, TrainState]:
+def _begin(past: Past, cfg: Config, program: TrainStep, step: int) -> tuple[int, TrainState]:
     """The newest state before `step` that can be had: of a checkpoint, or the first one, from the seed."""
     shapes, refused = program.state, None
     for at in reversed([at for at in past.checkpoints if at < step]):
@@ -128,7 +126,7 @@ def _begin(
                 else ""
             )
         )
-    return 0, init_state(cfg, tx, task, shapes)
+    return 0, init_state(program.born, cfg.train.seed)
 
 
 def _take(
@@ -138,7 +136,7 @@ def _take(
     K = program.how.steps_per_dispatch
     rows = _rows(task, first, n)
     rows = np.concatenate([rows, np.zeros((K - n, *rows.shape[1:]), np.int32)])
-    state, metrics = program.jitted(state, jax.device_put(rows, program.layout), np.int32(n))
+    state, metrics = program.jitted(state, jax.device_put(rows, program.layout), np.int32(n), program.dials(first))
     values = jax.device_get(metrics)
     return state, {first + i + 1: {name: float(x[i]) for name, x in values.items()} for i in range(n)}
 
