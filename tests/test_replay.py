@@ -208,8 +208,8 @@ def test_a_finite_step_shows_the_same_table_and_its_text_escaped(capsys):
         (line,) = [line for line in page.splitlines() if line.startswith(f"{name}  ")]
         assert len(line.split()) >= 2, line
     assert page.count("nats a token; most") == 4
-    assert "\\x1b" in page
     assert "\x1b" not in page
+    assert shown.visible("gato \x1b[31m\n\t\\") == r"gato \x1b[31m\n\t\\"
 
 
 # ---- which operation ------------------------------------------------------------------------------------------------
