@@ -178,6 +178,7 @@ COMMANDS = {
     "export-hf": ("write a run for transformers, or as GGUF", "commands.huggingface", "main_export"),
     "classify": ("train a text classifier, measure it, ask it", "commands.classify", "main"),
     "scaling": ("measure how the cost of a token grows with the model", "bench.scaling", "main"),
+    "replay": ("take a step of a run once more, to see what broke", "commands.replay", "main"),
     "plan": ("say what a run needs and costs before it starts", "commands.plan", "main"),
     "sweep": ("train many runs, settings times seeds, and compare them", "commands.sweep", "main"),
     "bench": ("measure how fast this machine trains and samples", "bench.bench", "main"),

@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "planning": {"config", "host", "model", "distributed", "training"},
     "comparing": {"config", "host", "run", "evaluation"},
     "sweeping": {"config", "host", "model", "data", "distributed", "evaluation", "run", "training"},
+    "replaying": {"config", "host", "model", "data", "distributed", "run", "training", "evaluation"},
     "lesson": set(),
     "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
         *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
-        *("interop", "classify", "pages", "planning", "comparing", "sweeping", "api"),
+        *("interop", "classify", "pages", "planning", "comparing", "sweeping", "replaying", "api"),
     },
     "cli": {"config", "host"},
     "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
@@ -51,6 +52,7 @@ SLICES = {
     "pages": ["commands/attend.py", "commands/report.py"],
     "planning": ["commands/plan.py"],
     "sweeping": ["commands/sweep.py"],
+    "replaying": ["commands/replay.py"],
 }
 # commands that use a slice if it is there, and stay without it
 DO_WITHOUT = {"pages": ["commands/compare.py", "commands/sweep.py"]}

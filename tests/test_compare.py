@@ -238,7 +238,7 @@ def test_whatever_a_pattern_matches_is_shown_or_named(capsys):
     made("runs/going", "--train.seed 3", until=40)
     made("runs/broken", "--train.seed 4", until=60)
     with Path("runs/broken/metrics.jsonl").open("a") as file:
-        file.write('{"step": 70, "train/loss": null}\n')
+        file.write('{"step": 70, "diverged": 1.0}\n')
     made("runs/new", "--train.seed 5", final=None)
     made("runs/imported", "--train.seed 6", final=None)
     Path("runs/imported/import.json").write_text("{}")

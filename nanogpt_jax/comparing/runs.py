@@ -173,8 +173,8 @@ def _state(path: Path, steps: int, rows: list[dict[str, Any]], nats: Curve) -> s
         return "finished"
     if _is_training(path):
         return "running"
-    if any(row.get(key, 0.0) is None for row in rows for key in ("train/loss", "val/loss", "grad_norm")):
-        return "diverged"  # a number that was not finite is null
+    if any(row.get(metrics.DIVERGED) for row in rows):
+        return "diverged"
     if rows:
         return "stopped"
     return "imported" if os.path.lexists(path / IMPORTED) else "without metrics"

@@ -12,7 +12,7 @@ import numpy as np
 from nanogpt_jax.config import DataConfig, UserError
 from nanogpt_jax.data import batches, corpora
 from nanogpt_jax.data.corpus import Corpus
-from nanogpt_jax.data.dataset import encode, open_data
+from nanogpt_jax.data.dataset import Dataset, encode, open_data
 from nanogpt_jax.data.tokenizer import Tokenizer, UnknownText
 from nanogpt_jax.host import files
 
@@ -69,7 +69,16 @@ def _named_as_here() -> Iterator[None]:
 
 def own(split: str, cfg: DataConfig, tokenizer: Tokenizer, run: Path) -> Text:
     """A split of the run's own data; UserError if it is no longer available or has changed."""
-    other = "to measure it on another text: --data FILE"
+    data = own_data(cfg, run, "to measure it on another text: --data FILE")
+    tokens = data.val if split == "val" else data.train
+    if isinstance(tokens, batches.Mixture):
+        tokens = np.concatenate(tokens.parts)
+    source = "" if cfg.mixture else cfg.source
+    return Text(f"{cfg.title} ({split})", tokens, data.manifest[split]["bytes"], tokenizer, source)
+
+
+def own_data(cfg: DataConfig, run: Path, other: str) -> Dataset:
+    """The data that the run was trained on. UserError, with `other` as advice, if it is gone or has changed."""
     path = run / "data.json"
     try:
         fingerprint = json.loads(files.read(path))["fingerprint"]
@@ -86,8 +95,4 @@ def own(split: str, cfg: DataConfig, tokenizer: Tokenizer, run: Path) -> Text:
             f"the data of {run} has changed: {cfg.title} gives other tokens now than it was trained on\n"
             f"       bring the old text back; {other}"
         )
-    tokens = data.val if split == "val" else data.train
-    if isinstance(tokens, batches.Mixture):
-        tokens = np.concatenate(tokens.parts)
-    source = "" if cfg.mixture else cfg.source
-    return Text(f"{cfg.title} ({split})", tokens, data.manifest[split]["bytes"], tokenizer, source)
+    return data

@@ -220,6 +220,22 @@ def load_first_params(run_dir: Path, shapes: Any) -> Any:
         return _load(run_dir, shapes, "best")[0]
 
 
+def load_trees(run_dir: Path, shapes: dict[str, Any], step: int) -> dict[str, Any]:
+    """The trees of checkpoint `step`, as `Checkpointer.restore` reads the newest. Nothing is written.
+
+    Damaged if it cannot be used; UserError if it does not fit the run's settings.
+    """
+    folder = _folder(run_dir, step)
+    trees = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+    try:
+        _verify(folder)
+        with _manager(run_dir, None) as manager:
+            restored = _restore(manager, run_dir, step, ocp.args.Composite(**trees))
+    except _Unusable as e:
+        raise Damaged(str(e)) from None
+    return {name: restored[name] for name in shapes}
+
+
 def _load(run_dir: Path, shapes: Any, which: str) -> tuple[Any, int]:
     runs.check_name(run_dir)
     steps = checkpoint_steps(run_dir)
@@ -248,6 +264,10 @@ def _folder(run_dir: Path, step: int) -> Folder:
 
 
 # ---- what may be wrong with one -------------------------------------------------------------------------------------
+
+
+class Damaged(UserError):
+    """A checkpoint cannot be used, and another one may do."""
 
 
 class _Unusable(Exception):

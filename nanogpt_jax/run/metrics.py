@@ -11,6 +11,8 @@ from nanogpt_jax.config import TrainConfig, UserError
 from nanogpt_jax.host import files
 from nanogpt_jax.run.places import checkpoint_steps
 
+DIVERGED = "diverged"  # in the line of the step that ended a run, because something was not finite
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl. Damaged ones are left out: a crash may cut the last one short."""

@@ -413,6 +413,15 @@ def standing(run_dir: Path, argv: list[str], name: str = "train") -> str:
     return f"nothing was saved in {run_dir}\nstart over with the same command: {again}"
 
 
+def how_to_replay(run_dir: Path, cfg: Config) -> str:
+    """The command that shows which operation broke a run; "" if there is none, or if the run will not be left there."""
+    is_kept = bool(checkpoint_steps(run_dir)) or not os.path.lexists(run_dir / SET_ASIDE)
+    is_offered = importlib.util.find_spec("nanogpt_jax.commands.replay")  # it may have been removed
+    if not (is_kept and is_offered and cfg.COMMAND == Config.COMMAND):
+        return ""
+    return f"{config.program('replay')} {config.word(run_dir)}"
+
+
 def afterwards(run_dir: Path, argv: list[str], steps: int) -> str:
     """Commands for a finished run: sample from it, read about it, or train longer."""
     longer = command_again(argv, steps=2 * max([steps, *checkpoint_steps(run_dir)]))

@@ -25,8 +25,10 @@ from nanogpt_jax.host.progress import Progress
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution, gpt2, sizes
 from nanogpt_jax.run.checkpoint import load_first_params
+from nanogpt_jax.run.metrics import DIVERGED
 from nanogpt_jax.run.places import Folder
 from nanogpt_jax.run.recording import Recording
+from nanogpt_jax.run.run_dir import how_to_replay
 from nanogpt_jax.training.compiled import CompiledStep
 from nanogpt_jax.training.state import TrainState, init_state
 from nanogpt_jax.training.step import TrainStep
@@ -184,8 +186,8 @@ def are_finite(tree: Any) -> jax.Array:
     return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
-def not_finite(cfg: Config, start: int, step: int, saved: list[Folder], what: str) -> Diverged:
-    """The error for a run that has diverged by `step`. It names the remaining checkpoints."""
+def not_finite(cfg: Config, start: int, step: int, saved: list[Folder], what: str, replay: str = "") -> Diverged:
+    """The error for a run that has diverged by `step`. It names the remaining checkpoints, and the command `replay`."""
     o = cfg.optim
     remedy = (
         f"try a lower optim.learning_rate than {o.learning_rate:g}, or more optim.warmup_steps than {o.warmup_steps}"
@@ -197,6 +199,7 @@ def not_finite(cfg: Config, start: int, step: int, saved: list[Folder], what: st
         remedy = f"kept in {saved[0].parent} from before: {kept}\n       {remedy}, in another --run-dir"
     else:
         remedy = f"nothing was saved before\n       {remedy}"
+    remedy += f"\n       to see which operation broke, and on which text: {replay}" if replay else ""
     return Diverged(f"step {step}: {what}; the run stops here, and this is not saved\n       {remedy}")
 
 
@@ -246,7 +249,10 @@ class _Reader:
         self._run.save(step, {"params": state.params, "opt_state": state.opt_state}, loss)
 
     def _diverged(self, step: int, what: str) -> Diverged:
-        return not_finite(self._cfg, self._run.step, step, self._run.checkpoints.saved(), what)
+        run = self._run
+        run.log.write(step, {DIVERGED: 1.0})
+        replay = how_to_replay(run.directory, self._cfg)
+        return not_finite(self._cfg, run.step, step, run.checkpoints.saved(), what, replay)
 
     def _read(self) -> None:
         first, n, metrics = self._pending.popleft()

@@ -1,0 +1,92 @@
+"""A run, as its directory tells it, and which of its steps are known. No jax here."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt_jax import config
+from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.data import tokenizer
+from nanogpt_jax.data.dataset import Dataset
+from nanogpt_jax.data.tokenizer import Tokenizer
+from nanogpt_jax.evaluation import texts
+from nanogpt_jax.run import origin
+from nanogpt_jax.run.metrics import DIVERGED, read_metrics
+from nanogpt_jax.run.opened import existing
+from nanogpt_jax.run.places import checkpoint_steps
+from nanogpt_jax.run.run_dir import IMPORTED
+
+
+@dataclass(frozen=True)
+class Past:
+    """A run that was trained. Step N is the N-th update, as in metrics.jsonl: N - 1 steps lead to the state before."""
+
+    path: Path
+    cfg: Config
+    tokenizer: Tokenizer
+    checkpoints: list[int]
+    recorded: dict[int, dict[str, float]]  # step -> its loss and gradient norm, as they were logged
+    reached: int  # the last step that is known to have been taken
+    broke: int | None  # the step that ended the run, if one did
+    extended: list[dict[str, int]]  # of origin.json: until at_step, the run was to have from_steps
+
+
+def read(path: Path) -> Past:
+    """UserError if it is no run, or one whose steps cannot be taken again."""
+    cfg = config.read_json(existing(path) / "config.json")
+    if (path / IMPORTED).exists():
+        raise UserError(f"{path} holds an imported model: it took no steps here that could be taken again")
+    found = tokenizer.load(path / "tokenizer")
+    hint = f"if {path / 'config.json'} was changed, bring the old one back"
+    tokenizer.check_fit(found, cfg.model.vocab_size, f"{path} is damaged: its tokenizer", hint)
+    rows = read_metrics(path / "metrics.jsonl")
+    broke = max((row["step"] for row in rows if row.get(DIVERGED)), default=None)
+    recorded: dict[int, dict[str, float]] = {}
+    for row in rows:
+        known = {"loss": row.get("train/loss"), "grad_norm": row.get("grad_norm")}
+        if all(isinstance(value, float) and math.isfinite(value) for value in known.values()):
+            recorded[row["step"]] = known  # pyright: ignore[reportArgumentType]
+    steps = checkpoint_steps(path)
+    reached = max([0, *steps, *(row["step"] for row in rows)])
+    return Past(path, cfg, found, steps, recorded, reached, broke, _extended(path))
+
+
+def _extended(path: Path) -> list[dict[str, int]]:
+    """What origin.json says of it, if it is not damaged."""
+    found = origin.read(path).get("extended", [])
+    is_known = isinstance(found, list) and all(
+        isinstance(one, dict) and all(type(one.get(key)) is int for key in ("at_step", "from_steps")) for one in found
+    )
+    return found if is_known else []
+
+
+def choose(past: Past, asked: int | None) -> int:
+    """The step to replay: `asked`, or the one that ended the run, or the last. UserError if the run never took it."""
+    if not past.reached and asked is None:
+        raise UserError(f"{past.path} has taken no step yet")
+    step = asked or past.broke or past.reached
+    steps, last = past.cfg.train.steps, past.broke or past.reached + past.cfg.train.log_every
+    if asked is not None and asked > steps:
+        raise UserError(f"--step={asked} is beyond the end of {past.path}, which has {steps} steps")
+    if step > last:
+        how = "broke at" if past.broke else "has got to"
+        raise UserError(f"--step={asked}: {past.path} {how} step {past.broke or past.reached}, and took no later one")
+    return step
+
+
+def data_of(past: Past) -> Dataset:
+    """The data that the run was trained on; UserError if it is gone or has changed."""
+    return texts.own_data(past.cfg.data, past.path, "without that text, no batch of the run can be made again")
+
+
+def schedules(past: Past, first: int, last: int) -> list[tuple[int, int, int]]:
+    """(from, to, steps in all) of the stretches from `first` to `last`: a run that was extended had another schedule
+    before."""
+    found: list[tuple[int, int, int]] = []
+    ends: list[Any] = [(one["at_step"], one["from_steps"]) for one in past.extended]
+    for end, steps in [*ends, (last, past.cfg.train.steps)]:
+        if first < min(end, last):
+            found.append((first, min(end, last), steps))
+            first = min(end, last)
+    return found
