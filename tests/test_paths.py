@@ -216,7 +216,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_offered_with_its_place(far
     flip(folder / "20/params/_METADATA", random.Random(0))
     with pytest.raises(UserError, match=rf"{folder}/20/params/_METADATA has .*\n.*sample.py run --checkpoint=10$"):
         load(run)
-    shapes = trees(jax.eval_shape(lambda: make_state(CFG)))
+    shapes = trees(make_step(CFG).state)
     with Checkpointer(run, 2) as checkpoints, pytest.raises(UserError, match=rf"rm -r {folder}/20\n"):
         checkpoints.restore(shapes)
 
@@ -360,7 +360,7 @@ def test_damage_in_a_bucket(bucket, far, monkeypatch):
     (folder / "20/params/_METADATA").write_bytes(b"[]")
     with pytest.raises(UserError, match=rf"{folder}/20/params/_METADATA has .*\n.*sample.py run --checkpoint=10$"):
         load(run)
-    shapes = trees(jax.eval_shape(lambda: make_state(CFG)))
+    shapes = trees(make_step(CFG).state)
     with Checkpointer(run, 2) as checkpoints, pytest.raises(UserError, match=f"gcloud storage rm -r {folder}/20\n"):
         checkpoints.restore(shapes)
     (folder / "20/checksums.json").unlink()  # as if the save had been killed before its end
