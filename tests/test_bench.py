@@ -18,6 +18,7 @@ TINY = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 
     ("work", "rounds", "flags"),
     [("train", 1, []), ("decode", 1, ["--batch", "2", "--prompt", "3", "--new", "9"]), ("data", 3, [])],
 )
+@pytest.mark.long
 def test_the_bench_measures_and_writes_what_it_shows(work, rounds, flags, tmp_path, clean_env):
     flags = [*TINY, *flags, "--rounds", str(rounds), "--seconds", "1"]
     command = [sys.executable, "-m", "nanogpt_jax", "bench", work, *flags]

@@ -616,6 +616,7 @@ def final(run: str, which: str = "latest"):
     return load_params(Path(run), task.param_shapes(cfg), which)
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_bit_for_bit_and_ends_early_as_the_whole_one(at, monkeypatch, capsys):
     """A learning rate that ruins the model: the best checkpoint comes early, and the run ends two evaluations later."""
     flags = "--optim.learning-rate 30 --optim.schedule constant --classify.epochs 9 --classify.patience 2".split()
@@ -842,6 +843,7 @@ def test_a_classifier_is_no_language_model(at, capsys, clean_env):
     refusal(result.returncode, result.stdout, result.stderr, "error: runs/lm is a language model")
 
 
+@pytest.mark.long
 def test_prose_and_code_are_told_apart():
     """Real text that every machine has: a small model learns in seconds to separate Python from prose about it."""
     cfg = config.merge(

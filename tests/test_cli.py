@@ -432,6 +432,7 @@ def wait_for_steps(process: subprocess.Popen, place: Path, run_dir: str, termina
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_signal_saves_and_says_how_to_go_on_and_a_second_process_is_refused(place, clean_env, popen):
     process = start(popen, place, clean_env, "--run-dir", "runs/cut")
     second = run(place, clean_env, "train.py", *SMALL, "--train.steps", "100000", "--run-dir", "runs/cut")
@@ -463,6 +464,7 @@ sys.exit(cli.guarded(cli.door("train").main))
 
 
 @pytest.mark.parametrize(("hangup", "steps", "code"), [("SIG_DFL", 100000, 129), ("SIG_IGN", 100, 0)])
+@pytest.mark.long
 def test_a_terminal_that_is_closed_saves_the_run_and_under_nohup_ends_nothing(
     place, clean_env, popen, hangup, steps, code
 ):
@@ -517,6 +519,7 @@ def test_a_start_that_fails_leaves_no_directory(place, go):
     assert not (place / "runs/none").exists()
 
 
+@pytest.mark.long
 def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(place, clean_env):
     import pty
 
@@ -561,6 +564,7 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_it_serves(
         pytest.param("os.mkdir = refuse", id="folder cannot be made", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_a_save_that_fails_is_an_error_and_keeps_what_was_saved(place, tmp_path, clean_env, go, monkeypatch, spoil):
     shutil.copytree(place / "runs/done", tmp_path / "runs/full")
     shutil.copy(place / "text.txt", tmp_path)
@@ -588,6 +592,7 @@ sys.exit(cli.guarded(train.main))
     assert "from step 10" in result.stdout
 
 
+@pytest.mark.long
 def test_a_command_does_not_wait_for_a_compilation_that_nobody_will_use(tmp_path, place, clean_env):
     shutil.copy(place / "text.txt", tmp_path)
     busy = f"""

@@ -124,6 +124,7 @@ def one_process(port: str, rank: str, C: str) -> None:
 
 
 @pytest.mark.parametrize("C", [64, pytest.param(768, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_two_processes_add_up_megabytes_exactly(C, clean_env, popen):
     """12 MiB of gradient between two processes; 147 MiB at the size of GPT-2."""
     with socket.socket() as free:

@@ -267,6 +267,7 @@ def test_the_words_that_decide_are_named():
 # ---- in training and eval -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_it_stands_beside_every_loss_and_no_untrained_model_is_better(here, capsys, monkeypatch):
     monkeypatch.setattr("nanogpt_jax.inference.sampler.opening_and_continuation", lambda *_, **__: "")
     flags = (

@@ -381,6 +381,7 @@ def cache_of(cfg: ModelConfig, lengths: np.ndarray, S: int) -> decoding.Cache:
     bias=st.booleans(),
 )
 @settings(deadline=None, max_examples=8)
+@pytest.mark.long
 def test_the_step_in_c_is_the_models(data, heads, S, vocab_size, bias):
     H, D = heads
     cfg = ModelConfig(40, vocab_size, n_layer=2, n_head=H, n_embd=H * D, bias=bias, decode="native")

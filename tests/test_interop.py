@@ -1009,6 +1009,7 @@ def params_of(run: str, which: str = "latest") -> gpt2.Params:
     return load(run, which)[0]
 
 
+@pytest.mark.long
 def test_training_starts_from_a_run_keeps_what_is_frozen_and_goes_on_without_it(train, place):
     shutil.copytree("run", "first")
     frozen = ["--optim.freeze-layers", "2", "--optim.freeze-embeddings", "true", "--optim.weight-decay", "0.5"]

@@ -158,6 +158,7 @@ def check_trained(names: dict, within: float, learned: bool = True) -> None:
             assert same(found, said, within), found
 
 
+@pytest.mark.long
 def test_what_holds_for_any_model_holds_for_an_untrained_one(tmp_path, monkeypatch):
     """The blocks of part two, word for word; their numbers are the next test's."""
     cfg, words = config.load(["frases"]).cfg, tokenizer.make("word", frases.text())
@@ -179,6 +180,7 @@ def test_a_new_run_gives_the_numbers_of_the_page(tmp_path, monkeypatch, users_en
     assert same(new[-1], page[-1], CLOSE)
 
 
+@pytest.mark.long
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, clean_env, monkeypatch):
     import nbclient
     import nbformat

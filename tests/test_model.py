@@ -425,6 +425,7 @@ def test_documents_in_blocks_of_the_real_size(rate):
         assert_close(one, other, 1e-5)
 
 
+@pytest.mark.long
 def test_the_tpu_kernel_equals_the_reference_on_one_device_and_split_over_four():
     q, k, v, g = np.random.default_rng(0).normal(size=(4, 2, 128, 2, 64)).astype("float32")
     mesh = Mesh(

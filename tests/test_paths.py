@@ -94,6 +94,7 @@ def the_life_of_a_run(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoint_steps(Path("r")) == [4]
 
 
+@pytest.mark.long
 def test_a_run_with_its_checkpoints_in_another_folder(place, monkeypatch):
     the_life_of_a_run(f"file://{place}/a%20disk", monkeypatch)
     assert inside(place / "a disk")
@@ -125,6 +126,7 @@ CFG = Config(
 
 
 @pytest.mark.usefixtures("place")
+@pytest.mark.long
 def test_a_disk_that_is_not_mounted_is_no_run_without_checkpoints(capsys):
     assert train("r", 4, "--train.checkpoints", "disk") == 0
     before = Path("r/metrics.jsonl").read_bytes()
@@ -266,6 +268,7 @@ def every_flip_is_found(run: Path, folder: Path, shapes: dict[str, Any]) -> int:
 
 
 @pytest.mark.usefixtures("place")
+@pytest.mark.long
 def test_a_flipped_bit_in_any_file_of_a_sharded_checkpoint_is_found(far):
     cfg = replace(CFG, mesh=MeshConfig(data=2, fsdp=4))
     run, folder = far(mesh=make_mesh(cfg.mesh))

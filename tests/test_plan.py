@@ -349,6 +349,7 @@ def test_compile_says_what_xla_says(capsys):
 
 
 @pytest.mark.usefixtures("environment")
+@pytest.mark.long
 def test_compile_tells_the_changes_that_xla_accepts(capsys, monkeypatch):
     """On a machine with room for half of the batch: a smaller micro-batch is compiled before it is named."""
     line = "--model.vocab-size=65 --model.n-layer=2 --model.n-embd=64 --model.n-head=2 --train.batch-size=32"

@@ -354,6 +354,7 @@ def test_tokens_are_those_of_the_documents_one_by_one(bpe, texts, shard, piece, 
         assert {split: getattr(data, split).tolist() for split in expected} == expected
 
 
+@pytest.mark.long
 def test_a_single_text_is_split_at_its_character_however_it_is_read(monkeypatch: pytest.MonkeyPatch):
     text = "".join(f"Zeile {i}: Töne 静けさ\n" for i in range(500))
     Path("text.txt").write_text(text, encoding="utf-8")
@@ -668,6 +669,7 @@ def test_the_configs_for_the_hub_are_known_by_name():
         assert corpora.read(cfg.source, field=cfg.field).documents
 
 
+@pytest.mark.long
 def test_train_and_sample_on_a_mixture_of_documents(capsys):
     """Prepared on first use, trained, sampled from its start, with a vocabulary that has no newline."""
     letters = "".join(c for c in PYTHON_TEXT if c.isalpha() or c == " ")

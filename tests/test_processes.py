@@ -132,6 +132,7 @@ def check_sharded(found: dict[str, np.ndarray], number: int, ways: int) -> None:
     assert size / ways <= part < size / ways * 1.02 + 10_000
 
 
+@pytest.mark.long
 def test_two_processes_with_two_devices_give_the_numbers_of_one(job, tmp_path):
     found = results(job, tmp_path, 2, 2, CASES)
     check_equal(found, CASES)
@@ -206,6 +207,7 @@ def assert_same_to_rounding(one: Path, other: Path) -> None:
     assert len(ours) == 2
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_other_and_one_process_goes_on_with_the_run(job, tmp_path, text, clean_env):
     job.start(2, 2, *RUN, *SPLIT, "--run-dir", "run")
     reached(tmp_path / "run", 9, job)
@@ -221,6 +223,7 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on_with_the_run(jo
     assert_same_to_rounding(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_signal_to_any_process_saves_once_and_all_end_with_again(job, tmp_path, text):
     job.start(2, 1, *RUN, *SPLIT, "--run-dir", "run")
     reached(tmp_path / "run", 5, job)
@@ -377,6 +380,7 @@ def test_processes_with_other_settings_are_refused(job, tmp_path, text, each, to
     assert not (tmp_path / "run0").exists()
 
 
+@pytest.mark.long
 def test_processes_with_other_data_or_another_file_system_are_refused(job, tmp_path, text):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "text.txt").write_text(TEXT[::-1], encoding="utf-8")
@@ -535,6 +539,7 @@ def test_a_wrong_process_at_the_start_ends_all(popen, stranger, told):
 
 
 @pytest.mark.parametrize(("stranger", "told"), [*STRANGERS, ("0 3 a 9", "is process 0 running already?")])
+@pytest.mark.long
 def test_a_stranger_later_is_refused_and_the_run_goes_on(popen, stranger, told):
     port = free_port()
     run = [started(popen, port, line) for line in ("0 3 a 9", "1 3 a 9", "2 3 a 9 4")]  # the last one takes 4 s between
@@ -545,6 +550,7 @@ def test_a_stranger_later_is_refused_and_the_run_goes_on(popen, stranger, told):
     assert [process.communicate(timeout=20)[0] for process in run] == ["[0, 1, 2]\n[0, 1, 2]\n"] * 3
 
 
+@pytest.mark.long
 def test_who_waits_at_the_start_says_so(popen):
     port = free_port()
     late = started(popen, port, "1 2 a 9")

@@ -160,6 +160,7 @@ def check_goes_on(cluster: Cluster, folder: Path, job: subprocess.Popen, code: i
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.long
 def test_a_slurm_job_that_is_stopped_saves_and_goes_on_bit_for_bit(cluster, tmp_path):
     job = cluster.start(*SMALL, "--run-dir", "run")
     metrics = tmp_path / "run" / "metrics.jsonl"

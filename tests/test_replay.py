@@ -181,6 +181,7 @@ def test_a_poisoned_token_is_found_with_its_text():
     assert found.shown[0].function == "embed"
 
 
+@pytest.mark.long
 def test_a_diverged_run_says_what_to_type_and_that_names_the_operation(capsys):
     wild = "--train.steps 20 --optim.learning-rate 1e30 --optim.schedule constant --optim.grad-clip 0".split()
     assert train("wild", *wild) == 2

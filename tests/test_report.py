@@ -109,6 +109,7 @@ def test_wrong_input(line, words, capsys):
     assert not Path("run/report.html").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_was_extended_says_so_and_one_that_is_finished_keeps_its_settings(capsys):
     flags = "--model.n-layer 1 --model.n-head 2 --model.n-embd 16 --model.block-size 16 --train.batch-size 4".split()
     flags += "--data.source text.txt --train.eval-every 5 --run-dir run".split()

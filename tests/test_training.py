@@ -114,6 +114,7 @@ def sentences(n: int) -> str:
     return "\n".join(f"{a} {chance.choice(verbs)} {b}." for a, b in zip(names[::2], names[1::2], strict=True))
 
 
+@pytest.mark.long
 def test_the_default_recipe_learns_and_resumes_exactly_with_the_compiler_flags_of_users(tmp_path, users_env):
     """`python train.py`, shorter and with half the layers: its losses, gradient norms and weights."""
     (tmp_path / "text.txt").write_text(sentences(2000), encoding="utf-8")
@@ -152,6 +153,7 @@ def test_python_looks_through_a_layer_once(monkeypatch):
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]
 
 
+@pytest.mark.long
 def test_sharding_is_a_layout_not_an_algorithm():
     cfg = change(TINY, model__dropout=0.2, model__n_layer=1)  # the masks too; the tests below go without
     expected, expected_losses = take_steps(cfg, 3)
@@ -171,6 +173,7 @@ def test_sharding_is_a_layout_not_an_algorithm():
 @pytest.mark.parametrize(
     "optimizer", ["muon", pytest.param("lion", marks=pytest.mark.slow), pytest.param("sgd", marks=pytest.mark.slow)]
 )
+@pytest.mark.long
 def test_every_optimizer_shards(optimizer):
     cfg = change(TINY, optim__name=optimizer, model__n_layer=1)
     expected, _ = take_steps(cfg, 2)
@@ -180,6 +183,7 @@ def test_every_optimizer_shards(optimizer):
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 1), (2, 2, 2)])
+@pytest.mark.long
 def test_accumulated_micro_batches_equal_one_batch(mesh):
     expected, expected_losses = take_steps(TINY, 3)
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
@@ -189,6 +193,7 @@ def test_accumulated_micro_batches_equal_one_batch(mesh):
 
 
 @pytest.mark.parametrize("micro_batch", [0, 4])
+@pytest.mark.long
 def test_each_device_calls_cudnn_with_its_own_part(monkeypatch, micro_batch):
     """XLA cannot split that call beside an axis that is split by hand, as with micro-batches: no step would compile."""
     cfg = change(TINY, train__micro_batch=micro_batch, model__attention="xla", model__n_layer=1)
@@ -235,6 +240,7 @@ def test_gradients_of_micro_batches_meet_once_a_step():
     assert not [body for body in bodies if "all-reduce" in parts[body]]
 
 
+@pytest.mark.long
 def test_update_is_a_function_that_vmap_takes():
     """Four runs with seeds and learning rates of their own, together, are the four runs alone."""
     cfg, how = execution.choose(change(TINY, model__n_layer=1), "cpu")
@@ -260,6 +266,7 @@ def test_update_is_a_function_that_vmap_takes():
 
 
 @pytest.mark.parametrize("per_dispatch", [3, 8])
+@pytest.mark.long
 def test_steps_per_dispatch_changes_no_number(per_dispatch):
     cfg = change(TINY, model__dropout=0.1, model__n_layer=1)
     expected, expected_losses = take_steps(cfg, 10)
@@ -326,6 +333,7 @@ def test_a_long_run_without_a_terminal_says_something_every_minute(monkeypatch, 
     assert re.findall(r"step (\d+)/", capsys.readouterr().err) == ["1", "61", "121"]
 
 
+@pytest.mark.long
 def test_the_second_program_takes_over_and_gives_the_same_bits(capfd):
     """Else a run that goes on from a checkpoint would differ from one that was never stopped."""
     cfg = change(TINY, model__dropout=0.2, model__n_layer=1, optim__name="muon")
@@ -392,6 +400,7 @@ def test_a_signal_is_heard_while_the_step_is_compiled():
 
 
 @pytest.mark.parametrize("reader", ["there", "gone"])  # as `2>&1 | tee log`, where Ctrl-C ends tee too
+@pytest.mark.long
 def test_a_step_that_hears_no_signal_is_spoken_for_and_ended_by_the_second(reader, popen):
     deep = (
         "import hashlib; from nanogpt_jax.host.signals import stop_on_signals\n"
@@ -536,6 +545,7 @@ def test_free_memory_is_what_the_control_groups_leave(monkeypatch, tmp_path):
     assert memory.free() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+@pytest.mark.long
 def test_only_a_long_run_is_compiled_twice(train, monkeypatch):
     asked = []
     monkeypatch.setattr(CompiledStep, "improve", lambda self: asked.append(self))
@@ -730,6 +740,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch
     assert_trees_equal(final_params("cut"), final_params("whole"))
 
 
+@pytest.mark.long
 def test_resume_on_another_mesh_is_the_same_to_rounding(train):
     assert train("--train.steps", "8", "--run-dir", "two", "--optim.schedule", "constant") == 0
     assert train("--train.steps", "12", "--run-dir", "a", "--optim.schedule", "constant") == 0
@@ -739,6 +750,7 @@ def test_resume_on_another_mesh_is_the_same_to_rounding(train):
     assert [r["step"] for r in rows("two") if "train/loss" in r] == list(range(1, 13))
 
 
+@pytest.mark.long
 def test_a_save_is_a_copy_of_its_moment(train):
     """The state is donated to the next step while orbax still writes: the checkpoint must not see that step."""
     params = {}

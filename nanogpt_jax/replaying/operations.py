@@ -145,7 +145,7 @@ class Evaluation:
         kind, params = equation.primitive.name, equation.params
         inside = _inside(equation, place)
         if kind == "scan" and (loop := _loop(params["jaxpr"], place)):
-            return self._scan(params, values, marks, inside, loop)
+            return self._scan(equation, values, marks, inside, loop)
         if kind == "cond":
             which = int(np.clip(int(values[0]), 0, len(params["branches"]) - 1))
             return self._evaluate(params["branches"][which], values[1:], marks[1:], inside)
@@ -158,7 +158,7 @@ class Evaluation:
         found = [summary(x) for x in results]
         new = [bool(one) and not one.is_finite and _inherited(one, marks) is None for one in found]  # pyright: ignore
         if kind == "scan" and any(new):  # another loop, of attention's heads for example: which operation of its body?
-            return self._scan(params, values, marks, inside, "")
+            return self._scan(equation, values, marks, inside, "")
         for one in found:
             if one:
                 self._on_result(inside, kind, one)
@@ -174,11 +174,17 @@ class Evaluation:
         return Origin(self._number, place, kind, found, inputs)
 
     def _scan(
-        self, params: dict[str, Any], values: list[Any], marks: list[Mark], place: Place, loop: str
+        self, equation: JaxprEqn, values: list[Any], marks: list[Mark], place: Place, loop: str
     ) -> tuple[list[Any], list[Mark]]:
-        """A loop, turn by turn: over layers, micro-batches, or something else."""
-        body, n, consts = params["jaxpr"], params["length"], params["num_consts"]
-        first = consts + params["num_carry"]
+        """A loop, turn by turn: over layers, micro-batches, or something else.
+
+        Its arrays are constants, then what is carried, then what has a part for each turn: only those have an axis that
+        its body does not see. (Releases of JAX tell their numbers in different ways.)
+        """
+        params, body = equation.params, equation.params["jaxpr"]
+        inner, n = body.jaxpr if isinstance(body, ClosedJaxpr) else body, params["length"]
+        first = _as_in(equation.invars, inner.invars)
+        consts = first - _as_in(equation.outvars, inner.outvars)
         carry, carry_marks = values[consts:first], marks[consts:first]
         rows: list[Any] = [None] * n
         row_marks: list[Any] = [None] * n
@@ -194,6 +200,11 @@ class Evaluation:
         stacked = _stacked(rows)
         stacked_marks = [_earliest(each) for each in zip(*row_marks, strict=True)]
         return [*carry, *stacked], [*carry_marks, *stacked_marks]
+
+
+def _as_in(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many of a loop's arrays its body sees whole."""
+    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
 
 
 @jax.jit
