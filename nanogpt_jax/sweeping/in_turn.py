@@ -98,9 +98,10 @@ def _train(one: Ready, stop: StopRequest, steps: dict[Any, TrainStep]) -> Outcom
         task = language_model(cfg, mesh, one.data)
         tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
         program = (how, *dials.program_of(cfg))
-        if program not in steps:
-            steps[program] = make_train_step(cfg, tx, mesh, task, how)
-        step = replace(steps[program], dials=dials.make_dials(cfg, how.steps_per_dispatch))
+        if program in steps:
+            step = replace(steps[program], dials=dials.make_dials(cfg, how.steps_per_dispatch))
+        else:
+            step = steps[program] = make_train_step(cfg, tx, mesh, task, how)
         with Recording(directory, cfg.train) as run:
             state = loop.start_state(cfg, step, run)
             return loop.fit(cfg, task, state, step, run, stop)

@@ -41,7 +41,7 @@ def program_of(cfg: Config) -> tuple[Any, ...]:
 
 
 def key_data(seed: int) -> np.ndarray:
-    """[2] uint32"""
+    """The data of the key that `jax.random.key` makes of a seed: [2] uint32."""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
