@@ -15,11 +15,13 @@ from helpers import refused
 from nanogpt_jax import cli, config
 from nanogpt_jax.commands import replay
 from nanogpt_jax.config import UserError
+from nanogpt_jax.data import batches
 from nanogpt_jax.inference import sampler
 from nanogpt_jax.replaying import findings, operations, past, rebuilt, shown
 from nanogpt_jax.replaying.operations import Evaluation
 from nanogpt_jax.run.checkpoint import load_trees
 from nanogpt_jax.run.metrics import read_metrics
+from nanogpt_jax.training import language_model
 from nanogpt_jax.training.state import TrainState
 
 TEXT = "El gato negro persigue al ratón gris;\nel ratón huye del gato. \x1b[31m" * 60
@@ -197,6 +199,41 @@ def test_a_diverged_run_says_what_to_type_and_that_names_the_operation(capsys):
     assert "nanogpt_jax/" in page
     assert "a lower optim.learning_rate than 1e+30" in page
     refused(replay.main, f"wild --step {step + 1}", capsys, f"wild broke at step {step}, and took no later one")
+
+
+@pytest.mark.long
+def test_a_skipped_step_is_shown_as_such_and_the_way_leads_through_it(monkeypatch, capsys):
+    """Step 6 of 8 has a loss that is nan, and optim.skip_spikes goes on as if it had not been."""
+    make, mean = batches.batch, language_model.mean_loss
+
+    def batch(stream, *, step, **settings):
+        rows = np.array(make(stream, step=step, **settings))
+        rows[np.atleast_1d(step) == 5] = 0
+        return rows
+
+    def mean_loss(cfg, params, tokens, *key, **keys):
+        return mean(cfg, params, tokens, *key, **keys) * jnp.where((tokens == 0).all(), jnp.nan, 1.0)
+
+    monkeypatch.setattr(batches, "batch", batch)
+    monkeypatch.setattr(language_model, "mean_loss", mean_loss)
+    flags = "--train.steps 8 --optim.skip-spikes 8"
+    assert train("wary", *flags.split()) == 0
+    rows = {row["step"]: row for row in read_metrics(Path("wary/metrics.jsonl")) if "skipped" in row}
+    assert (rows[6]["train/loss"], rows[6]["grad_norm"]) == (None, None)
+    assert [row["skipped"] for row in rows.values()] == [0, 1, 1]
+    its = again("wary", 8)
+    assert (its.start, its.compared.steps, its.compared.equal) == (4, 1, 1)  # but for the one that is nan
+    trees = load_trees(Path("wary"), {"params": its.before.params, "opt_state": its.before.opt_state}, 4)
+    assert int(trees["opt_state"].kept) == 4
+    assert (int(its.before.opt_state.kept), int(its.before.opt_state.skipped)) == (6, 1)  # pyright: ignore
+    jax.tree.map(np.testing.assert_array_equal, again("wary", 7).before.params, again("wary", 6).before.params)
+    capsys.readouterr()
+    assert replay.main(["wary", "--step", "6"]) == 0
+    page = capsys.readouterr().out
+    assert "optim.skip_spikes=8 skipped this step: it has changed nothing" in page
+    assert "the first result that is not finite: " in page
+    assert replay.main(["wary", "--step", "7"]) == 0
+    assert "all is finite" in capsys.readouterr().out
 
 
 def test_a_finite_step_shows_the_same_table_and_its_text_escaped(capsys):

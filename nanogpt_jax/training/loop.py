@@ -267,7 +267,7 @@ class _Reader:
         its, z = f"loss {loss:.4g}, gradient norm {norm:.4g}", self._cfg.optim.skip_spikes
         if not self._told:
             self._told = True
-            self._progress.note(f"step {step}: skipped by optim.skip_spikes={z:g}, {its}; metrics.jsonl counts on")
+            self._progress.note(f"step {step}: skipped by optim.skip_spikes={z:g} ({its}); later ones are counted")
         if in_a_row >= MOST_SKIPPED:
             other = f"try a larger optim.skip_spikes than {z:g}, or 0" if math.isfinite(loss + norm) else ""
             raise self._diverged(step, f"skipped, and so were the {in_a_row - 1} steps before it ({its})", other)
