@@ -222,9 +222,11 @@ def test_a_skipped_step_is_shown_as_such_and_the_way_leads_through_it(monkeypatc
     assert (rows[6]["train/loss"], rows[6]["grad_norm"]) == (None, None)
     assert [row["skipped"] for row in rows.values()] == [0, 1, 1]
     its = again("wary", 8)
-    assert (its.start, its.compared.steps, its.compared.equal) == (4, 1, 1)  # but for the one that is nan
-    trees = load_trees(Path("wary"), {"params": its.before.params, "opt_state": its.before.opt_state}, 4)
-    assert int(trees["opt_state"].kept) == 4
+    assert (its.start, its.compared.steps, its.compared.equal) == (
+        4,
+        1,
+        1,
+    )  # step 8, beyond it; one that is nan compares with nothing
     assert (int(its.before.opt_state.kept), int(its.before.opt_state.skipped)) == (6, 1)  # pyright: ignore
     jax.tree.map(np.testing.assert_array_equal, again("wary", 7).before.params, again("wary", 6).before.params)
     capsys.readouterr()
