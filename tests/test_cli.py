@@ -824,6 +824,29 @@ def test_a_run_is_overwritten_when_the_new_one_has_a_checkpoint_and_not_before(d
     assert not [p for p in done.iterdir() if p.name.startswith(".")]
 
 
+def test_of_two_runs_without_a_checkpoint_the_later_one_stays(done, capsys):
+    """A run that diverges before its first checkpoint is to be replayed: not the one that diverged there earlier."""
+    offered = []
+
+    def diverges(run: Path) -> None:
+        with MetricsLog(run, config.Config().train, 0) as log:
+            log.write(2, {"diverged": 1.0})
+        offered.append(run_dir.how_to_replay(run, config.Config()))
+        raise UserError("step 2: the loss is nan")
+
+    for rate in ("5.0", "7.0"):
+        with pytest.raises(UserError, match="the loss is nan"):
+            attempt("--run-dir", "wild", "--optim.learning-rate", rate, then=diverges)
+        assert config.read_json(Path("wild/config.json")).optim.learning_rate == float(rate)
+        assert read_metrics(Path("wild/metrics.jsonl")) == [{"step": 2, "diverged": 1.0}]
+    assert offered == ["nanogpt-jax replay wild"] * 2
+    assert capsys.readouterr().err == "note: wild has no checkpoint to go on from, so it starts over\n"
+    with pytest.raises(UserError, match="no such mesh"):  # one that has not even begun brings it back
+        attempt("--run-dir", "wild", "--optim.learning-rate", "9", then=fail(UserError("no such mesh")))
+    assert config.read_json(Path("wild/config.json")).optim.learning_rate == 7
+    assert not [p for p in Path("wild").iterdir() if p.name.startswith(".")]
+
+
 @pytest.mark.parametrize("moves", range(7))
 def test_a_start_killed_while_it_overwrites_is_taken_back_by_the_next(done, moves, monkeypatch):
     """`moves`: renames that the killed process had made; what it would have done on its way out is left undone."""

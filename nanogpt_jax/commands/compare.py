@@ -18,7 +18,6 @@ from nanogpt_jax.evaluation import compare, texts
 from nanogpt_jax.host import messages, progress
 from nanogpt_jax.run import opened
 
-PAGE = "compare.html"
 CUT = "A line a run; its number is its group. Losses far above what most runs have after the first fifth are cut off."
 
 
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> int:
     asked = read(argv)
     pages = _pages(asked.out)
     every, left_out = runs.find(asked.words)
-    own = every[0].path.parent / PAGE
+    own = every[0].path.parent / runs.PAGE
     out = cli.check_page(asked.out, own) if pages else own
     found = groups.compare(every)
     measured = _measured(found, asked) if asked.paired or asked.data else []

@@ -40,7 +40,11 @@ def read(path: Path) -> Past:
     found = tokenizer.load(path / "tokenizer")
     hint = f"if {path / 'config.json'} was changed, bring the old one back"
     tokenizer.check_fit(found, cfg.model.vocab_size, f"{path} is damaged: its tokenizer", hint)
-    rows = read_metrics(path / "metrics.jsonl")
+    rows = [
+        row
+        for row in read_metrics(path / "metrics.jsonl")
+        if type(row["step"]) is int and 0 <= row["step"] <= cfg.train.steps  # else the line is damaged
+    ]
     broke = max((row["step"] for row in rows if row.get(DIVERGED)), default=None)
     recorded: dict[int, dict[str, float]] = {}
     for row in rows:
