@@ -28,7 +28,7 @@ from nanogpt_jax.config.train_command import command_line_of
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
 from nanogpt_jax.run import run_dir
-from nanogpt_jax.run.metrics import MetricsLog, read_metrics
+from nanogpt_jax.run.metrics import MetricsLog, read_metrics, wandb_id
 from nanogpt_jax.run.opened import newest
 from nanogpt_jax.run.run_dir import IMPORTED, claim, prepare
 
@@ -822,6 +822,12 @@ def test_a_run_is_overwritten_when_the_new_one_has_a_checkpoint_and_not_before(d
     assert config.read_json(done / "config.json").train.seed == 7
     assert [p.name for p in (done / "checkpoints").iterdir()] == ["5"]
     assert not [p for p in done.iterdir() if p.name.startswith(".")]
+
+
+def test_a_runs_id_in_wandb_is_its_path_below_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ids = {"runs/a": "a", "mine": "mine", "runs/s/lr=0.02,seed=1": "s-lr=0.02,seed=1", "runs/x/runs/t/b:c#": "t-b-c-"}
+    assert {run: wandb_id(Path(run)) for run in ids} == ids
 
 
 def test_of_two_runs_without_a_checkpoint_the_later_one_stays(done, capsys):

@@ -13,7 +13,7 @@ from typing import Any
 
 import filelock
 import pytest
-from helpers import refused
+from helpers import looked_at, refused
 from test_architecture import PACKAGE, ROOT
 
 from nanogpt_jax import config
@@ -457,6 +457,15 @@ def test_figures_of_a_chart():
     assert ">1,000,000" not in drawn
     assert ">2.4<" in drawn
     assert f'y="{curves.TOP + 4:.1f}">5<' in drawn  # its label stays in the picture
+
+
+@with_pages
+@pytest.mark.browser
+@pytest.mark.usefixtures("six")
+def test_the_page_in_a_browser(browser, axe, capsys):
+    made("runs/stopped", "--optim.name sgd", until=60)
+    said(capsys, "runs/*")
+    looked_at(browser, axe, Path("runs/compare.html"))
 
 
 # ---- many, and measured now ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import filelock
 import jax
 import pytest
-from helpers import interrupt_at, numbers, refused
+from helpers import interrupt_at, looked_at, numbers, refused
 from test_architecture import PACKAGE
 
 from nanogpt_jax import cli, config
@@ -596,6 +596,15 @@ def test_the_page_draws_a_curve_of_one_number_and_a_map_of_two_settings(capsys, 
     assert 'class="error"' not in two  # one seed has no error
     assert "default-src 'none'" in two
     assert not re.search(r"https?:|src=|href=|@import|url\(", two)
+
+
+@has_pages
+@pytest.mark.browser
+@pytest.mark.parametrize("more", [[], ["--over=optim.name=adamw,muon"], ["--halve", "--train.steps=160"]])
+def test_the_page_in_a_browser(more, browser, axe, capsys, training):
+    training.diverge = {"1e+30"}
+    page(capsys, "--over=optim.learning-rate=1e-3,1e-2,2e-2,1e30", "--seeds=2", *more)
+    looked_at(browser, axe, Path("runs/s/sweep.html"))
 
 
 @has_pages

@@ -81,7 +81,13 @@ def choose(past: Past, asked: int | None) -> int:
 
 def data_of(past: Past) -> Dataset:
     """The data that the run was trained on; UserError if it is gone or has changed."""
-    return texts.own_data(past.cfg.data, past.path, "without that text, no batch of the run can be made again")
+    data = texts.own_data(past.cfg.data, past.path, "without that text, no batch of the run can be made again")
+    if data.tokenizer.fingerprint != past.tokenizer.fingerprint:
+        raise UserError(
+            f"{past.path / 'tokenizer'} is not the tokenizer by which the run's text became tokens\n"
+            f"       bring the old one back: {past.cfg.data.title} with data.tokenizer={past.cfg.data.tokenizer}"
+        )
+    return data
 
 
 def schedules(past: Past, first: int, last: int) -> list[tuple[int, int, int]]:
