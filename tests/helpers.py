@@ -126,12 +126,12 @@ def open_page(browser: Any, path: Path, **context: object) -> tuple[Any, list[st
 def nothing_found(page: Any, axe: str, seen: list[str]) -> None:
     """The page, which this closes, is no wider than its window, has no fault that axe-core finds, on the screen and on
     paper, and neither complained nor asked for anything but itself."""
-    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"], "wider"
     for media in ("screen", "print"):
         page.emulate_media(media=media)
         found = page.evaluate(f"{axe}; axe.run()")["violations"]
-        assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
-    assert seen == [page.url]
+        assert not found, [(one["id"], one["nodes"][0]["html"]) for one in found]
+    assert seen == [page.url], seen
     page.context.close()
 
 

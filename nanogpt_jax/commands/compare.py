@@ -183,7 +183,7 @@ def _page(pages: Any, found: Comparison, left_out: dict[str, str], measured: lis
     parts += ["<h2>How training went</h2>", *_curves(html, curves, found)]
     parts += ["<h2>Every run</h2>", table(*shown.single(found), "All single values")]
     if left_out:
-        parts += ["<h2>Left out</h2>", table(["why", "what"], shown.omitted(left_out), "Matched, but not compared")]
+        parts += ["<h2>Left out</h2>", table(["why", "what"], shown.omitted(left_out), "Named, but not compared")]
     return html.page(title, "\n".join([*parts, "</main>"]), style=html.asset("compare.css"))
 
 

@@ -93,7 +93,7 @@ def of_member(one: Member, figure: Figure) -> float | None:
         return None
     again = "or take that directory away: the same command then trains the member again"
     known = Config.EXECUTION | {"model.vocab_size", "model.end_of_text", "data.source", "data.mixture", TOKENS}
-    changed = differences(config.read_json(directory / "config.json"), one.command.cfg, types_of().keys() - known)
+    changed = differences(config.read_json(directory / "config.json"), one.command.cfg, frozenset(types_of()) - known)
     if changed:
         lines = "".join(f"\n       {key}: {old} there, {new} asked for" for key, old, new in changed)
         raise UserError(f"{directory} is another run than this sweep's{lines}\n       bring the old one back, {again}")
