@@ -15,7 +15,7 @@ from helpers import refused
 from nanogpt_jax import cli, config
 from nanogpt_jax.commands import replay
 from nanogpt_jax.config import UserError
-from nanogpt_jax.data import batches
+from nanogpt_jax.data import batches, tokenizer
 from nanogpt_jax.inference import sampler
 from nanogpt_jax.replaying import findings, operations, past, rebuilt, shown
 from nanogpt_jax.replaying.operations import Evaluation
@@ -350,6 +350,21 @@ def test_data_that_is_gone_or_another_is_refused(change, words, capsys):
     refused(replay.main, "good --step 3", capsys, words, "no batch of the run can be made again")
 
 
+def test_a_tokenizer_of_another_run_is_refused(capsys):
+    shutil.rmtree("good/tokenizer")
+    tokenizer.make("word", TEXT).save(Path("good/tokenizer"))
+    refused(replay.main, "good --step 3", capsys, "good/tokenizer is not the tokenizer by which the run's text became",
+            "bring the old one back: text.txt with data.tokenizer=char")  # fmt: skip
+
+
+@pytest.mark.parametrize("step", ["true", "-3", "13", "1e3", f"1{'0' * 30}"])
+def test_damaged_lines_of_metrics_name_no_step(step):
+    with Path("good/metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {step}, "diverged": 1.0}}\n')
+    run = past.read(Path("good"))
+    assert (run.broke, run.reached, past.choose(run, None)) == (None, 12, 12)
+
+
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(capsys):
     (weights,) = sorted(Path("good/checkpoints/8/params").rglob("d/*"))[:1]
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
@@ -358,6 +373,17 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(capsys):
     assert "note: checkpoint good/checkpoints/8 is damaged" in capsys.readouterr().err
     with pytest.raises(UserError, match="is damaged"):
         load_trees(Path("good"), {"params": its.before.params, "opt_state": its.before.opt_state}, 8)
+
+
+@pytest.mark.long
+def test_a_run_on_two_devices_is_rebuilt_bit_for_bit_and_its_findings_are_those_of_one():
+    assert train("two", "--train.steps", "6", "--mesh.data", "2") == 0
+    its = again("two", 6)
+    assert its.is_own_mesh
+    assert (its.start, its.compared.steps, its.compared.equal) == (4, 1, 1)
+    found = findings.find(its)
+    assert found.origin is None
+    assert found.loss == pytest.approx(its.metrics["loss"], rel=1e-5)
 
 
 def test_a_run_on_more_devices_than_there_are_is_said(monkeypatch):

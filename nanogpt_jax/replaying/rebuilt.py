@@ -112,7 +112,7 @@ def _begin(past: Past, cfg: Config, program: TrainStep, step: int) -> tuple[int,
             trees = load_trees(past.path, {"params": shapes.params, "opt_state": shapes.opt_state}, at)
         except Damaged as e:
             refused = e
-            print(f"note: {messages.first_line(e)}; the one before it is taken", file=sys.stderr)
+            print(f"note: {messages.first_line(e)}; what is before it is taken", file=sys.stderr)
             continue
         return at, TrainState(jax.device_put(np.int32(at), shapes.step.sharding), trees["params"], trees["opt_state"])  # pyright: ignore
     if cfg.train.init_from != "scratch":

@@ -1,5 +1,6 @@
 """The members that are missing, trained one after the other in this process, each as `train.py` would train it."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from nanogpt_jax import config
 from nanogpt_jax.config import Config, UserError
 from nanogpt_jax.data import batches, dataset
 from nanogpt_jax.data.dataset import Dataset
+from nanogpt_jax.host import files
+from nanogpt_jax.host.progress import Part
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.run import run_dir
 from nanogpt_jax.run.places import checkpoint_steps
@@ -26,6 +29,7 @@ class Ready:
     member: Member
     cfg: Config  # with the vocabulary
     data: Dataset
+    part: Part | None = None  # where it stands in the sweep, for its bar
 
 
 def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
@@ -38,6 +42,8 @@ def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
     for one in members:
         command = one.command
         try:
+            if (kind := files.kind_of(command.run_dir)) not in ("", "folder", "link"):
+                raise UserError(f"{command.run_dir} is a {kind}, and a run is a directory\n       take it away")
             key = repr(command.cfg.data)
             if key not in opened:
                 opened[key] = dataset.open_data(command.cfg.data)
@@ -57,8 +63,26 @@ def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
     return found
 
 
+def check_data(done: Sequence[Member], opened: dict[str, Dataset]) -> None:
+    """UserError if members that are done were trained on other data than theirs is now, if it is open."""
+    for one in done:
+        data, place = opened.get(repr(one.command.cfg.data)), one.command.run_dir / "data.json"
+        if data is None or not place.exists():
+            continue
+        try:
+            is_same = json.loads(files.read(place))["fingerprint"] == data.fingerprint
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise named(one.name, UserError(f"{place} is damaged ({e})\n       bring the old one back")) from None
+        if not is_same:
+            title = one.command.cfg.data.title
+            raise UserError(
+                f"the data of {place.parent} has changed: {title} gives other tokens now than it was trained on\n"
+                "       bring the old text back, or choose another --name: losses of different texts are no comparison"
+            )
+
+
 def train_members(
-    members: Sequence[Ready], stop: StopRequest, on_start: Callable[[Member], None]
+    members: Sequence[Ready], stop: StopRequest, on_start: Callable[[Member], Part]
 ) -> Iterator[tuple[Member, Outcome | Diverged]]:
     """Train the members -> each as it ends, and how. After a signal, the one under way has saved, and is the last.
 
@@ -69,7 +93,7 @@ def train_members(
     for one in members:
         if stop.received:
             return
-        on_start(one.member)
+        one = replace(one, part=on_start(one.member))
         try:
             outcome = _train(one, stop, steps)
         except Diverged as e:
@@ -104,4 +128,4 @@ def _train(one: Ready, stop: StopRequest, steps: dict[Any, TrainStep]) -> Outcom
             step = steps[program] = make_train_step(cfg, tx, mesh, task, how)
         with Recording(directory, cfg.train) as run:
             state = loop.start_state(cfg, step, run)
-            return loop.fit(cfg, task, state, step, run, stop)
+            return loop.fit(cfg, task, state, step, run, stop, one.part)

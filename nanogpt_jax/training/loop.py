@@ -21,7 +21,7 @@ from nanogpt_jax.data import batches
 from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.host import memory, runtime
-from nanogpt_jax.host.progress import Progress
+from nanogpt_jax.host.progress import Part, Progress
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution, gpt2, sizes
 from nanogpt_jax.run.checkpoint import load_first_params
@@ -82,13 +82,17 @@ def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator
         start += n
 
 
-def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest) -> Outcome:
-    """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one."""
+def fit(
+    cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest,
+    part: Part | None = None,
+) -> Outcome:  # fmt: skip
+    """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one. `part`: of
+    what the run is one, for its bar."""
     t, start, clock = cfg.train, run.step, time.monotonic()
     if 0 < task.patience <= run.stale:  # it had ended early
         return Outcome(start, 0.0, None, {})
     log = run.log  # opened now: what is wrong with it is told before the first step
-    progress = Progress("step", t.steps, start, patience=0, now="compiling the step")
+    progress = Progress("step", t.steps, start, patience=0, now="compiling the step", part=part)
     agreed = processes.AgreedStop(stop, step.layout.mesh)  # pyright: ignore[reportArgumentType]
     reader = _Reader(cfg, task, run, progress)
     ahead = batches.prefetch(_on_device(cfg, task, step, start), depth=2)
