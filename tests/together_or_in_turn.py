@@ -2,8 +2,8 @@
 
     python tests/together_or_in_turn.py [--members=2,4,8,16] CONFIG [--SECTION.NAME VALUE ...]
 
-Random weights, real batches. Both ways are timed in alternation, in calls of about CALL seconds; the least of each
-counts, as in a sweep's own trial, and the quartiles of the ratio within a round tell how the machine moved it.
+New weights, real batches. As in a sweep's own trial, calls of both ways alternate, and the medians count. The ratio is
+the median of those within a round, with its quartiles: other load moves both of a round.
 """
 
 import os
@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     for M in map(int, sizes.split(",")):
         found = faster.measure(one, M, StopRequest(), steps, rounds=ROUNDS)
         assert found
-        low, _, high = statistics.quantiles([b / a for a, b in found.rounds], n=4)
-        both = f"{1e3 * found.together:.3g} | {1e3 * found.in_turn:.3g} | {found.in_turn / found.together:.2f}"
+        low, ratio, high = statistics.quantiles([b / a for a, b in found.rounds], n=4)
+        both = f"{1e3 * found.together:.3g} | {1e3 * found.in_turn:.3g} | {ratio:.2f}"
         print(f"| {M} | {both} | {low:.2f} to {high:.2f} | {os.getloadavg()[0]:.1f} |", flush=True)
     print(f"{len(jax.devices())} {jax.devices()[0].device_kind}", file=sys.stderr)
 

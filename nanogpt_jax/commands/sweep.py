@@ -154,7 +154,8 @@ def run(sweep: Sweep, argv: list[str]) -> int:
             )
             return 128 + study.interrupted
         _write(sweep, stages, command)
-        print("\n\n".join([*_tables(sweep, stages), "\n".join(_findings(sweep, stages)), _next(sweep, stages)]))
+        found = [*_findings(sweep, stages), *([opened.ways] if opened.ways else [])]
+        print("\n\n".join([*_tables(sweep, stages), "\n".join(found), _next(sweep, stages)]))
         return 0
 
 

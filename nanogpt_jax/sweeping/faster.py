@@ -3,6 +3,7 @@
 # M members, K steps in a call
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ WORTH = 0.95  # in turn is taken if it is at least so fast beside together: it i
 SECOND = 1.2  # times as fast is a long run in turn once it has its second program (model/kernels/README.md)
 # Least seconds of work in turn for a trial, which takes about 10: 2 % of it; and where together is likely to be faster
 ON_ONE_CPU, ELSEWHERE = 500, 100
-ROUNDS, CALL = 5, 0.2  # calls of each way in alternation, the first to warm up; seconds of a call, at least
+ROUNDS, CALL = 8, 0.2  # calls of each way in alternation, the first to warm up; seconds of a call, at least
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Verdict:
 
     @property
     def together(self) -> float:
-        """The least of all rounds, as other load only adds to it."""
-        return min(seconds for seconds, _ in self.rounds)
+        """The median, as other load disturbs both ways alike, and now and then one of them."""
+        return statistics.median(seconds for seconds, _ in self.rounds)
 
     @property
     def in_turn(self) -> float:
-        return min(seconds for _, seconds in self.rounds)
+        return statistics.median(seconds for _, seconds in self.rounds)
 
     @property
     def is_together(self) -> bool:

@@ -39,6 +39,12 @@ class Record:
     together: dict[str, int] = field(default_factory=dict)  # member -> how many were trained at once; others: in turn
     measured: dict[str, Any] = field(default_factory=dict)  # program and devices -> which way is faster: a Verdict
 
+    @property
+    def ways(self) -> str:
+        """Which members were trained together, in words; "" if none was."""
+        n = len(self.together)
+        return f"{n} members were trained together, in one program; {self.path / NAME} names them" if n else ""
+
     def write(self) -> None:
         """UserError if that fails."""
         found = {"diverged": self.diverged, "together": self.together, "measured": self.measured}

@@ -64,7 +64,7 @@ def _groups(members: Sequence[Ready]) -> list[list[Ready]]:
     found: dict[Any, list[Ready]] = {}
     for one in members:
         t, at = one.cfg.train, _at(one)
-        rest = one.member.name if at >= t.steps else ""  # it has nothing to do
+        rest = one.member.name if at >= t.steps or t.wandb else ""  # nothing to do; or W&B, which has one run at a time
         key = (program_of(one.cfg), t.steps, t.eval_every, t.save_every, t.steps_per_dispatch, t.recompile, at, rest)
         found.setdefault(key, []).append(one)
     return list(found.values())
