@@ -26,10 +26,12 @@ from nanogpt_jax import cli, config
 from nanogpt_jax.commands import sweep as command
 from nanogpt_jax.config import UserError
 from nanogpt_jax.data import batches
+from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.inference import sampler
 from nanogpt_jax.run.opened import open_run
 from nanogpt_jax.run.places import checkpoint_steps
-from nanogpt_jax.sweeping import conduct, halve, in_turn, members, ranges, results
+from nanogpt_jax.sweeping import conduct, faster, halve, in_turn, members, ranges, record, results, together
+from nanogpt_jax.sweeping.faster import Verdict
 from nanogpt_jax.sweeping.results import Figure, Row
 from nanogpt_jax.training.loop import Diverged, Outcome, not_finite
 
@@ -57,7 +59,7 @@ class Training:
         self.diverge: set[str] = set()
         self.killed_at: int | None = None  # members, after which the process ends without a word
 
-    def __call__(self, one: in_turn.Ready, stop, steps) -> Outcome:
+    def __call__(self, one: in_turn.Ready, stop, steps, part) -> Outcome:
         if len(self.trained) == self.killed_at:
             raise MemoryError("killed")
         name, steps = one.member.name, one.cfg.train.steps
@@ -84,15 +86,16 @@ class Only:
     def __init__(self):
         self.trained, self._train = [], in_turn._train
 
-    def __call__(self, one: in_turn.Ready, stop, steps) -> Outcome:
+    def __call__(self, one: in_turn.Ready, stop, steps, part) -> Outcome:
         self.trained.append(one.member.name)
-        return self._train(one, stop, steps)
+        return self._train(one, stop, steps, part)
 
 
 @pytest.fixture
 def training(monkeypatch) -> Training:
     fake = Training()
     monkeypatch.setattr(in_turn, "_train", fake)
+    monkeypatch.setattr(together, "_size", lambda group, steps: 1)
     return fake
 
 
@@ -181,6 +184,7 @@ def test_the_grid_and_a_sample_of_it():
         ([RATES, "--mesh.processes=auto"], "a sweep runs in one process"),
         (["--over=mesh.process_id=0,1"], "a sweep runs in one process"),
         ([RATES, "--overr=1"], "did you mean --over?"),
+        ([RATES, "--together=yes"], "--together=yes is not one of auto, on, off"),
         ([RATES, "nowhere.toml"], "no config file nowhere.toml"),
         ([RATES, "a.toml", "b.toml"], "one config file at a time"),
         ([RATES, "--train.init-from=nowhere"], "train.init_from=nowhere is not a run directory"),
@@ -260,11 +264,143 @@ def test_members_that_differ_in_numbers_share_what_is_compiled(capsys, monkeypat
     jax.monitoring.register_event_duration_secs_listener(heard)
     try:
         over = ("--over", "optim.learning-rate=1e-2,2e-2,3e-2", "--optim.schedule=wsd", "--model.dropout=0.1")
-        swept(capsys, *over, "--seeds=1", "--over", "optim.beta2=0.9")
+        swept(capsys, *over, "--seeds=1", "--over", "optim.beta2=0.9", "--together=off")
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
     assert compiled[1] > 3
     assert compiled[2:] == [1, 1]
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+
+GROUP = ["--over=optim.learning-rate=1e-3,1e-2", "--seeds=2", "--model.dropout=0.1", "--optim.name=adamw"]
+ROUNDING = 2e-5  # relative: float32 sums in another order, over 16 steps
+
+
+def losses(path: str | Path) -> list[float]:
+    return [value for row in numbers(path) for name, value in row.items() if name.endswith("loss")]
+
+
+def by_name(sweep: str) -> dict[str, Path]:
+    return {path.name: path for path in Path("runs", sweep).iterdir() if path.is_dir()}
+
+
+@pytest.fixture
+def on_devices(monkeypatch):
+    """The tests' eight devices; given a number, only so many."""
+    every = jax.devices()
+    return lambda n: monkeypatch.setattr(jax, "devices", lambda: every[:n])
+
+
+@pytest.mark.long
+def test_members_trained_together_equal_those_in_turn_to_rounding_on_one_device_and_split_over_two(
+    capsys, monkeypatch, on_devices
+):
+    swept(capsys, *GROUP, "--name=turn", "--together=off")
+    for n in (1, 2):
+        on_devices(n)
+        out = command.main(tiny(*GROUP, f"--name=at{n}", "--together=on"))
+        assert out == 0
+        assert "members 1 to 4 of 4: " in capsys.readouterr().err
+        assert set(json.loads(Path(f"runs/at{n}/sweep.json").read_text())["together"].values()) == {4}
+        assert sorted(by_name(f"at{n}")) == sorted(by_name("turn"))
+        for name, run in by_name("turn").items():
+            mine = Path(f"runs/at{n}") / name
+            assert [row["step"] for row in numbers(mine)] == [row["step"] for row in numbers(run)]
+            assert losses(mine) == pytest.approx(losses(run), rel=ROUNDING)
+            assert checkpoint_steps(mine) == checkpoint_steps(run)
+            assert (mine / "config.json").read_text() == (run / "config.json").read_text()
+    # an ordinary run, which train.py goes on with
+    monkeypatch.setattr(sampler, "opening_and_continuation", lambda *_, **__: "")
+    run = "runs/at2/learning_rate=0.01,seed=1338"
+    flags = [f"--{word}" for word in ("optim.learning-rate=1e-2", "train.seed=1338", f"run-dir={run}")]
+    assert cli.door("train").main(tiny(*flags, *GROUP[2:], "--train.steps=20")) == 0
+    assert f"going on in {run} from step 16" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_group_survives_a_member_that_diverges_and_a_signal_and_goes_on_where_all_stand(capsys, monkeypatch):
+    asked = ["--over=optim.learning-rate=1e-2,1e30", "--seeds=2", "--optim.grad-clip=0", "--together=on", "--name=s"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, batches, 4 * 3 + 1)  # each member asks for the batches of two calls ahead
+        assert command.main(tiny(*asked)) == 130
+    out = capsys.readouterr().out
+    (step,) = set(re.findall(r"^SIGINT: saved step (\d+) of 16 in runs/s/learning_rate=0.01,seed=133[78]$", out, re.M))
+    assert 0 < int(step) < 16
+    assert out.count("SIGINT: saved step") == 2
+    assert "2 of 4 members are done" in out
+    assert command.main(tiny(*asked)) == 0
+    out, err = capsys.readouterr()
+    assert "members 3 to 4 of 4: " in err
+    assert "4 members were trained together, in one program; runs/s/sweep.json names them" in out
+    assert re.search(r"^1e\+30 +0 +diverged +diverged$", out, re.M)
+    swept(capsys, *asked[:3], "--name=turn", "--together=off")
+    for name, run in by_name("turn").items():
+        if "0.01" in name:
+            assert losses(Path("runs/s") / name) == pytest.approx(losses(run), rel=ROUNDING)
+
+
+def test_members_are_grouped_if_they_share_a_program_and_stand_at_the_same_step(capsys):
+    sweep = command.read(tiny("--over=optim.name=adamw,sgd", "--over=optim.beta1=0.8,0.9", "--seeds=2"))
+    ready = in_turn.ready(sweep.members(sweep.configurations, sweep.seeds), {})
+    assert [len(group) for group in together._groups(ready)] == [4, 4]
+    (ready[0].member.command.run_dir / "checkpoints/8").mkdir(parents=True)
+    assert [len(group) for group in together._groups(ready)] == [1, 3, 4]
+    (ready[1].member.command.run_dir / "checkpoints/16").mkdir(parents=True)
+    (ready[2].member.command.run_dir / "checkpoints/16").mkdir(parents=True)
+    assert [len(group) for group in together._groups(ready)] == [1, 1, 1, 1, 4]  # nothing is left of two
+
+
+def test_the_faster_way_is_said_taken_and_remembered(capsys, monkeypatch, on_devices):
+    trained = []
+    monkeypatch.setattr(together, "_train", lambda group, *_: trained.append(len(group)) or iter(()))
+    monkeypatch.setattr(in_turn, "_train", lambda one, *_: trained.append(1) or Outcome(16, 0.1, None, {}))
+    sweep = command.read(tiny(*GROUP))
+    ready = in_turn.ready(sweep.members(sweep.configurations, sweep.seeds), {})
+    for name, times, taken in [
+        ("slower", (0.027, 0.0226), "in turn"),
+        ("as fast", (0.0226, 0.0226), "in turn"),  # which is exact
+        ("faster", (0.020, 0.0226), "together"),
+    ]:
+        kept = record.Record(Path("runs"), {})
+        monkeypatch.setattr(faster, "measure", lambda *_, times=times: Verdict(4, [times], second=False))
+        Path("runs").mkdir(exist_ok=True)
+        for _ in range(2):  # the second time by the record
+            trained.clear()
+            list(together.train_members(ready, StopRequest(), lambda _: None, {}, kept, "auto"))
+            assert trained == ([4] if taken == "together" else [1] * 4), name
+            monkeypatch.setattr(faster, "measure", None)
+        told = capsys.readouterr().err
+        assert told.count("4 members together: ") == 1
+        assert told.endswith(f"ms a member-step, in turn 22.6: {taken}\n")
+    # a long run in turn gets a second program, and 0.95 of the better is enough
+    assert not Verdict(4, [(0.020, 0.0226)], second=True).is_together
+    assert not Verdict(4, [(0.0216, 0.0226)], second=False).is_together
+
+
+@pytest.mark.long
+def test_a_trial_is_made_if_the_work_is_long_and_leaves_nothing(capsys, on_devices):
+    sweep, steps, nobody = command.read(tiny(*GROUP)), {}, StopRequest()
+    one = in_turn.ready(sweep.members(sweep.configurations, sweep.seeds), {})[0]
+    on_devices(2)
+    assert faster.measure(one, 4, nobody, steps, work=100) is None
+    found = faster.measure(one, 4, nobody, steps)
+    assert found is not None
+    assert 0 < found.together < 10
+    assert len(found.rounds) == faster.ROUNDS - 1
+    nobody.received = signal.SIGINT
+    assert faster.measure(one, 4, nobody, steps) is None
+    assert not Path("runs").exists()
+
+
+def test_a_group_is_as_large_as_memory_holds(capsys, monkeypatch, on_devices):
+    sweep = command.read(tiny("--over=train.seed=lin:1:40:40"))
+    ready = in_turn.ready(sweep.members(sweep.configurations, sweep.seeds), {})
+    for n, rooms, expected in [(1, 100, 20), (1, 7, 7), (1, 1, 1), (2, 5, 10), (8, 1, 8), (8, 0.5, 1)]:
+        on_devices(n)
+        monkeypatch.setattr(together.memory, "needed", lambda *_: 1.0)
+        monkeypatch.setattr(together, "room", lambda mesh, rooms=rooms: rooms)
+        assert together._size(ready, {}) == expected, (n, rooms)
 
 
 def test_a_member_that_was_trained_further_has_the_figure_of_its_own_last_step(capsys, training):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.config import Config, UserError, command_line, parse
@@ -47,6 +48,12 @@ class Options(command_line.Options):
         "train the best and the second again with N fresh seeds, since the best of many is flattered (default: no)",
         0,
         must=AT_LEAST_1,
+    )
+    together: Literal["auto", "on", "off"] = flag(
+        "",
+        "train members that differ in numbers alone at once, in one program; auto: if the work is long enough to try, "
+        "and that is faster; on: without trying",
+        "auto",
     )
     name: str | None = flag("NAME", "the sweep's directory is runs/NAME (default: that of the config file, -sweep)")
 
@@ -104,6 +111,7 @@ def read(argv: list[str]) -> Sweep:
         asked.sample,
         asked.halve,
         asked.confirm,
+        asked.together,
     )
     record.check_place(sweep.path)
     sweep.members(sweep.configurations, sweep.seeds, halve.share(len(configurations)) if sweep.halve else 1)
@@ -143,10 +151,15 @@ def run(sweep: Sweep, argv: list[str]) -> int:
             stages = study.conduct()
         if study.interrupted:
             write(stages)
-            print("\n\n".join([*_tables(sweep, stages), f"{study.saved or study.interrupted.name}\n{standing()}"]))
+            print(
+                "\n\n".join(
+                    [*_tables(sweep, stages), "\n".join([*(study.saved or [study.interrupted.name]), standing()])]
+                )
+            )
             return 128 + study.interrupted
         _write(sweep, stages, command)
-        print("\n\n".join([*_tables(sweep, stages), "\n".join(_findings(sweep, stages)), _next(sweep, stages)]))
+        found = [*_findings(sweep, stages), *([opened.ways] if opened.ways else [])]
+        print("\n\n".join([*_tables(sweep, stages), "\n".join(found), _next(sweep, stages)]))
         return 0
 
 

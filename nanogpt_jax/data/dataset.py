@@ -20,7 +20,7 @@ from nanogpt_jax.host.progress import Progress
 LONGEST_CYCLE = 1 << 16  # sequences in which a mixture keeps its proportions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the same object or another one: arrays have no other order
 class Dataset:
     """Prepared tokens, checked."""
 

@@ -11,7 +11,7 @@ from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.host.progress import Part, duration
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import sizes
-from nanogpt_jax.sweeping import halve, in_turn, ranges, results
+from nanogpt_jax.sweeping import halve, in_turn, ranges, results, together
 from nanogpt_jax.sweeping.members import Member, Sweep
 from nanogpt_jax.sweeping.record import Record
 from nanogpt_jax.sweeping.results import CONFIRM, SWEEP, Figure, Row, Stage
@@ -30,9 +30,10 @@ class Study:
     total: int = 0  # members in all
     done: int = 0
     interrupted: signal.Signals | None = None
-    saved: str = ""  # of the member that a signal has stopped
+    saved: list[str] = field(default_factory=list)  # of the members that a signal has stopped
     _known: dict[str, float | None] = field(default_factory=dict)  # member -> its figure, None if it diverged
     _opened: dict[str, Dataset] = field(default_factory=dict)  # data, by its settings
+    _steps: in_turn.Steps = field(default_factory=dict)
     _work: float = 0.0  # of the members that are missing, in FLOPs,
     _spent: float = 0.0  # and of those that were trained here,
     _seconds: float = 0.0  # in so many seconds
@@ -86,7 +87,8 @@ class Study:
         self.done += len(there)
         self._work -= sum(map(_flops, there))
         self.stages.append(self._table(name, members, seeds, share))
-        for one, ended in in_turn.train_members(in_turn.ready(missing, self._opened), self.stop, self._begin):
+        ready, how = in_turn.ready(missing, self._opened), self.sweep.together
+        for one, ended in together.train_members(ready, self.stop, self._begin, self._steps, self.record, how):
             self._end(one, ended)
             self.stages[-1] = self._table(name, members, seeds, share)
             self.on_change(self.stages)
@@ -116,11 +118,15 @@ class Study:
         found = halve.correlation([a for a, _ in pairs], [b for _, b in pairs])
         return Stage(name, share, seeds, rows, found, len(pairs))
 
-    def _begin(self, one: Member) -> Part:
+    def _begin(self, members: list[Member]) -> Part:
         left = f", about {duration(self._work / self._spent * self._seconds)} left for all" if self._spent else ""
-        print(f"member {self.done + 1} of {self.total}: {one.name}{left}", file=sys.stderr, flush=True)
+        last = self.done + len(members)
+        which = f"member {last}" if len(members) == 1 else f"members {self.done + 1} to {last}"
+        names = " ".join(one.name for one in members)
+        print(f"{which} of {self.total}: {names}{left}", file=sys.stderr, flush=True)
         self._clock = time.monotonic()
-        return Part(f"member {self.done + 1}/{self.total}", max(0.0, self._work / _flops(one) - 1))
+        its = sum(map(_flops, members))
+        return Part(f"{which}/{self.total}", max(0.0, self._work / its - 1))
 
     def _end(self, one: Member, ended: Outcome | Diverged) -> None:
         if isinstance(ended, Diverged):
@@ -130,13 +136,14 @@ class Study:
             self._look(one)
         elif ended.signal:
             steps = one.command.cfg.train.steps
-            self.saved = f"{ended.signal.name}: saved step {ended.step} of {steps} in {one.command.run_dir}"
+            self.saved.append(f"{ended.signal.name}: saved step {ended.step} of {steps} in {one.command.run_dir}")
             return
         else:
             assert self._look(one), f"{one.name} was trained and has no result"
             told = f"{self._known[one.name]:.4f} {self.figure.unit}"
             self._spent += _flops(one)
-            self._seconds += time.monotonic() - self._clock
+            now = time.monotonic()
+            self._seconds, self._clock = self._seconds + now - self._clock, now  # those trained together share it
         self.done += 1
         self._work -= _flops(one)
         print(f"{one.name}: {told}", file=sys.stderr, flush=True)

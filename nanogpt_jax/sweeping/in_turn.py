@@ -1,5 +1,6 @@
 """The members that are missing, trained one after the other in this process, each as `train.py` would train it."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,19 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax import config
-from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config import Config, MeshConfig, UserError
 from nanogpt_jax.data import batches, dataset
 from nanogpt_jax.data.dataset import Dataset
+from nanogpt_jax.distributed.mesh import common_room, make_mesh, start
 from nanogpt_jax.host import files
 from nanogpt_jax.host.progress import Part
 from nanogpt_jax.host.signals import StopRequest
+from nanogpt_jax.model import execution
 from nanogpt_jax.run import run_dir
 from nanogpt_jax.run.places import checkpoint_steps
 from nanogpt_jax.run.plan import execution_here
+from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.sweeping.members import Member, named
-from nanogpt_jax.training import dials
+from nanogpt_jax.training import dials, loop, optim
+from nanogpt_jax.training.language_model import language_model
 from nanogpt_jax.training.loop import Diverged, Outcome
+from nanogpt_jax.training.state import TrainState
 from nanogpt_jax.training.step import TrainStep, make_train_step
+from nanogpt_jax.training.task import Task
+
+Steps = dict[Any, TrainStep]  # those of earlier members, by their program
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,6 @@ class Ready:
     member: Member
     cfg: Config  # with the vocabulary
     data: Dataset
-    part: Part | None = None  # where it stands in the sweep, for its bar
 
 
 def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
@@ -82,20 +90,19 @@ def check_data(done: Sequence[Member], opened: dict[str, Dataset]) -> None:
 
 
 def train_members(
-    members: Sequence[Ready], stop: StopRequest, on_start: Callable[[Member], Part]
+    members: Sequence[Ready], stop: StopRequest, on_start: Callable[[list[Member]], Part], steps: Steps
 ) -> Iterator[tuple[Member, Outcome | Diverged]]:
     """Train the members -> each as it ends, and how. After a signal, the one under way has saved, and is the last.
 
     A member's directory is as `train.py` leaves it: what is there of it is resumed, and its losses are the same, bit
     for bit.
     """
-    steps: dict[Any, TrainStep] = {}
     for one in members:
         if stop.received:
             return
-        one = replace(one, part=on_start(one.member))
+        part = on_start([one.member])
         try:
-            outcome = _train(one, stop, steps)
+            outcome = _train(one, stop, steps, part)
         except Diverged as e:
             yield one.member, e
             continue
@@ -104,28 +111,36 @@ def train_members(
             return
 
 
-def _train(one: Ready, stop: StopRequest, steps: dict[Any, TrainStep]) -> Outcome:
-    """What `train.py` does, without a sample of text at the end. `steps`: those of earlier members, by their program.
+def _train(one: Ready, stop: StopRequest, steps: Steps, part: Part) -> Outcome:
+    """What `train.py` does, without a sample of text at the end."""
+    with opened(one, steps) as (cfg, task, state, step, run):
+        return loop.fit(cfg, task, state, step, run, stop, part)
+
+
+@contextlib.contextmanager
+def opened(
+    one: Ready, steps: Steps, mesh: MeshConfig | None = None
+) -> Iterator[tuple[Config, Task, TrainState, TrainStep, Recording]]:
+    """A member's directory, claimed and prepared, and what `loop.fit` takes of it."""
+    with run_dir.claim(one.member.command) as directory:
+        run_dir.prepare(directory, one.member.command, one.cfg, one.data)
+        cfg, task, step = placed(one, steps, mesh)
+        with Recording(directory, cfg.train) as run:
+            yield cfg, task, loop.start_state(cfg, step, run), step, run
+
+
+def placed(one: Ready, steps: Steps, mesh: MeshConfig | None = None) -> tuple[Config, Task, TrainStep]:
+    """How a member runs here, on its own mesh or on another.
 
     JAX keeps what a jitted function has compiled, so a member that takes an earlier one's step compiles nothing.
     """
-    from nanogpt_jax.distributed.mesh import common_room, make_mesh, start
-    from nanogpt_jax.model import execution
-    from nanogpt_jax.run.recording import Recording
-    from nanogpt_jax.training import loop, optim
-    from nanogpt_jax.training.language_model import language_model
-
-    with run_dir.claim(one.member.command) as directory:
-        run_dir.prepare(directory, one.member.command, one.cfg, one.data)
-        platform, mesh = start(), make_mesh(one.cfg.mesh)
-        cfg, how = execution.choose(one.cfg, platform, mesh.size, common_room(mesh))
-        task = language_model(cfg, mesh, one.data)
-        tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
-        program = (how, *dials.program_of(cfg))
-        if program in steps:
-            step = replace(steps[program], dials=dials.make_dials(cfg, how.steps_per_dispatch))
-        else:
-            step = steps[program] = make_train_step(cfg, tx, mesh, task, how)
-        with Recording(directory, cfg.train) as run:
-            state = loop.start_state(cfg, step, run)
-            return loop.fit(cfg, task, state, step, run, stop, one.part)
+    cfg, devices = replace(one.cfg, mesh=mesh or one.cfg.mesh), start()
+    where = make_mesh(cfg.mesh)
+    cfg, how = execution.choose(cfg, devices, where.size, common_room(where))
+    task = language_model(cfg, where, one.data)
+    program = (how, *dials.program_of(cfg))
+    if program in steps:
+        return cfg, task, replace(steps[program], dials=dials.make_dials(cfg, how.steps_per_dispatch))
+    tx = optim.make_optimizer(cfg.optim, cfg.train.steps)
+    steps[program] = make_train_step(cfg, tx, where, task, how)
+    return cfg, task, steps[program]

@@ -40,6 +40,7 @@ class Sweep:
     sample: int | None
     halve: bool
     confirm: int
+    together: str = "auto"  # or on, off: whether members are trained at once
 
     @property
     def keys(self) -> list[str]:

@@ -1,4 +1,5 @@
-"""runs/NAME as the place of one sweep: sweep.json says what was asked, and which members diverged; a lock guards it.
+"""runs/NAME as the place of one sweep: sweep.json says what was asked, which members diverged, and which way each
+was trained; a lock guards it.
 
 runs/NAME/sweep.json   this record           runs/NAME/MEMBER/      an ordinary run directory
 runs/NAME/sweep.csv    the table             runs/NAME/best.toml    the winner, for train.py
@@ -35,11 +36,20 @@ class Record:
     path: Path
     asked: dict[str, Any]  # JSON
     diverged: dict[str, str] = field(default_factory=dict)  # member -> what was not finite, and when
+    together: dict[str, int] = field(default_factory=dict)  # member -> how many were trained at once; others: in turn
+    measured: dict[str, Any] = field(default_factory=dict)  # program and devices -> which way is faster: a Verdict
+
+    @property
+    def ways(self) -> str:
+        """Which members were trained together, in words; "" if none was."""
+        n = len(self.together)
+        return f"{n} members were trained together, in one program; {self.path / NAME} names them" if n else ""
 
     def write(self) -> None:
         """UserError if that fails."""
+        found = {"diverged": self.diverged, "together": self.together, "measured": self.measured}
         try:
-            files.write(self.path / NAME, json.dumps({**self.asked, "diverged": self.diverged}, indent=2) + "\n")
+            files.write(self.path / NAME, json.dumps({**self.asked, **found}, indent=2) + "\n")
         except OSError as e:
             raise UserError(f"cannot write {self.path / NAME}: {e.strerror or e}") from None
 
@@ -141,7 +151,9 @@ def claim(sweep: Sweep) -> Iterator[Record]:
         try:
             before = check(sweep)
             files.remove_all_leftovers(path)
-            yield Record(path, asked(sweep), dict(before.get("diverged", {})))
+            yield Record(
+                path, asked(sweep), *(dict(before.get(key, {})) for key in ("diverged", "together", "measured"))
+            )
         finally:
             if not os.path.lexists(path / NAME):
                 (path / LOCK).unlink(missing_ok=True)

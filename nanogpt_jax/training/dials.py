@@ -2,6 +2,7 @@
 
 # K steps in a call
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanogpt_jax.config import Config
+from nanogpt_jax.config import Config, OptimConfig
 from nanogpt_jax.training.optim import Numbers, make_schedule, numbers_of
 
 
@@ -26,11 +27,15 @@ class Dials:
 
 def make_dials(cfg: Config, K: int) -> Callable[[int], Dials]:
     """The first step of a call of K steps -> its dials."""
-    t = cfg.train
-    schedule = jax.jit(jax.vmap(make_schedule(cfg.optim, t.steps)))
-    rates = np.asarray(schedule(np.arange(t.steps + K)), np.float32)
-    dropout = key_data(t.seed ^ 0xD409)  # differs from the key of the initial weights
+    rates = rates_of(cfg.optim, cfg.train.steps, K)
+    dropout = key_data(cfg.train.seed ^ 0xD409)  # differs from the key of the initial weights
     return lambda first: Dials(rates[first : first + K], numbers_of(cfg.optim), dropout)
+
+
+@functools.lru_cache(maxsize=64)  # runs that differ in their seed share it
+def rates_of(cfg: OptimConfig, steps: int, K: int) -> np.ndarray:
+    """The learning rate of each step, and K more: [steps + K] float32."""
+    return np.asarray(jax.jit(jax.vmap(make_schedule(cfg, steps)))(np.arange(steps + K)), np.float32)
 
 
 def program_of(cfg: Config) -> tuple[Any, ...]:

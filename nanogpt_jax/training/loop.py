@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,39 @@ def fit(
 ) -> Outcome:  # fmt: skip
     """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one. `part`: of
     what the run is one, for its bar."""
+    left, alone = cfg.train.steps - run.step, processes.count() == 1
+    with (
+        Progress("step", cfg.train.steps, run.step, patience=0, now="compiling the step", part=part) as progress,
+        contextlib.closing(driven(cfg, task, state, step, run, stop, progress)) as loop,
+    ):
+        try:
+            state, rows = next(loop)
+            program = CompiledStep(step, state, rows, steps_left=left, stop=stop if alone else None)
+            call = loop.send(program)
+            while True:
+                call = loop.send(program(*call))
+        except StopIteration as end:
+            return end.value
+
+
+# yields state, rows; is sent the program for them; from then on yields state, rows, n, dials; is sent state, metrics
+Driven = Generator[tuple[Any, ...], Any, Outcome]
+
+
+def driven(
+    cfg: Config,
+    task: Task,
+    state: TrainState,
+    step: TrainStep,
+    run: Recording,
+    stop: StopRequest,
+    progress: Progress,
+) -> Driven:
+    """The loop of `fit`, which leaves compiling and calling to its driver: that may take the calls of many at once."""
     t, start, clock = cfg.train, run.step, time.monotonic()
     if 0 < task.patience <= run.stale:  # it had ended early
         return Outcome(start, 0.0, None, {})
     log = run.log  # opened now: what is wrong with it is told before the first step
-    progress = Progress("step", t.steps, start, patience=0, now="compiling the step", part=part)
     agreed = processes.AgreedStop(stop, step.layout.mesh)  # pyright: ignore[reportArgumentType]
     reader = _Reader(cfg, task, run, progress)
     ahead = batches.prefetch(_on_device(cfg, task, step, start), depth=2)
@@ -105,8 +133,7 @@ def fit(
             if agreed.poll():
                 break
             if program is None:
-                alone = processes.count() == 1
-                program = CompiledStep(step, state, rows, steps_left=t.steps - start, stop=stop if alone else None)
+                program = yield state, rows
                 if agreed.poll():
                     break
                 processes.meet("the compiled step")
@@ -115,7 +142,7 @@ def fit(
                 reader.begin()
             if news := program.news():
                 progress.note(f"step {at}: {news}")
-            state, metrics = program(state, rows, n, step.dials(first))
+            state, metrics = yield state, rows, n, step.dials(first)
             if saved == first:
                 memory.trim()  # its save held arrays where a step's memory lay: the next would hold a second block
             reader.add(first, n, metrics)
@@ -145,7 +172,6 @@ def fit(
         run.checkpoints.wait()
     finally:
         ahead.close()
-        progress.close()
     return Outcome(at, time.monotonic() - clock, agreed.received, validation)
 
 
