@@ -124,7 +124,7 @@ def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Record
                 reader.check(at, {f"validation {name}": value for name, value in scores.items()})
                 validation = {f"val/{name}": value for name, value in scores.items()}
                 log.write(at, validation)
-                progress.say(f"step {at}: {task.summary.format(**scores)}")
+                progress.say(f"step {at}: {task.summary.format(**scores)}{_beside(cfg, run, at)}")
                 loss = task.criterion(scores)
                 is_best = run.judge(loss)
                 is_last = is_last or 0 < task.patience <= run.stale
@@ -177,6 +177,24 @@ def _large(cfg: Config, program: CompiledStep) -> str:
         f"note: a step takes {needs:.1f} GB of memory, and about {free:.1f} are free; "
         f"with train.micro_batch below {cfg.train.micro_batch or cfg.train.batch_size} it takes less"
     )
+
+
+def _beside(cfg: Config, run: Recording, at: int) -> str:
+    """Whether the run is normal at its evaluation after step `at`; "" if nothing is known of such runs."""
+    try:
+        from nanogpt_jax.normal.verdict import beside
+    except ImportError:  # the room was removed
+        return ""
+    return beside(cfg, run.directory, at) if processes.is_first() else ""
+
+
+def _start(cfg: Config, loss: float) -> str:
+    """A note if the loss of step 1 is not that of a new language model."""
+    try:
+        from nanogpt_jax.normal.verdict import unusual_start
+    except ImportError:
+        return ""
+    return unusual_start(cfg.model, loss) if type(cfg) is Config and cfg.train.init_from == "scratch" else ""
 
 
 @jax.jit
@@ -265,6 +283,8 @@ class _Reader:
             step = first + i + 1
             loss, norm, rate = (float(values[name][i]) for name in ("loss", "grad_norm", "learning_rate"))
             self.check(step, {"loss": loss, "gradient norm": norm})
+            if step == 1 and (note := _start(self._cfg, loss)):
+                self._progress.note(f"step 1: {note}")
             if step % t.log_every == 0 or step == t.steps:
                 row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
                 self._run.log.write(step, {**row, "tokens_per_second": round(speed, 1)})

@@ -1,0 +1,42 @@
+"""From what left the band, and in which direction, to what may be the cause: one line."""
+
+from collections.abc import Sequence
+
+from nanogpt_jax.normal.judge import LOSS, NORM, RATES, VALIDATION, Finding
+
+
+def of(findings: Sequence[Finding]) -> str:
+    """`findings`: all of a run so far, in the order of steps, at least one."""
+    first = {one.series: one for one in reversed(findings)}
+    if RATES in first:
+        return _rate([one for one in findings if one.series == RATES])
+    loss, norm, validation = (first.get(series) for series in (LOSS, NORM, VALIDATION))
+    if loss and loss.step <= 2:
+        return "Other initial weights, or another loss, than GPT-2's?" if loss.is_high else LEAK
+    if loss and not loss.is_high:
+        return LEAK
+    if validation and not loss:
+        if validation.is_high:
+            return "Training is normal: is dropout left on in evaluation, or is it another validation text?"
+        return "Training is normal: is the validation text part of the training text?"
+    if norm and (not loss or norm.step < loss.step):
+        if norm.is_high:
+            times = norm.value / norm.expected
+            return f"Gradients {times:.2g} times as large: a smaller batch (half of it gives up to 1.4)?"
+        return "Smaller gradients: a larger batch, or another mean over the tokens?"
+    return (
+        "It learns less than it should: are the targets the next tokens, and in order? Is the update too large or too "
+        "small?"
+    )
+
+
+LEAK = "It predicts too well: does a position see its target (the mask), or are the targets the inputs?"
+
+
+def _rate(findings: Sequence[Finding]) -> str:
+    ratios = [one.value / max(one.expected, 1e-12) for one in findings]
+    if max(ratios) < 1.1 * min(ratios):
+        return f"The learning rate is {ratios[0]:.3g} times what it was there: optim.learning_rate, or its schedule?"
+    if ratios[0] > 1.5 and ratios[0] > ratios[-1]:
+        return "The learning rate starts too high: is the warm-up missing?"
+    return "The learning rate follows another schedule: does it fall as optim.schedule says?"
