@@ -59,21 +59,19 @@ def measure(reference: Reference, rows: Sequence[dict[str, Any]], until: int | N
     end = min(reference.steps, until or reference.steps)
     B = len(reference.blocks)
     of = {key: points(rows, key, end) for key in ("train/loss", "grad_norm", "val/loss", "learning_rate")}
-    means = {}
-    for key, series in (("train/loss", reference.loss), ("grad_norm", reference.norm)):
-        steps, values = of[key]
-        if series is reference.norm:
-            values = np.log(np.maximum(values, 1e-30))
+
+    def means(series: Series, steps: np.ndarray, values: np.ndarray) -> np.ndarray:
         block, off = block_of(reference, steps), values - curve(reference, series, steps)
-        count = np.bincount(block, minlength=B)
         with np.errstate(invalid="ignore"):
-            means[key] = np.bincount(block, off, B) / count
-        if series is reference.loss:
-            last = np.zeros(B, int)
-            np.maximum.at(last, block, steps)
-            counted = count
+            return np.bincount(block, off, B) / np.bincount(block, minlength=B)
+
+    steps, norms = of["grad_norm"]
+    norm = means(reference.norm, steps, np.log(np.maximum(norms, 1e-30)))
+    steps, losses = of["train/loss"]
+    last = np.zeros(B, int)
+    np.maximum.at(last, block_of(reference, steps), steps)
     return Measured(
-        means["train/loss"], means["grad_norm"], counted, last,
+        means(reference.loss, steps, losses), norm, np.bincount(block_of(reference, steps), minlength=B), last,
         list(zip(*(x.tolist() for x in of["val/loss"]), strict=True)),
         list(zip(*(x.tolist() for x in of["learning_rate"]), strict=True)),
     )  # fmt: skip

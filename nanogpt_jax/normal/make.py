@@ -77,7 +77,7 @@ SHOWN = ("python", "nanogpt-jax", "jax", "numpy")
 
 def _series(values: np.ndarray) -> Series:
     """Of each step's number in each run, [n, steps]."""
-    n, steps = values.shape
+    steps = values.shape[1]
     knots, blocks = (reference.firsts(steps, ratio) for ratio in (reference.KNOT, reference.BLOCK))
     mean = _grouped(values.mean(0, keepdims=True), knots)[0].round(4)
     edges = np.append(knots, steps + 1)

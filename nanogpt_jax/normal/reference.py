@@ -114,9 +114,9 @@ def from_json(text: str | bytes) -> Reference:
         series = [
             Series(**{part.name: _numbers(told[of][part.name]) for part in fields(Series)}) for of in ("loss", "norm")
         ]
-        arrays = {name: _numbers(told[name]) for name in ("evaluated", "validation", "rates")}
-        plain = {name: told[name] for name in ("name", "settings", "data", "seeds", "versions")}
-        one = Reference(**plain, loss=series[0], norm=series[1], **arrays)
+        arrays: dict[str, Any] = {name: _numbers(told[name]) for name in ("evaluated", "validation", "rates")}
+        plain: dict[str, Any] = {name: told[name] for name in ("name", "settings", "data", "seeds", "versions")}
+        one = Reference(**plain, **arrays, loss=series[0], norm=series[1])
         n, K, B, E = len(one.seeds), len(one.knots), len(one.blocks), len(one.evaluated)
         shapes = [one.validation.shape, one.rates.shape[1:]]
         shapes += [x.shape for each in series for x in (each.mean, each.noise, each.runs)]

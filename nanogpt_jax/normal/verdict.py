@@ -13,7 +13,7 @@ from nanogpt_jax.config import Config, ModelConfig
 from nanogpt_jax.host import files
 from nanogpt_jax.normal import judge, reference, suspicion
 from nanogpt_jax.normal.judge import Finding
-from nanogpt_jax.normal.reference import FOLDER, Match, Reference
+from nanogpt_jax.normal.reference import Match, Reference
 from nanogpt_jax.run import origin
 from nanogpt_jax.run.metrics import read_metrics
 
@@ -45,15 +45,20 @@ def beside(cfg: Config, directory: Path, at: int) -> str:
     return _beside(judged(match, data, rows, at))
 
 
-def find(cfg: Config, directory: Path, folder: Path = FOLDER) -> tuple[Match | None, dict[str, Any]]:
-    """The reference of a run, and `facts` of its data. None for a run that was extended: its schedule was another."""
+def find(
+    cfg: Config, directory: Path, references: Sequence[Reference] | None = None
+) -> tuple[Match | None, dict[str, Any]]:
+    """The reference of a run, and `facts` of its data. None for a run that was extended: its schedule was another.
+
+    `references`: those that are known, if they were read before.
+    """
     try:
         data = reference.facts(json.loads(files.read(directory / "data.json")))
     except (OSError, ValueError, RecursionError):
         return None, {}
     if type(cfg) is not Config or origin.read(directory).get("extended"):
         return None, data
-    return reference.match(cfg, data, reference.known(folder)), data
+    return reference.match(cfg, data, reference.known() if references is None else references), data
 
 
 def judged(match: Match, data: dict[str, Any], rows: Sequence[dict[str, Any]], until: int | None = None) -> Verdict:
@@ -64,6 +69,18 @@ def judged(match: Match, data: dict[str, Any], rows: Sequence[dict[str, Any]], u
     findings = judge.outside(one, run) if match.same_data else []
     expected = next((judge.validation_band(one, step) for step, _ in reversed(run.validation)), None)
     return Verdict(match, data, findings, at, expected)
+
+
+def bands(one: Reference) -> dict[str, list[tuple[int, float, float]]]:
+    """To be drawn: of each number in metrics.jsonl (step, lowest, highest) of the single values at that step."""
+    steps = np.unique(np.exp(one.knots).round().astype(int))
+    found = {}
+    for key, name in (("train/loss", judge.LOSS), ("grad_norm", judge.NORM)):
+        low, high = judge.training_band(one, steps, name)
+        found[key] = list(zip(steps.tolist(), low.tolist(), high.tolist(), strict=True))
+    measured = [(step, judge.validation_band(one, step)) for step in one.evaluated.astype(int).tolist()]
+    found["val/loss"] = [(step, band[0] - band[1], band[0] + band[1]) for step, band in measured if band]
+    return found
 
 
 def unusual_start(model: ModelConfig, loss: float) -> str:
