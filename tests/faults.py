@@ -1,12 +1,13 @@
 """Are faults seen? Ten of them, made on purpose, each trained for a quarter of a recipe's run.
 
 `python tests/faults.py frases` needs no data; `python tests/faults.py shakespeare_quick nanogpt_cpu --text FILE` needs
-tiny Shakespeare. A fault is in the code, and the settings are the recipe's, so that its reference is found. Each row:
+tiny Shakespeare; `--only WORD` takes the faults with that word. A fault is in the code, and the settings are the recipe's, so that its reference is found. Each row:
 at which step it was seen, by whatever is compared, and by losses and gradient norms alone.
 """
 
 import contextlib
 import dataclasses
+import io
 import os
 import shutil
 import signal
@@ -185,7 +186,8 @@ def seen(fault: str, recipe: str, folder: Path, flags: list[str]) -> tuple[int |
     steps = config.load([recipe] if recipe != "default" else []).cfg.train.steps
     argv = [] if recipe == "default" else [recipe]
     argv += [f"--train.eval-every={steps // EVALUATIONS}", "--train.save-every=0", "--train.recompile=off"]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(open(os.devnull, "w")):
+    noted = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(noted):
         FAULTS[fault](patch)
         train_a_quarter([*argv, *flags, f"--data.dir={data}", f"--run-dir={run}"])
     cfg, rows = config.read_json(run / "config.json"), read_metrics(run / "metrics.jsonl")
@@ -194,6 +196,8 @@ def seen(fault: str, recipe: str, folder: Path, flags: list[str]) -> tuple[int |
     if not match.same_data:
         return 0, None, verdict.other_data(match.reference, facts)
     alone = [{key: value for key, value in row.items() if key != "learning_rate"} for row in rows]
+    if start := [line for line in noted.getvalue().splitlines() if line.startswith("step 1: ")]:
+        return 1, 1, start[0]
     at = [_first(match, facts, which) for which in (rows, alone)]
     found = verdict.judged(match, facts, rows)
     return at[0], at[1], verdict.outside(found) if found.findings else ""
@@ -207,7 +211,8 @@ def _first(match: Any, facts: Any, rows: list[dict[str, Any]]) -> int | None:
 
 def main(argv: list[str]) -> int:
     text = Path(argv.pop(argv.index("--text") + 1)) if "--text" in argv else None
-    flags = [word for word in argv if word.startswith("--") and word != "--text"]
+    only = argv.pop(argv.index("--only") + 1) if "--only" in argv else ""
+    flags = [word for word in argv if word.startswith("--") and word not in ("--text", "--only")]
     recipes = [word for word in argv if not word.startswith("--")]
     runtime.set_up()  # faults share most compiled programs
     missed = 0
@@ -218,7 +223,7 @@ def main(argv: list[str]) -> int:
             steps = config.load([] if recipe == "default" else [recipe]).cfg.train.steps
             print(f"{recipe}, {steps} steps:\n| fault | seen at step | by losses and norms alone | what was said |")
             print("|---|---|---|---|")
-            for fault in FAULTS:
+            for fault in [name for name in FAULTS if only in name]:
                 with contextlib.redirect_stdout(open(os.devnull, "w")):
                     every, alone, words = seen(fault, recipe, Path(folder), flags)
                 row = [fault, *("" if at is None else str(at) for at in (every, alone)), words]

@@ -22,6 +22,7 @@ from nanogpt_jax.normal.reference import Reference, Series
 
 ALPHA = 0.02  # of a false alarm, by the theory; what it is in fact is measured by leaving one out: README.md
 LEAST_SD = {"loss": 0.003, "norm": 0.02, "validation": 0.003}  # another processor rounds to other digits
+FIRST_ALPHA, FIRST_SD = 0.001, 0.01  # of the loss of step 1, which is one number more
 NEIGHBOURS = 2  # blocks on each side, whose variances are averaged with a block's own
 RATE = 0.02  # the learning rate is no random number: so much off is off
 LOSS, NORM, VALIDATION, RATES = "training loss", "gradient norm", "validation loss", "learning rate"
@@ -188,6 +189,14 @@ def student(p: float, freedom: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     )
+
+
+def first_band(reference: Reference) -> tuple[float, float]:
+    """The loss of step 1, before any update, and half the width of its band: nothing that came before moves it, so its
+    own variance is taken, and is far smaller than that of the steps behind it."""
+    n, first = reference.n, reference.loss.runs[:, 0]
+    sd = max(float(first.std(ddof=1)), FIRST_SD) * math.sqrt(1 + 1 / n)
+    return float(reference.loss.mean[0] + first.mean()), student(1 - FIRST_ALPHA / 2, n - 1) * sd
 
 
 def _smooth_variance(runs: np.ndarray) -> np.ndarray:

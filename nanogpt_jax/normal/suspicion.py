@@ -1,6 +1,7 @@
 """From what left the band, and in which direction, to what may be the cause: one line."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from nanogpt_jax.normal.judge import LOSS, NORM, RATES, VALIDATION, Finding
 
@@ -28,6 +29,14 @@ def of(findings: Sequence[Finding]) -> str:
         "It learns less than it should: are the targets the next tokens, and in order? Is the update too large or too "
         "small?"
     )
+
+
+def of_data(data: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Of `facts` of the data: "" if nothing is suspected."""
+    times = data["train"] / max(reference["train"], 1)
+    if data["vocabulary"] == reference["vocabulary"] and times > 1.5 and abs(times - round(times)) < 0.01:
+        return f" Is the text there {round(times)} times?"
+    return " Is it another tokenizer?" if data["vocabulary"] != reference["vocabulary"] else ""
 
 
 LEAK = "It predicts too well: does a position see its target (the mask), or are the targets the inputs?"

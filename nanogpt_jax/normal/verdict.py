@@ -83,6 +83,25 @@ def bands(one: Reference) -> dict[str, list[tuple[int, float, float]]]:
     return found
 
 
+def start(cfg: Config, directory: Path, loss: float) -> str:
+    """A line if the loss of step 1 is not that of new weights: as in the reference; without one, about ln V. "" if it
+    is, and for a run that begins with another's weights."""
+    if type(cfg) is not Config or cfg.train.init_from != "scratch":
+        return ""
+    match, _ = find(cfg, directory)
+    if match is None or not match.same_data:
+        return unusual_start(cfg.model, loss)
+    expected, within = judge.first_band(match.reference)
+    if abs(loss - expected) <= within:
+        return ""
+    where = f"{match.reference.n} runs of {match.reference.name}"
+    return f"the first loss is {loss:.3f}, but {expected:.3f} ± {within:.3f} in {where}: {_why(loss > expected)}"
+
+
+def _why(is_high: bool) -> str:
+    return "are the initial weights too large?" if is_high else "does the model see what it has to predict?"
+
+
 def unusual_start(model: ModelConfig, loss: float) -> str:
     """A line if the first loss of random weights is not about ln V: nobody can predict yet. "" if it is.
 
@@ -96,8 +115,10 @@ def unusual_start(model: ModelConfig, loss: float) -> str:
     most = math.log(math.exp(spread / 2) + math.exp(own) / V) + math.log(V) + 0.2
     if least <= loss <= most:
         return ""
-    why = "are the initial weights too large?" if loss > most else "does it see what it has to predict?"
-    return f"the first loss is {loss:.3f}, and a model that knows nothing has about ln {V:,} = {math.log(V):.3f}: {why}"
+    return (
+        f"the first loss is {loss:.3f}, and a model that knows nothing has about ln {V:,} = {math.log(V):.3f}: "
+        f"{_why(loss > most)}"
+    )
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -134,7 +155,8 @@ def other_data(one: Reference, data: dict[str, Any]) -> str:
     names = {"train": "tokens to train on", "val": "to validate", "vocabulary": "the vocabulary"}
     differ = [f"{data[key]:,} {name} ({one.data[key]:,})" for key, name in names.items() if data[key] != one.data[key]]
     source = one.settings["data.source"]
-    why = " Each version of Python brings another text." if source == "python-docs" else ""
+    why = suspicion.of_data(data, one.data)
+    why += " Each version of Python brings another text." if source == "python-docs" else ""
     return (
         f"not compared with the {one.n} runs of {one.name}: data.source={source} gave them other data, in brackets: "
         f"{', '.join(differ) or 'as many tokens, but others'}.{why}"
@@ -166,6 +188,7 @@ def false_alarms(one: Reference) -> list[int]:
         ends = np.append(one.blocks[1:] - 1, one.steps)
         length = np.diff(np.append(one.blocks, one.steps + 1))
         left_out = judge.Measured(one.loss.runs[i], one.norm.runs[i], length, ends, steps, [])
-        if judge.outside(one.without(i), left_out):
+        (expected, within), first = judge.first_band(one.without(i)), one.loss.mean[0] + one.loss.runs[i, 0]
+        if judge.outside(one.without(i), left_out) or abs(first - expected) > within:
             found.append(seed)
     return found

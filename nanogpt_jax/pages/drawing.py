@@ -26,7 +26,8 @@ def curve(title: str, line: Points, dots: Points = (), band: Area = ()) -> str:
 
     told = f"{title}: {short(line[0][1])} at step {line[0][0]}, {short(line[-1][1])} at step {line[-1][0]}"
     points = " ".join("{},{}".format(*place(point)) for point in line)
-    band = [(x, *(min(max(y, low), high) for y in ys)) for x, *ys in band if min(xs) <= x <= max(xs)]
+    band = [(x, max(bottom, low), min(top, high)) for x, bottom, top in band if min(xs) <= x <= max(xs)]
+    band = [(x, min(bottom, high), max(top, low)) for x, bottom, top in band]  # where it lies outside of the chart
     return figure(
         title,
         (WIDTH, HEIGHT),

@@ -188,13 +188,13 @@ def _beside(cfg: Config, run: Recording, at: int) -> str:
     return beside(cfg, run.directory, at) if processes.is_first() else ""
 
 
-def _start(cfg: Config, loss: float) -> str:
-    """A note if the loss of step 1 is not that of a new language model."""
+def _start(cfg: Config, run: Recording, loss: float) -> str:
+    """A note if `loss`, that of step 1, is not that of new weights."""
     try:
-        from nanogpt_jax.normal.verdict import unusual_start
+        from nanogpt_jax.normal.verdict import start
     except ImportError:
         return ""
-    return unusual_start(cfg.model, loss) if type(cfg) is Config and cfg.train.init_from == "scratch" else ""
+    return start(cfg, run.directory, loss) if processes.is_first() else ""
 
 
 @jax.jit
@@ -283,7 +283,7 @@ class _Reader:
             step = first + i + 1
             loss, norm, rate = (float(values[name][i]) for name in ("loss", "grad_norm", "learning_rate"))
             self.check(step, {"loss": loss, "gradient norm": norm})
-            if step == 1 and (note := _start(self._cfg, loss)):
+            if step == 1 and (note := _start(self._cfg, self._run, loss)):
                 self._progress.note(f"step 1: {note}")
             if step % t.log_every == 0 or step == t.steps:
                 row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
