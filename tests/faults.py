@@ -1,8 +1,9 @@
 """Are faults seen? Ten of them, made on purpose, each trained for a quarter of a recipe's run.
 
 `python tests/faults.py frases` needs no data; `python tests/faults.py shakespeare_quick nanogpt_cpu --text FILE` needs
-tiny Shakespeare; `--only WORD` takes the faults with that word. A fault is in the code, and the settings are the recipe's, so that its reference is found. Each row:
-at which step it was seen, by whatever is compared, and by losses and gradient norms alone.
+tiny Shakespeare; `--only WORD` takes the faults with that word. A fault is in the code, and the settings are the
+recipe's, so that its reference is found. Each row: at which step it was seen, by whatever is compared, and by losses
+and norms alone.
 """
 
 import contextlib

@@ -116,6 +116,7 @@ def from_json(text: str | bytes) -> Reference:
         ]
         arrays: dict[str, Any] = {name: _numbers(told[name]) for name in ("evaluated", "validation", "rates")}
         plain: dict[str, Any] = {name: told[name] for name in ("name", "settings", "data", "seeds", "versions")}
+        arrays["evaluated"] = arrays["evaluated"].astype(int)
         one = Reference(**plain, **arrays, loss=series[0], norm=series[1])
         n, K, B, E = len(one.seeds), len(one.knots), len(one.blocks), len(one.evaluated)
         shapes = [one.validation.shape, one.rates.shape[1:]]

@@ -6,11 +6,12 @@ from typing import Any
 from nanogpt_jax.normal.judge import LOSS, NORM, RATES, VALIDATION, Finding
 
 
-def of(findings: Sequence[Finding]) -> str:
-    """`findings`: all of a run so far, in the order of steps, at least one."""
+def of(findings: Sequence[Finding], last_rate: int) -> str:
+    """`findings`: all of a run so far, in the order of steps, at least one. `last_rate`: the last step whose learning
+    rate is known."""
     first = {one.series: one for one in reversed(findings)}
     if RATES in first:
-        return _rate([one for one in findings if one.series == RATES])
+        return _rate([one for one in findings if one.series == RATES], last_rate)
     loss, norm, validation = (first.get(series) for series in (LOSS, NORM, VALIDATION))
     if loss and loss.step <= 2:
         return "Other initial weights, or another loss, than GPT-2's?" if loss.is_high else LEAK
@@ -42,10 +43,10 @@ def of_data(data: dict[str, Any], reference: dict[str, Any]) -> str:
 LEAK = "It predicts too well: does a position see its target (the mask), or are the targets the inputs?"
 
 
-def _rate(findings: Sequence[Finding]) -> str:
+def _rate(findings: Sequence[Finding], last: int) -> str:
     ratios = [one.value / max(one.expected, 1e-12) for one in findings]
-    if max(ratios) < 1.1 * min(ratios):
-        return f"The learning rate is {ratios[0]:.3g} times what it was there: optim.learning_rate, or its schedule?"
-    if ratios[0] > 1.5 and ratios[0] > ratios[-1]:
+    if ratios[0] > 1.5 and (ratios[0] > 1.1 * ratios[-1] or findings[-1].step < last):  # it has come down since
         return "The learning rate starts too high: is the warm-up missing?"
+    if abs(ratios[0] - 1) > 0.1 and max(ratios) < 1.1 * min(ratios):
+        return f"The learning rate is {ratios[0]:.3g} times what it was there: optim.learning_rate, or its schedule?"
     return "The learning rate follows another schedule: does it fall as optim.schedule says?"

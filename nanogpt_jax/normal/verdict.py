@@ -24,6 +24,7 @@ class Verdict:
     data: dict[str, Any]  # reference.facts of the run's
     findings: list[Finding]
     at: int  # the last step that was looked at
+    last_rate: int  # the last step whose learning rate was logged
     expected: tuple[float, float] | None  # validation loss at step `at`, and half the width of the band
 
 
@@ -68,7 +69,7 @@ def judged(match: Match, data: dict[str, Any], rows: Sequence[dict[str, Any]], u
     at = int(max([run.last.max(initial=0), *(step for step, _ in run.validation)]))
     findings = judge.outside(one, run) if match.same_data else []
     expected = next((judge.validation_band(one, step) for step, _ in reversed(run.validation)), None)
-    return Verdict(match, data, findings, at, expected)
+    return Verdict(match, data, findings, at, max((step for step, _ in run.rates), default=0), expected)
 
 
 def bands(one: Reference) -> dict[str, list[tuple[int, float, float]]]:
@@ -136,9 +137,8 @@ def _beside(verdict: Verdict) -> str:
 def outside(verdict: Verdict) -> str:
     """One line: what left the band first, and what may be the cause."""
     one, first = verdict.match.reference, verdict.findings[0]
-    return f"not normal since step {first.step}: {told(first)} in {one.n} runs of {one.name}. " + suspicion.of(
-        verdict.findings
-    )
+    cause = suspicion.of(verdict.findings, verdict.last_rate)
+    return f"not normal since step {first.step}: {told(first)} in {one.n} runs of {one.name}. {cause}"
 
 
 def told(one: Finding) -> str:
