@@ -6,9 +6,9 @@ from typing import Any
 from nanogpt_jax.normal.judge import LOSS, NORM, RATES, VALIDATION, Finding
 
 
-def of(findings: Sequence[Finding], last_rate: int) -> str:
+def of(findings: Sequence[Finding], last_rate: int, training_off: float) -> str:
     """`findings`: all of a run so far, in the order of steps, at least one. `last_rate`: the last step whose learning
-    rate is known."""
+    rate is known. `training_off`: by how much the training loss is above the reference's now, perhaps by chance."""
     first = {one.series: one for one in reversed(findings)}
     if RATES in first:
         return _rate([one for one in findings if one.series == RATES], last_rate)
@@ -17,7 +17,7 @@ def of(findings: Sequence[Finding], last_rate: int) -> str:
         return "Other initial weights, or another loss, than GPT-2's?" if loss.is_high else LEAK
     if loss and not loss.is_high:
         return LEAK
-    if validation and not loss:
+    if validation and not loss and abs(training_off) < abs(validation.value - validation.expected) / 2:
         if validation.is_high:
             return "Training is normal: is dropout left on in evaluation, or is it another validation text?"
         return "Training is normal: is the validation text part of the training text?"
@@ -26,10 +26,9 @@ def of(findings: Sequence[Finding], last_rate: int) -> str:
             times = norm.value / norm.expected
             return f"Gradients {times:.2g} times as large: a smaller batch (half of it gives up to 1.4)?"
         return "Smaller gradients: a larger batch, or another mean over the tokens?"
-    return (
-        "It learns less than it should: are the targets the next tokens, and in order? Is the update too large or too "
-        "small?"
-    )
+    if any(one.value - one.expected > MUCH for one in (loss, validation) if one):
+        return "It learns far less than it should: are the targets the next tokens, and in order?"
+    return "It learns less than it should: is the batch smaller, or the update too large or too small?"
 
 
 def of_data(data: dict[str, Any], reference: dict[str, Any]) -> str:
@@ -40,6 +39,7 @@ def of_data(data: dict[str, Any], reference: dict[str, Any]) -> str:
     return " Is it another tokenizer?" if data["vocabulary"] != reference["vocabulary"] else ""
 
 
+MUCH = 0.25  # nats: no batch half as large costs so much
 LEAK = "It predicts too well: does a position see its target (the mask), or are the targets the inputs?"
 
 

@@ -24,6 +24,7 @@ class Verdict:
     data: dict[str, Any]  # reference.facts of the run's
     findings: list[Finding]
     at: int  # the last step that was looked at
+    training_off: float  # by how much the training loss is above the reference's now, nats
     last_rate: int  # the last step whose learning rate was logged
     expected: tuple[float, float] | None  # validation loss at step `at`, and half the width of the band
 
@@ -69,12 +70,14 @@ def judged(match: Match, data: dict[str, Any], rows: Sequence[dict[str, Any]], u
     at = int(max([run.last.max(initial=0), *(step for step, _ in run.validation)]))
     findings = judge.outside(one, run) if match.same_data else []
     expected = next((judge.validation_band(one, step) for step, _ in reversed(run.validation)), None)
-    return Verdict(match, data, findings, at, max((step for step, _ in run.rates), default=0), expected)
+    off = run.loss[run.count > 0] - one.loss.runs.mean(0)[run.count > 0]
+    last_rate = max((step for step, _ in run.rates), default=0)
+    return Verdict(match, data, findings, at, float(off[-1]) if off.size else 0.0, last_rate, expected)
 
 
 def bands(one: Reference) -> dict[str, list[tuple[int, float, float]]]:
     """To be drawn: of each number in metrics.jsonl (step, lowest, highest) of the single values at that step."""
-    steps = np.unique(np.exp(one.knots).round().astype(int))
+    steps = np.unique([1, *np.exp(one.knots).round().astype(int), one.steps])
     found = {}
     for key, name in (("train/loss", judge.LOSS), ("grad_norm", judge.NORM)):
         low, high = judge.training_band(one, steps, name)
@@ -137,7 +140,7 @@ def _beside(verdict: Verdict) -> str:
 def outside(verdict: Verdict) -> str:
     """One line: what left the band first, and what may be the cause."""
     one, first = verdict.match.reference, verdict.findings[0]
-    cause = suspicion.of(verdict.findings, verdict.last_rate)
+    cause = suspicion.of(verdict.findings, verdict.last_rate, verdict.training_off)
     return f"not normal since step {first.step}: {told(first)} in {one.n} runs of {one.name}. {cause}"
 
 
