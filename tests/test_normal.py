@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from nanogpt_jax.config import Config
 from nanogpt_jax.model import gpt2
 from nanogpt_jax.normal import judge, make, reference, verdict
 from nanogpt_jax.normal.reference import Reference
+from nanogpt_jax.run import opened
 
 REFERENCES = sorted(reference.FOLDER.glob("*.json"))
 RECIPES = ["default", "frases", "nanogpt_cpu", "shakespeare_char", "shakespeare_quick"]
@@ -195,7 +197,7 @@ def test_between_evaluations_of_the_reference_its_validation_loss_is_known(frase
         ({"learning_rate": lambda step, x: 0.01 if step > 20 else x}, "learning rate 0.01, but", "another schedule"),
         ({"loss": lambda step, x: x - step / 300}, "training loss", "predicts too well"),
         ({"loss": lambda step, x: x + step / 300}, "training loss", "learns far less than it should"),
-        ({"loss": lambda _, x: x + 0.12, "val": lambda _, x: x + 0.12}, "training loss", "is the batch smaller"),
+        ({"loss": lambda _, x: x + 0.12, "val": lambda _, x: x + 0.12}, "validation loss", "is the batch smaller"),
         ({"val": lambda _, x: x + 0.5}, "validation loss", "dropout left on in evaluation"),
         ({"val": lambda _, x: x - 0.5}, "validation loss", "part of the training text"),
         ({"grad_norm": lambda _, x: 1.5 * x}, "gradient norm", "1.5 times as large: a smaller batch"),
@@ -334,6 +336,32 @@ def test_wrong_input(line, words, run, capsys, monkeypatch):
 def test_asking_imports_no_jax():
     code = "import sys, nanogpt_jax.commands.normal; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_compare_shades_where_our_own_runs_lie(run, frases, tmp_path, capsys):
+    compare = pytest.importorskip("nanogpt_jax.commands.compare")
+    pytest.importorskip("nanogpt_jax.pages")
+    _, path = run(rows_of(frases))
+    shutil.copytree(path, tmp_path / "other")
+    assert compare.main([str(path), str(tmp_path / "other")]) == 0
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert page.count('<polygon class="band"') == 4  # two losses, against steps and tokens
+    assert "where our own runs lie: 8 of frases" in page
+    (path / "data.json").unlink()
+    (tmp_path / "other/data.json").unlink()
+    assert compare.main([str(path), str(tmp_path / "other")]) == 0
+    assert "our own runs" not in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+def test_report_shades_it_too(run, frases):
+    report = pytest.importorskip("nanogpt_jax.commands.report")
+    rows = rows_of(frases, loss=lambda step, x: x + (step > 600))
+    cfg, path = run(rows)
+    parts = "".join(report._curves(rows, *report._normal(opened.Run(path, cfg, None), rows)))
+    assert parts.count('<polygon class="band"') == 2
+    assert "<p>Not normal since step " in parts
+    assert "Gradient norm, unclipped; shaded: our own runs" in parts
+    assert "shaded" not in "".join(report._curves(rows, "", {}))
 
 
 @pytest.mark.long

@@ -195,7 +195,9 @@ def _curves(html: Any, curves: Any, found: Comparison) -> list[str]:
     if others := len(found.groups) - kinds:
         rows.append((-1, f"the other {others} group{'s' * (others > 1)}"))
     legend = "".join(f"<li>{curves.sample(kind)}{html.escape(label)}</li>" for kind, label in rows)
-    legend += "".join(f"<li>{curves.shade()}{html.escape(label)}</li>" for label in normal)
+    if normal:
+        where = f"where our own runs lie: {', '.join(normal)}"
+        legend += f"<li>{curves.shade()}{html.escape(where)}</li>"
     drawn: dict[str, list[str]] = {}
     for what, points in (("Validation loss", lambda run: run.validation[found.unit]), ("Training loss", _training)):
         if what == "Training loss" and found.unit != NATS:
@@ -236,7 +238,7 @@ def _normal(found: Comparison) -> dict[str, dict[str, dict[str, Any]]]:
         match, _ = verdict.find(config.read_json(run.path / "config.json"), run.path, known)
         if match and match.same_data:
             its, T = verdict.bands(match.reference), run.tokens_per_step
-            bands[f"where {match.reference.n} runs of our own of {match.reference.name} lie"] = {
+            bands[f"{match.reference.n} of {match.reference.name}"] = {
                 what: {"steps": its[key], "tokens": [(step * T, low, high) for step, low, high in its[key]]}
                 for what, key in (("Validation loss", "val/loss"), ("Training loss", "train/loss"))
             }
