@@ -179,6 +179,7 @@ COMMANDS = {
     "classify": ("train a text classifier, measure it, ask it", "commands.classify", "main"),
     "scaling": ("measure how the cost of a token grows with the model", "bench.scaling", "main"),
     "replay": ("take a step of a run once more, to see what broke", "commands.replay", "main"),
+    "normal": ("say whether a run is like our own runs of its recipe", "commands.normal", "main"),
     "plan": ("say what a run needs and costs before it starts", "commands.plan", "main"),
     "sweep": ("train many runs, settings times seeds, and compare them", "commands.sweep", "main"),
     "bench": ("measure how fast this machine trains and samples", "bench.bench", "main"),

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"config", "host"},
     "distributed": {"config", "host"},
     "run": {"config", "host", "model", "data", "distributed"},
-    "training": {"config", "host", "model", "data", "distributed", "evaluation", "run"},
+    "training": {"config", "host", "model", "data", "distributed", "evaluation", "run", "normal"},
     "inference": {"config", "host", "model", "data"},
     "evaluation": {"config", "host", "model", "data", "inference", "distributed"},
     "interop": {"config", "host", "model", "data"},
@@ -31,11 +31,12 @@ MAY_IMPORT = {
     "comparing": {"config", "host", "run", "evaluation"},
     "sweeping": {"config", "host", "model", "data", "distributed", "evaluation", "run", "training"},
     "replaying": {"config", "host", "model", "data", "distributed", "run", "training", "evaluation"},
+    "normal": {"config", "host", "run"},
     "lesson": set(),
     "bench": {"config", "host", "cli", "model", "data", "distributed", "training", "inference"},
     "commands": {
         *("config", "host", "cli", "model", "data", "distributed", "run", "training", "inference", "evaluation"),
-        *("interop", "classify", "pages", "planning", "comparing", "sweeping", "replaying", "api"),
+        *("interop", "classify", "pages", "planning", "comparing", "sweeping", "replaying", "normal", "api"),
     },
     "cli": {"config", "host"},
     "api": {"config", "host", "cli", "model", "data", "distributed", "run", "inference", "evaluation"},
@@ -53,9 +54,13 @@ SLICES = {
     "planning": ["commands/plan.py"],
     "sweeping": ["commands/sweep.py"],
     "replaying": ["commands/replay.py"],
+    "normal": ["commands/normal.py"],
 }
-# commands that use a slice if it is there, and stay without it
-DO_WITHOUT = {"pages": ["commands/compare.py", "commands/sweep.py"]}
+# files that use a slice if it is there, and stay without it
+DO_WITHOUT = {
+    "pages": ["commands/compare.py", "commands/sweep.py"],
+    "normal": ["commands/compare.py", "commands/report.py", "training/loop.py"],
+}
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [
     *("model", "training/step.py", "training/state.py", "training/optim.py", "training/spikes.py"),
@@ -251,7 +256,7 @@ def test_a_wheel_brings_every_file_and_runs_without_the_repository(tmp_path, cle
     for path in [
         p
         for p in PACKAGE.rglob("*")
-        if p.is_file() and p.suffix in (".py", ".c", ".md", ".css", ".js", ".html", ".sh", ".yaml")
+        if p.is_file() and p.suffix in (".py", ".c", ".md", ".css", ".js", ".html", ".json", ".sh", ".yaml")
     ]:
         assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), path
     command = [sys.executable, "-m", "nanogpt_jax", "train", "shakespeare_char", "--print-config"]

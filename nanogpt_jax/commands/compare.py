@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_jax import cli
+from nanogpt_jax import cli, config
 from nanogpt_jax.comparing import groups, runs, shown
 from nanogpt_jax.comparing.groups import Comparison, Group
 from nanogpt_jax.comparing.runs import NATS, Run
@@ -189,11 +189,14 @@ def _page(pages: Any, found: Comparison, left_out: dict[str, str], measured: lis
 
 def _curves(html: Any, curves: Any, found: Comparison) -> list[str]:
     """Validation and training loss against steps, tokens and seconds: a line a run, a kind of line a group."""
-    told, kinds = groups.labels(found), min(curves.KINDS, len(found.groups))
+    told, kinds, normal = groups.labels(found), min(curves.KINDS, len(found.groups)), _normal(found)
     rows = [(group.number - 1, f"group {group.number} {told[group.number]}".strip()) for group in found.groups[:kinds]]
     if others := len(found.groups) - kinds:
         rows.append((-1, f"the other {others} group{'s' * (others > 1)}"))
     legend = "".join(f"<li>{curves.sample(kind)}{html.escape(label)}</li>" for kind, label in rows)
+    if normal:
+        where = f"where our own runs lie: {', '.join(normal)}"
+        legend += f"<li>{curves.shade()}{html.escape(where)}</li>"
     drawn: dict[str, list[str]] = {}
     for what, points in (("Validation loss", lambda run: run.validation[found.unit]), ("Training loss", _training)):
         if what == "Training loss" and found.unit != NATS:
@@ -208,7 +211,9 @@ def _curves(html: Any, curves: Any, found: Comparison) -> list[str]:
                 if (line := [(at, loss) for step, loss in points(run) if (at := x(run, step)) is not None])
             ]
             title = f"{what} against {axis}"
-            drawn.setdefault(what, []).append(curves.chart(title, axis, lines, f"{title}; the tables hold its figures"))
+            areas = [shades[what][axis] for shades in normal.values() if axis in shades[what]]
+            told_too = f"{title}; the tables hold its figures"
+            drawn.setdefault(what, []).append(curves.chart(title, axis, lines, told_too, areas))
     without = [run.name for group in found.groups for run in group.runs if not (run.training or run.validation[NATS])]
     silent = [run.name for group in found.groups for run in group.runs if run.training and not run.clock]
     notes = [f"In {found.unit}. {CUT}", shown.SECONDS] + (
@@ -218,6 +223,25 @@ def _curves(html: Any, curves: Any, found: Comparison) -> list[str]:
     notes += [f"Not drawn against seconds, as they logged no speed: {', '.join(silent)}."] if silent else []
     shelves = [f'<div class="curves">{"".join(charts)}</div>' for charts in drawn.values()]
     return [f'<ul class="legend">{legend}</ul>', *shelves, *(f"<p class='soft'>{html.escape(n)}</p>" for n in notes)]
+
+
+def _normal(found: Comparison) -> dict[str, dict[str, dict[str, Any]]]:
+    """Bands of our own runs, if there are such of a group's recipe: label -> chart -> axis -> the area."""
+    try:
+        from nanogpt_jax.normal import reference, verdict
+    except ImportError:  # the room was removed
+        return {}
+    bands: dict[str, dict[str, dict[str, Any]]] = {}
+    known = reference.known() if found.unit == NATS else []
+    for run in [group.runs[0] for group in found.groups]:
+        match, _ = verdict.find(config.read_json(run.path / "config.json"), run.path, known)
+        if match and match.same_data:
+            its, T = verdict.bands(match.reference), run.tokens_per_step
+            bands[f"{match.reference.n} of {match.reference.name}"] = {
+                what: {"steps": its[key], "tokens": [(step * T, low, high) for step, low, high in its[key]]}
+                for what, key in (("Validation loss", "val/loss"), ("Training loss", "train/loss"))
+            }
+    return bands
 
 
 def _training(run: Run) -> runs.Curve:

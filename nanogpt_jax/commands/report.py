@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def page(run: Run, checkpoint: str) -> str:
     sample = known.generate("" if run.tokenizer.name == "char" else "\n", max_new_tokens=300)
     parts = [f"<header><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p></header><main>"]
     parts += ["<h2>What was asked for</h2>", _settings(run, told.get("settings", {}))]
-    parts += ["<h2>How training went</h2>", *_curves(metrics)]
+    parts += ["<h2>How training went</h2>", *_curves(metrics, *_normal(run, metrics))]
     parts += ["<h2>How good it is</h2>", *_evaluation(run, model)]
     parts += ["<h2>What it writes</h2>", f"<pre>{html.escape(sample)}</pre>"]
     parts += ["<h2>What it looks at</h2>", *_attention(known, run.path)]
@@ -109,16 +110,36 @@ def _settings(run: Run, came_from: dict[str, str]) -> str:
     return _table(["setting", "value", "default", "from"], rows, "Settings that are no defaults, and who set them")
 
 
-def _curves(metrics: list[dict[str, Any]]) -> list[str]:
+def _normal(run: Run, metrics: list[dict[str, Any]]) -> tuple[str, Mapping[str, drawing.Area]]:
+    """Whether the run is like our own of its recipe, in words; and their bands. "" and none without a reference."""
+    try:
+        from nanogpt_jax.normal import verdict
+    except ImportError:  # the room was removed
+        return "", {}
+    match, data = verdict.find(run.cfg, run.path)
+    if match is None:
+        return "", {}
+    if not match.same_data:
+        return verdict.other_data(match.reference, data), {}
+    return verdict.page(verdict.judged(match, data, metrics)), verdict.bands(match.reference)
+
+
+def _curves(metrics: list[dict[str, Any]], normal: str, bands: Mapping[str, drawing.Area]) -> list[str]:
     def points(key: str) -> list[tuple[int, float]]:
         return [(row["step"], float(row[key])) for row in metrics if isinstance(row.get(key), int | float)]
 
     measured = points("val/loss")
     rows: list[list[object]] = [[step, f"{loss:.4f}"] for step, loss in measured]
+
+    def curve(key: str, title: str, dots: drawing.Points = ()) -> str:
+        band = bands.get(key, ())
+        return drawing.curve(f"{title}; shaded: our own runs" if band else title, points(key), dots, band)
+
     return [
+        f"<p>{html.escape(normal[:1].upper() + normal[1:])}.</p>" if normal else "",
         '<div class="curves">',
-        drawing.curve("Loss, nats a token; dots: the whole validation split", points("train/loss"), measured),
-        *(drawing.curve(title, points(key)) for key, title in CURVES.items()),
+        curve("train/loss", "Loss, nats a token; dots: the whole validation split", measured),
+        *(curve(key, title) for key, title in CURVES.items()),
         "</div>",
         _table(["step", "nats a token"], rows, "Loss of the whole validation split"),
     ]

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanogpt_jax.pages.drawing import short
+from nanogpt_jax.pages.drawing import Area, area, short
 from nanogpt_jax.pages.html import escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BELOW = 400, 260, 44, 24, 10, 38  # of a chart and its margins, in its own units
@@ -26,8 +26,9 @@ class Line:
     points: Sequence[tuple[float, float]]  # (x, y), x ascending
 
 
-def chart(title: str, x_title: str, lines: Sequence[Line], told: str) -> str:
-    """Lines over one pair of axes. "" if no line has two points. `told`: what it shows, for those who cannot see it.
+def chart(title: str, x_title: str, lines: Sequence[Line], told: str, bands: Sequence[Area] = ()) -> str:
+    """Lines over one pair of axes, before shaded bands. "" if no line has two points. `told`: what it shows, for those
+    who cannot see it.
 
     Curves of a loss fall steeply first. So the top of the chart is the largest value after the EARLY part of x, and
     at most MOST times as high as the median line then is. What lies above is cut off.
@@ -53,7 +54,7 @@ def chart(title: str, x_title: str, lines: Sequence[Line], told: str) -> str:
         at = LEFT + place(x, 0)[0]
         texts.append(f'<text x="{at}" y="{HEIGHT - BELOW + 15}" text-anchor="middle">{_figure(x)}</text>')
     texts.append(f'<text x="{LEFT + wide / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
-    drawn = []
+    drawn = [area(band, lambda point: place(*point)) for band in bands]
     for line in sorted(lines, key=lambda line: -line.kind if line.kind >= 0 else -KINDS):  # the best on top
         points = " ".join("{},{}".format(*place(x, y)) for x, y in _thinned(line.points))
         drawn.append(f'<polyline class="k{line.kind if line.kind >= 0 else "x"}" points="{points}"/>')
@@ -72,6 +73,13 @@ def sample(kind: int) -> str:
     name = f"k{kind}" if kind >= 0 else "kx"
     return (
         f'<svg class="sample" viewBox="0 0 44 10" aria-hidden="true"><polyline class="{name}" points="0,5 44,5"/></svg>'
+    )
+
+
+def shade() -> str:
+    """A piece of a band, for a legend."""
+    return (
+        '<svg class="sample" viewBox="0 0 44 10" aria-hidden="true"><rect class="band" width="44" height="10"/></svg>'
     )
 
 

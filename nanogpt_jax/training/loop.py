@@ -157,7 +157,7 @@ def driven(
                 reader.check(at, {f"validation {name}": value for name, value in scores.items()})
                 validation = {f"val/{name}": value for name, value in scores.items()}
                 log.write(at, validation)
-                progress.say(f"step {at}: {task.summary.format(**scores)}")
+                progress.say(f"step {at}: {task.summary.format(**scores)}{_beside(cfg, run, at)}")
                 loss = task.criterion(scores)
                 is_best = run.judge(loss)
                 is_last = is_last or 0 < task.patience <= run.stale
@@ -209,6 +209,24 @@ def _large(cfg: Config, program: CompiledStep) -> str:
         f"note: a step takes {needs:.1f} GB of memory, and about {free:.1f} are free; "
         f"with train.micro_batch below {cfg.train.micro_batch or cfg.train.batch_size} it takes less"
     )
+
+
+def _beside(cfg: Config, run: Recording, at: int) -> str:
+    """Whether the run is normal at its evaluation after step `at`; "" if nothing is known of such runs."""
+    try:
+        from nanogpt_jax.normal.verdict import beside
+    except ImportError:  # the room was removed
+        return ""
+    return beside(cfg, run.directory, at) if processes.is_first() else ""
+
+
+def _start(cfg: Config, run: Recording, loss: float) -> str:
+    """A note if `loss`, that of step 1, is not that of new weights."""
+    try:
+        from nanogpt_jax.normal.verdict import start
+    except ImportError:
+        return ""
+    return start(cfg, run.directory, loss) if processes.is_first() else ""
 
 
 @jax.jit
@@ -317,6 +335,8 @@ class _Reader:
                 self._skipped(step, in_a_row, loss, norm)
             else:
                 self.check(step, {"loss": loss, "gradient norm": norm})
+            if step == 1 and (note := _start(self._cfg, self._run, loss)):
+                self._progress.note(f"step 1: {note}")
             if step % t.log_every == 0 or step == t.steps:
                 self._run.log.write(step, {"train/loss": loss, **row, "tokens_per_second": round(speed, 1)})
                 words = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
