@@ -123,9 +123,11 @@ def from_json(text: str | bytes) -> Reference:
         shapes += [x.shape for each in series for x in (each.mean, each.noise, each.runs)]
         if told["format"] != FORMAT or shapes != [(n, E), (2,), *([(K,), (B,), (n, B)] * 2)] or n < LEAST or not E:
             raise ValueError("its parts do not fit together")
-        if set(one.settings) != LEARNT or not isinstance(one.data["fingerprint"], str):
+        if not set(one.settings) <= LEARNT or not isinstance(one.data["fingerprint"], str):
             raise ValueError("its settings are not those of this version")
-        return one
+        # settings that are newer than the file: their defaults change nothing
+        defaults = {key: value for key, value in settings.items(Config()) if key in LEARNT}
+        return replace(one, settings={**defaults, **one.settings})
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"damaged: {e!r}") from None
 
