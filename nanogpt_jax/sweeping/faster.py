@@ -25,8 +25,8 @@ from nanogpt_jax.training.task import Task
 ONE = MeshConfig()  # the mesh of a member in a group
 WORTH = 0.95  # in turn is taken if it is at least so fast beside together: it is exact, and each member ends soon
 SECOND = 1.2  # times as fast is a long run in turn once it has its second program (model/kernels/README.md)
-# Least work in turn for a trial. On one CPU in seconds of its cores, as other load changes those little: a trial takes 20
-# to 25, mostly to compile, which is 2 %. Elsewhere, by the clock: 5 %, as together is more likely to be faster.
+# Least work in turn for a trial. On one CPU in seconds of its cores, as other load changes those little: a trial takes
+# about 25, mostly to compile, which is 2 %. Elsewhere by the clock, and 5 %, as together is more likely to be faster.
 ON_ONE_CPU, ELSEWHERE = 1250, 300
 ROUNDS, CALL = 8, 0.2  # calls of each way in alternation, the first to warm up; seconds of a call, at least
 
