@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -80,3 +82,24 @@ def popen() -> Iterator[Callable[..., subprocess.Popen]]:
     for process in started:
         with process:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A real Chromium: BROWSER, or one that is found. Install it with `apt-get install chromium`."""
+    from playwright import sync_api as playwright  # an error, and no skip, if it is not there: somebody asked for it
+
+    program = os.environ.get("BROWSER") or shutil.which("chromium") or shutil.which("google-chrome")
+    assert program, "no Chromium: apt-get install chromium, or set BROWSER"
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """axe-core's script: AXE, the place of axe.min.js, which `npm pack axe-core` fetches."""
+    place = os.environ.get("AXE")
+    assert place, "set AXE to axe.min.js, from npm pack axe-core"
+    return Path(place).read_text(encoding="utf-8")

@@ -110,3 +110,34 @@ def interrupt_at(patch: pytest.MonkeyPatch, owner: Any, call: int) -> None:
         return make(*args, **options)
 
     patch.setattr(owner, "batch", batch)
+
+
+def open_page(browser: Any, path: Path, **context: object) -> tuple[Any, list[str]]:
+    """A page from the disk, without a network, and its errors and requests as they come."""
+    view = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "bypass_csp": False, **context})
+    page, seen = view.new_page(), []
+    page.on("request", lambda request: seen.append(request.url))
+    page.on("console", lambda message: seen.append(message.text))
+    page.on("pageerror", lambda error: seen.append(str(error)))
+    page.goto(path.resolve().as_uri())
+    return page, seen
+
+
+def nothing_found(page: Any, axe: str, seen: list[str]) -> None:
+    """The page, which this closes, is no wider than its window, has no fault that axe-core finds, on the screen and on
+    paper, and neither complained nor asked for anything but itself."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"], "wider"
+    for media in ("screen", "print"):
+        page.emulate_media(media=media)
+        found = page.evaluate(f"{axe}; axe.run()")["violations"]
+        assert not found, [(one["id"], one["nodes"][0]["html"]) for one in found]
+    assert seen == [page.url], seen
+    page.context.close()
+
+
+def looked_at(browser: Any, axe: str, path: Path) -> None:
+    """A page without a script: `nothing_found`, wide and narrow, light and dark."""
+    for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+        size = {"width": width, "height": 800}
+        page, seen = open_page(browser, path, viewport=size, color_scheme=scheme)
+        nothing_found(page, axe, seen)

@@ -58,8 +58,8 @@ SLICES = {
 DO_WITHOUT = {"pages": ["commands/compare.py", "commands/sweep.py"]}
 REMOVED = {room for room in SLICES if not (PACKAGE / room).exists()}
 PURE = [
-    *("model", "training/step.py", "training/state.py", "training/optim.py", "distributed/sharding.py"),
-    "inference/generate.py",
+    *("model", "training/step.py", "training/state.py", "training/optim.py", "training/spikes.py"),
+    *("distributed/sharding.py", "inference/generate.py"),
 ]
 IMPURE_NAMES = {"print", "open", "input"}
 IMPURE_MODULES = {"time", "os", "sys", "pathlib", "json", "logging", "random", "datetime", "shutil", "socket"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import refused
+from helpers import nothing_found, open_page, refused
 
 from nanogpt_jax import config
 from nanogpt_jax.commands import attend
@@ -432,27 +432,6 @@ def test_a_picture_without_matplotlib_and_a_page_through_a_link(here, capsys, mo
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """A real Chromium: BROWSER, or one that is found. Install it with `apt-get install chromium`."""
-    from playwright import sync_api as playwright  # an error, and no skip, if it is not there: somebody asked for it
-
-    program = os.environ.get("BROWSER") or shutil.which("chromium") or shutil.which("google-chrome")
-    assert program, "no Chromium: apt-get install chromium, or set BROWSER"
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-@pytest.fixture(scope="module")
-def axe() -> str:
-    """axe-core's script: AXE, the place of axe.min.js, which `npm pack axe-core` fetches."""
-    place = os.environ.get("AXE")
-    assert place, "set AXE to axe.min.js, from npm pack axe-core"
-    return Path(place).read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
 def pages(place):
     """One page of each kind: (file, what is special)."""
     with pytest.MonkeyPatch.context() as patch:
@@ -466,13 +445,8 @@ def pages(place):
 
 
 def opened(browser, path: Path, **context: object):
-    """The page, opened from the disk without a network, and its errors and requests as they come."""
-    view = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "bypass_csp": False, **context})
-    page, seen = view.new_page(), []
-    page.on("request", lambda request: seen.append(request.url))
-    page.on("console", lambda message: seen.append(message.text))
-    page.on("pageerror", lambda error: seen.append(str(error)))
-    page.goto(path.as_uri())
+    """The page, when its script is ready, and its errors and requests as they come."""
+    page, seen = open_page(browser, path, **context)
     page.wait_for_selector("html[data-ready]", state="attached")
     return page, seen
 
@@ -494,15 +468,9 @@ def test_axe_finds_nothing_and_the_page_asks_nobody(browser, axe, pages, name, w
     size = {"width": width, "height": 800}
     page, seen = opened(browser, pages[name], viewport=size, color_scheme=scheme, has_touch=width < 400)
     assert seen == [pages[name].as_uri()]
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     page.wait_for_timeout(150)
-    for media in ("screen", "print")[: 1 + (scheme == "dark")]:
-        page.emulate_media(media=media)
-        found = page.evaluate(f"{axe}; axe.run()")["violations"]
-        assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
-    assert seen == [pages[name].as_uri()]
-    page.context.close()
+    nothing_found(page, axe, seen)
 
 
 @pytest.mark.browser

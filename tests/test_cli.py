@@ -28,7 +28,7 @@ from nanogpt_jax.config.train_command import command_line_of
 from nanogpt_jax.data import tokenizer
 from nanogpt_jax.host import files
 from nanogpt_jax.run import run_dir
-from nanogpt_jax.run.metrics import MetricsLog, read_metrics
+from nanogpt_jax.run.metrics import MetricsLog, read_metrics, wandb_id
 from nanogpt_jax.run.opened import newest
 from nanogpt_jax.run.run_dir import IMPORTED, claim, prepare
 
@@ -107,6 +107,7 @@ WRONG_SETTINGS = [
     ("mesh and heads", "--mesh.tensor 3", ["mesh.tensor=3 must divide model.n_head=4"]),
     ("two rests", "--mesh.data -1 --mesh.fsdp -1", ["only one axis can be -1"]),
     ("warm-up", "--optim.warmup-steps=-1", ["optim.warmup_steps=-1 must not be negative"]),
+    ("spikes", "--optim.skip-spikes=2", ["optim.skip_spikes=2.0 must be 0, for never, or lie in 3 to 1000 standard"]),
     ("resume", "--resume perhaps", ["--resume=perhaps is not one of auto, never, must"]),
     ("must and overwrite", "--resume must --overwrite", ["exclude each other"]),
     ("no such config", "shakespeare_chr", ["no config file shakespeare_chr", "did you mean shakespeare_char?"]),
@@ -822,6 +823,35 @@ def test_a_run_is_overwritten_when_the_new_one_has_a_checkpoint_and_not_before(d
     assert config.read_json(done / "config.json").train.seed == 7
     assert [p.name for p in (done / "checkpoints").iterdir()] == ["5"]
     assert not [p for p in done.iterdir() if p.name.startswith(".")]
+
+
+def test_a_runs_id_in_wandb_is_its_path_below_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ids = {"runs/a": "a", "mine": "mine", "runs/s/lr=0.02,seed=1": "s-lr=0.02,seed=1", "runs/x/runs/t/b:c#": "t-b-c-"}
+    assert {run: wandb_id(Path(run)) for run in ids} == ids
+
+
+def test_of_two_runs_without_a_checkpoint_the_later_one_stays(done, capsys):
+    """A run that diverges before its first checkpoint is to be replayed: not the one that diverged there earlier."""
+    offered = []
+
+    def diverges(run: Path) -> None:
+        with MetricsLog(run, config.Config().train, 0) as log:
+            log.write(2, {"diverged": 1.0})
+        offered.append(run_dir.how_to_replay(run, config.Config()))
+        raise UserError("step 2: the loss is nan")
+
+    for rate in ("5.0", "7.0"):
+        with pytest.raises(UserError, match="the loss is nan"):
+            attempt("--run-dir", "wild", "--optim.learning-rate", rate, then=diverges)
+        assert config.read_json(Path("wild/config.json")).optim.learning_rate == float(rate)
+        assert read_metrics(Path("wild/metrics.jsonl")) == [{"step": 2, "diverged": 1.0}]
+    assert offered == ["nanogpt-jax replay wild"] * 2
+    assert capsys.readouterr().err == "note: wild has no checkpoint to go on from, so it starts over\n"
+    with pytest.raises(UserError, match="no such mesh"):  # one that has not even begun brings it back
+        attempt("--run-dir", "wild", "--optim.learning-rate", "9", then=fail(UserError("no such mesh")))
+    assert config.read_json(Path("wild/config.json")).optim.learning_rate == 7
+    assert not [p for p in Path("wild").iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize("moves", range(7))

@@ -13,7 +13,7 @@ from typing import Any
 
 import filelock
 import pytest
-from helpers import refused
+from helpers import looked_at, refused
 from test_architecture import PACKAGE, ROOT
 
 from nanogpt_jax import config
@@ -247,16 +247,21 @@ def test_whatever_a_pattern_matches_is_shown_or_named(capsys):
     Path("runs/classifier/config.json").write_text(json.dumps(told))
     made("runs/sweep/one")
     Path("runs/folder").mkdir()
+    Path("runs/notes.txt").write_text("")
     Path("runs/compare.html").write_text("")
+    for name in (ours := {"report.html", "sweep.json", "lock"}):
+        Path("runs", name).write_text("")
     made("runs/damaged")
     Path("runs/damaged/config.json").write_text("{")
     os.symlink("done", "runs/link")
     os.symlink("nowhere", "runs/dangling")
     with filelock.FileLock("runs/going/lock"):
         out = said(capsys, "runs/*")
+        unquoted = said(capsys, *map(str, sorted(Path("runs").iterdir())))
+    assert unquoted == out
     for name, state in {
-        "done": "finished", "stopped": "stopped", "going": "running", "broken": "diverged", "new": "without metrics",
-        "imported": "imported",
+        "done": "finished", "stopped": "stopped", "going": "running", "broken": "diverged at step 70 of 100",
+        "new": "without metrics", "imported": "imported",
     }.items():  # fmt: skip
         assert re.search(rf"^  runs/{name} .* {state}$", out, re.M), out
     assert "1 finished, 1 stopped, 1 running, 1 diverged, 1 without metrics, 1 imported" in out
@@ -266,13 +271,19 @@ def test_whatever_a_pattern_matches_is_shown_or_named(capsys):
         "classifier": "a classifier; measure it: nanogpt-jax classify eval",
         "sweep": "a folder of runs; compare them: ",
         "folder": "no run, as it has no config.json",
-        "compare.html": "not a folder",
+        "notes.txt": "not a folder",
         "damaged": "runs/damaged/config.json is damaged: ",
         "link": "the same run as runs/done",
         "dangling": "not a folder",
     }.items():
         assert re.search(rf"^  {why}.* runs/{name}", left_out, re.M), left_out
-    assert {path for path in os.listdir("runs") if f"runs/{path}" not in out} == set()
+    assert {path for path in os.listdir("runs") if f"runs/{path}" not in out} - {"compare.html"} == ours
+    assert "compare.html" not in left_out.partition("\n\n")[0]
+
+
+def test_what_other_commands_write_beside_runs_is_known():
+    record = pytest.importorskip("nanogpt_jax.sweeping.record")  # it may have been removed
+    assert {record.NAME, record.LOCK, record.CSV, record.PAGE, record.BEST} <= set(runs.OURS)
 
 
 def test_a_run_that_is_not_finished_is_in_no_mean():
@@ -384,7 +395,7 @@ def test_the_page_draws_each_run_against_steps_tokens_and_seconds(capsys):
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|src=|href=|@import|url\(| style=", page)
     assert said(capsys, "runs/*", "--out", "other.html").endswith("other.html: open it in a browser\n")
-    assert "runs/compare.html" in Path("other.html").read_text()  # now matched, and named
+    assert "compare.html" not in Path("other.html").read_text()  # now matched, and passed over
 
 
 @with_pages
@@ -446,6 +457,15 @@ def test_figures_of_a_chart():
     assert ">1,000,000" not in drawn
     assert ">2.4<" in drawn
     assert f'y="{curves.TOP + 4:.1f}">5<' in drawn  # its label stays in the picture
+
+
+@with_pages
+@pytest.mark.browser
+@pytest.mark.usefixtures("six")
+def test_the_page_in_a_browser(browser, axe, capsys):
+    made("runs/stopped", "--optim.name sgd", until=60)
+    said(capsys, "runs/*")
+    looked_at(browser, axe, Path("runs/compare.html"))
 
 
 # ---- many, and measured now ------------------------------------------------------------------------------------------
@@ -526,12 +546,12 @@ def test_what_is_measured_now_is_what_eval_says(capsys, monkeypatch):
         ("a/*", "two or more runs are needed, but no run was found\n       left out: a/config.json: not a folder"),
         ("a classifier", "but only a was found\n       left out: classifier: a classifier; measure it: nanogpt-jax"),
         ("a nowhere", "no run nowhere"),
-        ("a text.txt", "text.txt is a file; a run is a directory"),
-        ("a folder", "folder is not a run directory: it has no config.json"),
-        ("a runs", "runs is a folder of runs\n       compare them: nanogpt-jax compare 'runs/*'"),
-        ("a a", "a is the same run as a: name each one once"),
-        ("a ./a/", "a is the same run as a: name each one once"),
-        ("a damaged", "damaged/config.json is damaged: "),
+        ("a text.txt", "but only a was found\n       left out: text.txt: not a folder"),
+        ("a folder", "left out: folder: no run, as it has no config.json"),
+        ("a runs", "left out: runs: a folder of runs; compare them: nanogpt-jax compare 'runs/*'"),
+        ("a a", "but only a was found\n       left out: a: named twice"),
+        ("a ./a/", "left out: a: named twice"),
+        ("a damaged", "left out: damaged: damaged/config.json is damaged: "),
         ("a foreign", "unknown setting model.layers (foreign/config.json)"),
         pytest.param("a b --out .", "--out=. is a directory; give a file", marks=with_pages),
         pytest.param("a b --out none/page.html", "--out=none/page.html: there is no directory none", marks=with_pages),

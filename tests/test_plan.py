@@ -74,6 +74,10 @@ def test_the_bytes_of_a_state_are_exact(optimizer, mesh):
     shapes = state_shapes(make_optimizer(cfg.optim, 100), next_token(cfg.model), make_mesh(cfg.mesh))
     here = [math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves((shapes.params, shapes.opt_state))]
     assert sum(memory.stored(cfg, mesh)) == pytest.approx(sum(here), abs=100)  # counters, and Muon's coefficients
+    wary = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, skip_spikes=8.0))
+    more = jax.eval_shape(make_optimizer(wary.optim, 100).init, shapes.params)._replace(inner=())
+    added = sum(memory.stored(wary, mesh)) - sum(memory.stored(cfg, mesh))
+    assert added == pytest.approx(sum(x.size * 4 for x in jax.tree.leaves(more)), abs=100)
 
 
 @pytest.mark.parametrize("line", [CASES[0], CASES[4], CASES[8]])

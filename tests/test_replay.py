@@ -15,11 +15,13 @@ from helpers import refused
 from nanogpt_jax import cli, config
 from nanogpt_jax.commands import replay
 from nanogpt_jax.config import UserError
+from nanogpt_jax.data import batches, tokenizer
 from nanogpt_jax.inference import sampler
 from nanogpt_jax.replaying import findings, operations, past, rebuilt, shown
 from nanogpt_jax.replaying.operations import Evaluation
 from nanogpt_jax.run.checkpoint import load_trees
 from nanogpt_jax.run.metrics import read_metrics
+from nanogpt_jax.training import language_model
 from nanogpt_jax.training.state import TrainState
 
 TEXT = "El gato negro persigue al ratón gris;\nel ratón huye del gato. \x1b[31m" * 60
@@ -199,6 +201,43 @@ def test_a_diverged_run_says_what_to_type_and_that_names_the_operation(capsys):
     refused(replay.main, f"wild --step {step + 1}", capsys, f"wild broke at step {step}, and took no later one")
 
 
+@pytest.mark.long
+def test_a_skipped_step_is_shown_as_such_and_the_way_leads_through_it(monkeypatch, capsys):
+    """Step 6 of 8 has a loss that is nan, and optim.skip_spikes goes on as if it had not been."""
+    make, mean = batches.batch, language_model.mean_loss
+
+    def batch(stream, *, step, **settings):
+        rows = np.array(make(stream, step=step, **settings))
+        rows[np.atleast_1d(step) == 5] = 0
+        return rows
+
+    def mean_loss(cfg, params, tokens, *key, **keys):
+        return mean(cfg, params, tokens, *key, **keys) * jnp.where((tokens == 0).all(), jnp.nan, 1.0)
+
+    monkeypatch.setattr(batches, "batch", batch)
+    monkeypatch.setattr(language_model, "mean_loss", mean_loss)
+    flags = "--train.steps 8 --optim.skip-spikes 8"
+    assert train("wary", *flags.split()) == 0
+    rows = {row["step"]: row for row in read_metrics(Path("wary/metrics.jsonl")) if "skipped" in row}
+    assert (rows[6]["train/loss"], rows[6]["grad_norm"]) == (None, None)
+    assert [row["skipped"] for row in rows.values()] == [0, 1, 1]
+    its = again("wary", 8)
+    assert (its.start, its.compared.steps, its.compared.equal) == (
+        4,
+        1,
+        1,
+    )  # step 8, beyond it; one that is nan compares with nothing
+    assert (int(its.before.opt_state.kept), int(its.before.opt_state.skipped)) == (6, 1)  # pyright: ignore
+    jax.tree.map(np.testing.assert_array_equal, again("wary", 7).before.params, again("wary", 6).before.params)
+    capsys.readouterr()
+    assert replay.main(["wary", "--step", "6"]) == 0
+    page = capsys.readouterr().out
+    assert "optim.skip_spikes=8 skipped this step: it has changed nothing" in page
+    assert "the first result that is not finite: " in page
+    assert replay.main(["wary", "--step", "7"]) == 0
+    assert "all is finite" in capsys.readouterr().out
+
+
 def test_a_finite_step_shows_the_same_table_and_its_text_escaped(capsys):
     assert replay.main(["good", "--rows", "4"]) == 0
     page = capsys.readouterr().out
@@ -311,6 +350,21 @@ def test_data_that_is_gone_or_another_is_refused(change, words, capsys):
     refused(replay.main, "good --step 3", capsys, words, "no batch of the run can be made again")
 
 
+def test_a_tokenizer_of_another_run_is_refused(capsys):
+    shutil.rmtree("good/tokenizer")
+    tokenizer.make("word", TEXT).save(Path("good/tokenizer"))
+    refused(replay.main, "good --step 3", capsys, "good/tokenizer is not the tokenizer by which the run's text became",
+            "bring the old one back: text.txt with data.tokenizer=char")  # fmt: skip
+
+
+@pytest.mark.parametrize("step", ["true", "-3", "13", "1e3", f"1{'0' * 30}"])
+def test_damaged_lines_of_metrics_name_no_step(step):
+    with Path("good/metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {step}, "diverged": 1.0}}\n')
+    run = past.read(Path("good"))
+    assert (run.broke, run.reached, past.choose(run, None)) == (None, 12, 12)
+
+
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(capsys):
     (weights,) = sorted(Path("good/checkpoints/8/params").rglob("d/*"))[:1]
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
@@ -319,6 +373,17 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(capsys):
     assert "note: checkpoint good/checkpoints/8 is damaged" in capsys.readouterr().err
     with pytest.raises(UserError, match="is damaged"):
         load_trees(Path("good"), {"params": its.before.params, "opt_state": its.before.opt_state}, 8)
+
+
+@pytest.mark.long
+def test_a_run_on_two_devices_is_rebuilt_bit_for_bit_and_its_findings_are_those_of_one():
+    assert train("two", "--train.steps", "6", "--mesh.data", "2") == 0
+    its = again("two", 6)
+    assert its.is_own_mesh
+    assert (its.start, its.compared.steps, its.compared.equal) == (4, 1, 1)
+    found = findings.find(its)
+    assert found.origin is None
+    assert found.loss == pytest.approx(its.metrics["loss"], rel=1e-5)
 
 
 def test_a_run_on_more_devices_than_there_are_is_said(monkeypatch):

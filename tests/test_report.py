@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from helpers import refused
+from helpers import looked_at, refused
 
 from nanogpt_jax import cli, config
 from nanogpt_jax.commands import report
@@ -53,6 +53,12 @@ def test_the_page_runs_and_fetches_nothing():
     page = written()
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|src=|href=|@import|url\(", page)
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser(browser, axe):
+    written()
+    looked_at(browser, axe, Path("run/report.html"))
 
 
 def test_the_same_run_gives_the_same_page():

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import filelock
 import jax
 import pytest
-from helpers import interrupt_at, numbers, refused
+from helpers import interrupt_at, looked_at, numbers, refused
 from test_architecture import PACKAGE
 
 from nanogpt_jax import cli, config
@@ -58,7 +59,7 @@ class Training:
         self.diverge: set[str] = set()
         self.killed_at: int | None = None  # members, after which the process ends without a word
 
-    def __call__(self, one: in_turn.Ready, stop, steps) -> Outcome:
+    def __call__(self, one: in_turn.Ready, stop, steps, part) -> Outcome:
         if len(self.trained) == self.killed_at:
             raise MemoryError("killed")
         name, steps = one.member.name, one.cfg.train.steps
@@ -68,6 +69,7 @@ class Training:
         directory = one.member.command.run_dir
         (directory / "checkpoints" / str(steps)).mkdir(parents=True)
         (directory / "config.json").write_text(config.to_json(one.cfg))
+        (directory / "data.json").write_text(json.dumps({"fingerprint": one.data.fingerprint}))
         row = {"step": steps, "val/loss": loss_of(one.cfg), "val/bits_per_byte": loss_of(one.cfg) * 1.5}
         (directory / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         return Outcome(steps, 0.1, None, {})
@@ -84,9 +86,9 @@ class Only:
     def __init__(self):
         self.trained, self._train = [], in_turn._train
 
-    def __call__(self, one: in_turn.Ready, stop, steps) -> Outcome:
+    def __call__(self, one: in_turn.Ready, stop, steps, part) -> Outcome:
         self.trained.append(one.member.name)
-        return self._train(one, stop, steps)
+        return self._train(one, stop, steps, part)
 
 
 @pytest.fixture
@@ -509,6 +511,57 @@ def test_a_directory_of_something_else_is_left_alone(capsys, training):
     refused(command.main, [*TINY, RATES, "--name=s"], capsys, "runs/s is a file, and a sweep is a directory")
 
 
+MEMBER = "runs/s/learning_rate=0.01,seed=1338"
+
+
+def instead(path: str, content: str | None = None) -> None:
+    """A file in the place of `path`; without content, a folder."""
+    place = Path(path)
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+    if content is None:
+        place.mkdir()
+    else:
+        place.write_text(content, encoding="utf-8")
+
+
+def another_run() -> None:
+    shutil.rmtree(MEMBER)
+    shutil.copytree("runs/s/learning_rate=0.001,seed=1337", MEMBER)
+
+
+@pytest.mark.parametrize(
+    ("change", "seeds", "said"),
+    [
+        (lambda: instead("text.txt", "otra cosa " * 300), 3,
+         "has changed: text.txt gives other tokens now than it was trained on\n       bring the old text"),
+        (lambda: os.remove("text.txt"), 3, "data.source=text.txt is neither a file nor a folder"),
+        (lambda: instead(f"{MEMBER}/data.json", "{"), 3, f"{MEMBER}/data.json is damaged"),
+        (lambda: instead(f"{MEMBER}/metrics.jsonl", "["), 2, "has checkpoint 16, and its metrics.jsonl no val/loss of"),
+        (lambda: os.remove(f"{MEMBER}/metrics.jsonl"), 2, "or take that directory away: the same command then trains"),
+        (lambda: instead(f"{MEMBER}/metrics.jsonl"), 2, f"cannot read {MEMBER}/metrics.jsonl: it is a folder"),
+        (lambda: instead(f"{MEMBER}/config.json", "{"), 2, f"{MEMBER}/config.json is damaged"),
+        (another_run, 2, "is another run than this sweep's\n       optim.learning_rate: 0.001 there, 0.01 asked for"),
+        (lambda: instead(MEMBER, ""), 2, f"{MEMBER} is a file, and a run is a directory\n       take it away"),
+        (lambda: instead("runs/s/sweep.csv"), 2, "cannot write runs/s/sweep.csv: Is a directory\n       see to that"),
+        (lambda: instead("runs/s/sweep.json"), 2, "runs/s/sweep.json: it is a folder, not a file\n       bring"),
+        (lambda: instead("runs/s/sweep.json", '{"settings": [], "over": 1, "sample": 1, "seeds": 5, "halve": 1}'), 2,
+         "runs/s/sweep.json is damaged: it is no record of a sweep\n       bring the old one back"),
+        (lambda: instead("runs", ""), 2, "runs is a file, and runs/s a directory in it\n       take it away"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_was_tampered_with_is_refused_and_nothing_is_lost(change, seeds, said, capsys, training):
+    swept(capsys, RATES, "--seeds=2", "--name=s")
+    training.trained = []
+    change()
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    refused(command.main, tiny(RATES, f"--seeds={seeds}", "--name=s"), capsys, said)
+    assert not training.trained
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
 def test_two_at_once_are_refused(capsys, training):
     swept(capsys, RATES, "--seeds=1", "--name=s")
     with filelock.FileLock("runs/s/lock"):
@@ -558,6 +611,30 @@ def test_a_best_value_on_the_edge_is_a_warning():
     ]
     assert "lower values may be better" in warned(0.8, 0.0)[0]
     assert "higher values may be better" in warned(0.95, 0.0)[0]
+
+
+def test_of_one_configuration_that_is_left_no_edge_is_told(capsys, training):
+    training.diverge = {"1e+30", "1e+31"}
+    out = swept(capsys, "--over=optim.learning-rate=1e-2,1e30,1e31", "--seeds=1", "--name=s")
+    assert "edge of its range" not in out
+    assert "warning: learning_rate=0.01 is the best for want of others, as all of them diverged: try more values" in out
+    training.diverge = {"1e+31"}
+    out = swept(capsys, "--over=optim.learning-rate=1e-2,1e30,1e31", "--seeds=1", "--name=t")
+    assert "warning: the best optim.learning_rate=0.01 lies on the edge of its range: lower values may be better" in out
+    assert "for want of others" not in out
+
+
+def test_the_best_of_two_sweeps_are_two_runs(capsys, training):
+    for name in ("s", "t t"):
+        out = swept(capsys, RATES, "--seeds=1", f"--name={name}")
+        line = next(line for line in out.splitlines() if line.startswith("the best settings: "))
+        told = line.removeprefix("the best settings: ")
+        assert told in Path(f"runs/{name}/best.toml").read_text().splitlines()[1]
+        best = config.load(shlex.split(told)[2:])
+        assert best.run_dir == Path(f"runs/{name}/best")
+        assert best.cfg.optim.learning_rate == 0.01
+    Path("runs/s/best").mkdir()
+    swept(capsys, RATES, "--seeds=2", "--name=s")  # a run of it beside the members is in nobody's way
 
 
 def test_other_tokens_are_compared_by_bits_a_byte_and_other_texts_with_a_warning(capsys, training):
@@ -655,6 +732,15 @@ def test_the_page_draws_a_curve_of_one_number_and_a_map_of_two_settings(capsys, 
     assert 'class="error"' not in two  # one seed has no error
     assert "default-src 'none'" in two
     assert not re.search(r"https?:|src=|href=|@import|url\(", two)
+
+
+@has_pages
+@pytest.mark.browser
+@pytest.mark.parametrize("more", [[], ["--over=optim.name=adamw,muon"], ["--halve", "--train.steps=160"]])
+def test_the_page_in_a_browser(more, browser, axe, capsys, training):
+    training.diverge = {"1e+30"}
+    page(capsys, "--over=optim.learning-rate=1e-3,1e-2,2e-2,1e30", "--seeds=2", *more)
+    looked_at(browser, axe, Path("runs/s/sweep.html"))
 
 
 @has_pages

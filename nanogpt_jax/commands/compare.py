@@ -18,7 +18,6 @@ from nanogpt_jax.evaluation import compare, texts
 from nanogpt_jax.host import messages, progress
 from nanogpt_jax.run import opened
 
-PAGE = "compare.html"
 CUT = "A line a run; its number is its group. Losses far above what most runs have after the first fifth are cut off."
 
 
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> int:
     asked = read(argv)
     pages = _pages(asked.out)
     every, left_out = runs.find(asked.words)
-    own = every[0].path.parent / PAGE
+    own = every[0].path.parent / runs.PAGE
     out = cli.check_page(asked.out, own) if pages else own
     found = groups.compare(every)
     measured = _measured(found, asked) if asked.paired or asked.data else []
@@ -184,7 +183,7 @@ def _page(pages: Any, found: Comparison, left_out: dict[str, str], measured: lis
     parts += ["<h2>How training went</h2>", *_curves(html, curves, found)]
     parts += ["<h2>Every run</h2>", table(*shown.single(found), "All single values")]
     if left_out:
-        parts += ["<h2>Left out</h2>", table(["why", "what"], shown.omitted(left_out), "Matched, but not compared")]
+        parts += ["<h2>Left out</h2>", table(["why", "what"], shown.omitted(left_out), "Named, but not compared")]
     return html.page(title, "\n".join([*parts, "</main>"]), style=html.asset("compare.css"))
 
 

@@ -21,7 +21,12 @@ from nanogpt_jax.run.metrics import read_metrics
 from nanogpt_jax.run.opened import Run, newest, open_run
 from nanogpt_jax.run.run_dir import REPORT_PAGE
 
-CURVES = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm, unclipped", "tokens_per_second": "Tokens/s"}
+CURVES = {
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm, unclipped",
+    "tokens_per_second": "Tokens/s",
+    "skipped": "Skipped steps, in all",
+}
 DERIVED = ("model.vocab_size", "model.end_of_text")  # settings that follow from the data
 SENTENCES = ("El gato persigue al ratón.", "The cat sat on the mat.")  # the first that the tokenizer knows is shown
 LENGTH = 32  # most tokens of it

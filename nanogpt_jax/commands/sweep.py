@@ -1,6 +1,7 @@
 """nanogpt-jax sweep: many runs at once, a grid of settings times seeds, and an honest comparison."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nanogpt_jax.sweeping.ranges import SEED, Range
 from nanogpt_jax.sweeping.results import CONFIRM, SWEEP, Row, Stage
 
 SEEDS = 3
+LONGEST_NAME = 255  # bytes: file systems allow no more
 MOST_DRAWN = 50  # rows of a drawing
 
 
@@ -119,8 +121,10 @@ def read(argv: list[str]) -> Sweep:
 
 def _name(asked: Options) -> str:
     name = asked.name if asked.name is not None else f"{Path(asked.words[0]).stem if asked.words else 'default'}-sweep"
-    if not name or name in (".", "..") or set(name) & set("/\\\0"):
-        raise UserError(f"--name={name} must be the name of a directory in runs/, without slashes")
+    if not name or name in (".", "..") or set(name) & set("/\\\0") or len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(
+            f"--name={name} must be the name of a directory in runs/, without slashes, of at most {LONGEST_NAME} bytes"
+        )
     return name
 
 
@@ -217,8 +221,14 @@ def _next(sweep: Sweep, stages: Sequence[Stage]) -> str:
     if (sweep.path / record.PAGE).exists():
         lines.append(f"page: {sweep.path / record.PAGE}: open it in a browser")
     if _best(stages):
-        lines.append(f"the best settings: {config.program('train')} {config.word(sweep.path / record.BEST)}")
+        lines.append(f"the best settings: {_with_the_best(sweep)}")
     return "\n".join(lines)
+
+
+def _with_the_best(sweep: Sweep) -> str:
+    """The command that trains with the best settings, in a directory of this sweep's."""
+    best = sweep.path / record.BEST
+    return f"{config.program('train')} {config.word(best)} --run-dir {config.word(best.with_suffix(''))}"
 
 
 def _write(sweep: Sweep, stages: Sequence[Stage], command: str, standing: str = "") -> None:
@@ -228,12 +238,14 @@ def _write(sweep: Sweep, stages: Sequence[Stage], command: str, standing: str = 
         contents[record.PAGE] = page
     if not standing and (best := _best(stages)):
         one = members.member(sweep, best.values, sweep.seeds[0])
-        contents[record.BEST] = members.best_toml(one, f"The best of {sweep.path}: {ranges.label(best.values)}")
+        about = [f"The best of {sweep.path}: {ranges.label(best.values)}", _with_the_best(sweep)]
+        contents[record.BEST] = members.best_toml(one, about)
     for name, content in contents.items():
         try:
             files.write(sweep.path / name, content)
         except OSError as e:
-            raise UserError(f"cannot write {sweep.path / name}: {e.strerror or e}") from None
+            what = f"cannot write {sweep.path / name}: {e.strerror or e}"
+            raise UserError(f"{what}\n       see to that, then give the same command again: no run is lost") from None
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------

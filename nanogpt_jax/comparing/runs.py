@@ -13,7 +13,7 @@ from nanogpt_jax.config import Config, UserError, parse, settings
 from nanogpt_jax.host import files, messages, terminal
 from nanogpt_jax.run import metrics, origin
 from nanogpt_jax.run.opened import existing
-from nanogpt_jax.run.run_dir import IMPORTED, LOCK
+from nanogpt_jax.run.run_dir import IMPORTED, LOCK, PAGES
 
 try:
     import fcntl
@@ -25,6 +25,9 @@ RECIPE = frozenset(settings.types_of()) - (Config.EXECUTION - {"train.steps"}) -
 DATA, EXTENDED, UNKNOWN = "data.fingerprint", "extended", "not recorded"  # said beside the settings
 NATS, BITS = "nats a token", "bits a byte"
 LARGEST_STEP = 2**53
+PAGE = "compare.html"
+# what our own commands leave beside runs: passed over in silence
+OURS = (PAGE, *PAGES, LOCK, "sweep.json", "sweep.csv", "sweep.html", "best.toml")
 
 Curve = list[tuple[int, float]]  # (step, value), steps ascending
 
@@ -76,9 +79,10 @@ class Run:
 
 
 def find(words: list[str]) -> tuple[list[Run], dict[str, str]]:
-    """The runs that `words` name, paths or patterns, and what else was matched: its name -> why it is left out.
+    """The runs that `words` name, paths or patterns, and what else they name: its name -> why it is left out.
 
-    UserError if a path is no run or named twice, if a pattern matches nothing, or if fewer than two runs are found.
+    A shell turns an unquoted pattern into paths, so both are treated alike. UserError if a path does not exist, if a
+    pattern matches nothing, or if fewer than two runs are found.
     """
     runs: list[Run] = []
     left_out: dict[str, str] = {}
@@ -90,21 +94,21 @@ def find(words: list[str]) -> tuple[list[Run], dict[str, str]]:
             raise UserError(f"nothing matches {word}{_nearby(word)}")
         for path in map(Path, paths):
             name, real = shown(path), os.path.realpath(path)
-            if real in seen and not is_pattern:
-                raise UserError(f"{path} is the same run as {seen[real]}: name each one once")
+            if not is_pattern and not os.path.lexists(path):
+                existing(path)  # says what there is instead
+            if _is_ours(path):
+                continue
             if real in seen:
-                if name not in (*left_out, seen[real]):
-                    left_out[name] = f"the same run as {seen[real]}"
+                if name not in left_out and (name != seen[real] or not is_pattern):
+                    left_out[name] = "named twice" if name == seen[real] else f"the same run as {seen[real]}"
                 continue
             seen[real] = name
             try:
-                if why := _not_wanted(path, is_pattern):
+                if why := _not_wanted(path):
                     left_out[name] = why
                 else:
                     runs.append(read(path))
             except (UserError, OSError) as e:
-                if not is_pattern:
-                    raise
                 left_out[name] = messages.first_line(e)
     if len(runs) < 2:
         found = "no run was" if not runs else f"only {runs[0].name} was"
@@ -124,7 +128,8 @@ def read(path: Path) -> Run:
     cfg = config.read_json(existing(path) / "config.json")
     rows, notes = _rows(path)
     training, nats, bits = (_points(rows, key) for key in ("train/loss", "val/loss", "val/bits_per_byte"))
-    step = max([at for curve in (training, nats, bits) for at, _ in curve], default=0)
+    broke = [(row["step"], 0.0) for row in rows if row.get(metrics.DIVERGED)]
+    step = max([at for curve in (training, nats, bits, broke) for at, _ in curve], default=0)
     data, found = _data(path), dict(settings.items(cfg))
     found[DATA] = data.get("fingerprint", UNKNOWN)[:16]
     found[EXTENDED] = origin.read(path).get("extended", [])
@@ -138,18 +143,17 @@ def read(path: Path) -> Run:
 # ---- what a path is --------------------------------------------------------------------------------------------------
 
 
-def _not_wanted(path: Path, is_pattern: bool) -> str:
-    """Why `path` is left out of a comparison, "" if it is not. What a person names is refused instead, with advice."""
+def _is_ours(path: Path) -> bool:
+    return path.name in OURS and files.kind_of(path) == "file"
+
+
+def _not_wanted(path: Path) -> str:
+    """Why `path` is left out of a comparison, "" if it is not."""
     if os.path.lexists(path / "config.json"):
         is_one = _holds(parse.is_classifier, path)
         return f"a classifier; measure it: {config.program('classify eval')} {config.word(path)}" if is_one else ""
     if any(path.glob("*/config.json")):
-        pattern = config.quoted(f"{path}/*")
-        if not is_pattern:
-            raise UserError(f"{path} is a folder of runs\n       compare them: {config.program('compare')} {pattern}")
-        return f"a folder of runs; compare them: {config.program('compare')} {pattern}"
-    if not is_pattern:
-        return ""  # `read` says what is wrong
+        return f"a folder of runs; compare them: {config.program('compare')} {config.quoted(f'{path}/*')}"
     return "no run, as it has no config.json" if path.is_dir() else "not a folder"
 
 

@@ -80,19 +80,21 @@ def single(found: Comparison) -> Table:
             if curve and run.state != "finished":
                 last += f" at step {curve[-1][0]:,}"
             seconds = run.seconds(run.step)
+            at = f"{run.step:,} of {steps:,}"
+            state = f"diverged at step {at}" if run.state == "diverged" else run.state
             rows.append(
                 [
-                    *(run.name, group.number, run.seed, f"{run.step:,} of {steps:,}", last),
+                    *(run.name, group.number, run.seed, at, last),
                     "–" if best is None else f"{best[1]:.4f}, {best[0]:,}",
                     *("–" if x is None else f"{x:,.{digits}f}" for x, digits in ((run.speed, 0), (seconds, 1))),
-                    "; ".join([run.state, *run.notes]),
+                    "; ".join([state, *run.notes]),
                 ]
             )
     return heads, rows
 
 
 def omitted(left_out: dict[str, str]) -> list[list[object]]:
-    """What a pattern matched and is not compared, by its reason."""
+    """What was named or matched and is not compared, by its reason."""
     whys: dict[str, list[str]] = {}
     for name, why in left_out.items():
         whys.setdefault(why, []).append(name)

@@ -125,7 +125,7 @@ def moments(path: str, optimizer: str) -> int:
 def stored(cfg: Config, ways: Ways = (1, 1, 1)) -> tuple[int, int]:
     """Bytes of the parameters and of the optimizer's state on one device, all float32."""
     _, fsdp, tensor = ways
-    parameters = state = 0
+    parameters, state = 0, 4 * 2 * 128 if cfg.optim.skip_spikes else 0  # the history in training/spikes.py
     for path, n, by_fsdp, by_tensor in leaves(cfg.model):
         here = 4 * n // ((fsdp if by_fsdp else 1) * (tensor if by_tensor else 1))
         parameters += here

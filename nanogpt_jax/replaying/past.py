@@ -40,7 +40,11 @@ def read(path: Path) -> Past:
     found = tokenizer.load(path / "tokenizer")
     hint = f"if {path / 'config.json'} was changed, bring the old one back"
     tokenizer.check_fit(found, cfg.model.vocab_size, f"{path} is damaged: its tokenizer", hint)
-    rows = read_metrics(path / "metrics.jsonl")
+    rows = [
+        row
+        for row in read_metrics(path / "metrics.jsonl")
+        if type(row["step"]) is int and 0 <= row["step"] <= cfg.train.steps  # else the line is damaged
+    ]
     broke = max((row["step"] for row in rows if row.get(DIVERGED)), default=None)
     recorded: dict[int, dict[str, float]] = {}
     for row in rows:
@@ -77,7 +81,13 @@ def choose(past: Past, asked: int | None) -> int:
 
 def data_of(past: Past) -> Dataset:
     """The data that the run was trained on; UserError if it is gone or has changed."""
-    return texts.own_data(past.cfg.data, past.path, "without that text, no batch of the run can be made again")
+    data = texts.own_data(past.cfg.data, past.path, "without that text, no batch of the run can be made again")
+    if data.tokenizer.fingerprint != past.tokenizer.fingerprint:
+        raise UserError(
+            f"{past.path / 'tokenizer'} is not the tokenizer by which the run's text became tokens\n"
+            f"       bring the old one back: {past.cfg.data.title} with data.tokenizer={past.cfg.data.tokenizer}"
+        )
+    return data
 
 
 def schedules(past: Past, first: int, last: int) -> list[tuple[int, int, int]]:

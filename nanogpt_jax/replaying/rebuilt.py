@@ -52,7 +52,7 @@ class Rebuilt:
     start: int  # the step from which it was rebuilt
     before: TrainState  # numpy arrays
     rows: np.ndarray  # [B, T+1] int32
-    metrics: dict[str, float]  # of the step by the compiled program: loss, grad_norm, learning_rate
+    metrics: dict[str, float]  # of the step by the compiled program: those of training/step.py
     dials: Dials  # its learning rate, and the other numbers of the optimizer
     wrong_after: tuple[str, ...]  # what is not finite after the step: parameters, optimizer's state
     compared: Compared
@@ -112,7 +112,7 @@ def _begin(past: Past, cfg: Config, program: TrainStep, step: int) -> tuple[int,
             trees = load_trees(past.path, {"params": shapes.params, "opt_state": shapes.opt_state}, at)
         except Damaged as e:
             refused = e
-            print(f"note: {messages.first_line(e)}; the one before it is taken", file=sys.stderr)
+            print(f"note: {messages.first_line(e)}; what is before it is taken", file=sys.stderr)
             continue
         return at, TrainState(jax.device_put(np.int32(at), shapes.step.sharding), trees["params"], trees["opt_state"])  # pyright: ignore
     if cfg.train.init_from != "scratch":
@@ -148,7 +148,7 @@ def _rows(task: Task, first: int, n: int) -> np.ndarray:
 def _check(past: Past, values: dict[int, dict[str, float]]) -> None:
     """UserError if a step on the way is not finite: what comes after it says nothing."""
     for step, its in values.items():
-        if not all(map(np.isfinite, its.values())):
+        if not all(map(np.isfinite, its.values())) and not its.get("in_a_row"):  # a skipped step has changed nothing
             again = f"{config.program('replay')} {config.word(past.path)} --step {step}"
             raise UserError(f"on the way there, step {step} is not finite already\n       look at that one: {again}")
 

@@ -47,6 +47,8 @@ def _title(past: Past, its: Rebuilt) -> str:
         f"loss {m['loss']:.4f} nats a token, gradient norm {m['grad_norm']:.4g}"
         f"{_clipped(its)}, learning rate {m['learning_rate']:.4g}"
     )
+    if m.get("in_a_row"):
+        lines.append(f"optim.skip_spikes={its.cfg.optim.skip_spikes:g} skipped this step: it has changed nothing")
     return "\n".join(lines)
 
 

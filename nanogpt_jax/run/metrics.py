@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,5 +95,12 @@ def _wandb(run_dir: Path) -> Any:
         raise UserError("train.wandb=true needs pip install 'nanogpt-jax[wandb]'") from None
     # Needs no account: without one, W&B writes its files into the run directory, for `wandb sync` later.
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    # the directory's name is the run's id, so that a resumed run goes on in the same chart
-    return wandb.init(project="nanogpt-jax", id=run_dir.resolve().name, dir=str(run_dir), resume="allow", mode=mode)  # pyright: ignore
+    return wandb.init(project="nanogpt-jax", id=wandb_id(run_dir), dir=str(run_dir), resume="allow", mode=mode)  # pyright: ignore
+
+
+def wandb_id(run_dir: Path) -> str:
+    """A run's id in W&B, the same if it is resumed: its path below runs/, as members of two sweeps may share a name;
+    elsewhere, its name. With a dash for what W&B allows in no id."""
+    *above, name = run_dir.resolve().parts
+    below = above[len(above) - above[::-1].index("runs") :] if "runs" in above else []
+    return re.sub(r"[/\\#?%:]", "-", "-".join([*below, name]))

@@ -39,8 +39,8 @@ from nanogpt_jax.run.places import checkpoint_steps
 from nanogpt_jax.run.plan import execution_here
 
 WRITTEN_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "wandb")
-ATTENTION_PAGE, REPORT_PAGE = "attention.html", "report.html"
-WRITTEN_FILES = ("config.json", "data.json", origin.NAME, "metrics.jsonl", ATTENTION_PAGE, REPORT_PAGE)
+PAGES = ATTENTION_PAGE, REPORT_PAGE = "attention.html", "report.html"
+WRITTEN_FILES = ("config.json", "data.json", origin.NAME, "metrics.jsonl", *PAGES)
 WRITTEN = (*WRITTEN_FOLDERS, *WRITTEN_FILES)
 IMPORTED = "import.json"
 LOCK = "lock"
@@ -227,9 +227,14 @@ def has_begun(run_dir: Path) -> bool:
 
 
 def delete_replaced(run_dir: Path) -> None:
-    """Delete the run that was set aside. To be called once its replacement has a checkpoint."""
+    """Delete the run that was set aside. To be called once the new one replaces it."""
     places.forget(run_dir / SET_ASIDE, run_dir)
     shutil.rmtree(run_dir / SET_ASIDE, ignore_errors=True)
+
+
+def _replaces(run_dir: Path) -> bool:
+    """Whether the run replaces the one set aside: if it has a checkpoint, or has begun and that one has none either."""
+    return bool(checkpoint_steps(run_dir)) or (has_begun(run_dir) and not checkpoint_steps(run_dir / SET_ASIDE))
 
 
 def _there(run_dir: Path, names: tuple[str, ...]) -> list[str]:
@@ -245,11 +250,11 @@ def _set_aside(run_dir: Path) -> None:
 
 
 def _settle(run_dir: Path, is_new: bool) -> None:
-    """Finish a start that succeeded, failed or was killed. A run with a checkpoint replaces the one set aside; a run
-    without is removed, and the old one moved back. `is_new`: the directory is new too."""
+    """Finish a start that succeeded, failed or was killed. The run replaces the one set aside, or is removed and the
+    old one moved back. `is_new`: the directory is new too."""
     with contextlib.suppress(OSError, UserError):  # if a disk fails now, the next start tries again
         if os.path.lexists(run_dir / SET_ASIDE):
-            if checkpoint_steps(run_dir):
+            if _replaces(run_dir):
                 delete_replaced(run_dir)
             else:
                 if has_begun(run_dir):
@@ -415,7 +420,7 @@ def standing(run_dir: Path, argv: list[str], name: str = "train") -> str:
 
 def how_to_replay(run_dir: Path, cfg: Config) -> str:
     """The command that shows which operation broke a run; "" if there is none, or if the run will not be left there."""
-    is_kept = bool(checkpoint_steps(run_dir)) or not os.path.lexists(run_dir / SET_ASIDE)
+    is_kept = not os.path.lexists(run_dir / SET_ASIDE) or _replaces(run_dir)
     is_offered = importlib.util.find_spec("nanogpt_jax.commands.replay")  # it may have been removed
     if not (is_kept and is_offered and cfg.COMMAND == Config.COMMAND):
         return ""

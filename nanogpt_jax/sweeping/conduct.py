@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nanogpt_jax.data.dataset import Dataset
+from nanogpt_jax.host.progress import Part, duration
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import sizes
 from nanogpt_jax.sweeping import halve, in_turn, ranges, results, together
@@ -70,6 +71,7 @@ class Study:
         first = sweep.members(sweep.configurations, sweep.seeds, shares[0]) if shares[0] > 1 else full
         if missing := self._missing(first):
             in_turn.ready(full if first is not full else missing, self._opened)
+            in_turn.check_data([one for one in first if one.name in self._known], self._opened)
         self.record.write()
         fresh = min(2, n) * sweep.confirm
         self.total = sum(numbers) * len(sweep.seeds) + fresh
@@ -116,13 +118,15 @@ class Study:
         found = halve.correlation([a for a, _ in pairs], [b for _, b in pairs])
         return Stage(name, share, seeds, rows, found, len(pairs))
 
-    def _begin(self, members: list[Member]) -> None:
+    def _begin(self, members: list[Member]) -> Part:
         left = f", about {duration(self._work / self._spent * self._seconds)} left for all" if self._spent else ""
         last = self.done + len(members)
         which = f"member {last}" if len(members) == 1 else f"members {self.done + 1} to {last}"
         names = " ".join(one.name for one in members)
         print(f"{which} of {self.total}: {names}{left}", file=sys.stderr, flush=True)
         self._clock = time.monotonic()
+        its = sum(map(_flops, members))
+        return Part(f"{which}/{self.total}", max(0.0, self._work / its - 1))
 
     def _end(self, one: Member, ended: Outcome | Diverged) -> None:
         if isinstance(ended, Diverged):
@@ -148,9 +152,3 @@ class Study:
 def _flops(one: Member) -> float:
     """What a member costs, by which the time left is estimated."""
     return sizes.product_flops(one.command.cfg) * one.command.cfg.train.steps
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,6 +1,7 @@
 """The members that are missing, trained one after the other in this process, each as `train.py` would train it."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from nanogpt_jax.config import Config, MeshConfig, UserError
 from nanogpt_jax.data import batches, dataset
 from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.distributed.mesh import common_room, make_mesh, start
+from nanogpt_jax.host import files
+from nanogpt_jax.host.progress import Part
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution
 from nanogpt_jax.run import run_dir
@@ -47,6 +50,8 @@ def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
     for one in members:
         command = one.command
         try:
+            if (kind := files.kind_of(command.run_dir)) not in ("", "folder", "link"):
+                raise UserError(f"{command.run_dir} is a {kind}, and a run is a directory\n       take it away")
             key = repr(command.cfg.data)
             if key not in opened:
                 opened[key] = dataset.open_data(command.cfg.data)
@@ -66,8 +71,26 @@ def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
     return found
 
 
+def check_data(done: Sequence[Member], opened: dict[str, Dataset]) -> None:
+    """UserError if members that are done were trained on other data than theirs is now, if it is open."""
+    for one in done:
+        data, place = opened.get(repr(one.command.cfg.data)), one.command.run_dir / "data.json"
+        if data is None or not place.exists():
+            continue
+        try:
+            is_same = json.loads(files.read(place))["fingerprint"] == data.fingerprint
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise named(one.name, UserError(f"{place} is damaged ({e})\n       bring the old one back")) from None
+        if not is_same:
+            title = one.command.cfg.data.title
+            raise UserError(
+                f"the data of {place.parent} has changed: {title} gives other tokens now than it was trained on\n"
+                "       bring the old text back, or choose another --name: losses of different texts are no comparison"
+            )
+
+
 def train_members(
-    members: Sequence[Ready], stop: StopRequest, on_start: Callable[[list[Member]], None], steps: Steps
+    members: Sequence[Ready], stop: StopRequest, on_start: Callable[[list[Member]], Part], steps: Steps
 ) -> Iterator[tuple[Member, Outcome | Diverged]]:
     """Train the members -> each as it ends, and how. After a signal, the one under way has saved, and is the last.
 
@@ -77,9 +100,9 @@ def train_members(
     for one in members:
         if stop.received:
             return
-        on_start([one.member])
+        part = on_start([one.member])
         try:
-            outcome = _train(one, stop, steps)
+            outcome = _train(one, stop, steps, part)
         except Diverged as e:
             yield one.member, e
             continue
@@ -88,10 +111,10 @@ def train_members(
             return
 
 
-def _train(one: Ready, stop: StopRequest, steps: Steps) -> Outcome:
+def _train(one: Ready, stop: StopRequest, steps: Steps, part: Part) -> Outcome:
     """What `train.py` does, without a sample of text at the end."""
     with opened(one, steps) as (cfg, task, state, step, run):
-        return loop.fit(cfg, task, state, step, run, stop)
+        return loop.fit(cfg, task, state, step, run, stop, part)
 
 
 @contextlib.contextmanager

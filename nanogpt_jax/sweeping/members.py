@@ -111,9 +111,9 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def best_toml(one: Member, title: str) -> str:
-    """The settings of a member that are no defaults, as a config file for train.py."""
-    default, lines, section = dict(settings.items(Config())), [f"# {' '.join(title.split())}"], ""
+def best_toml(one: Member, about: Sequence[str]) -> str:
+    """The settings of a member that are no defaults, as a config file for train.py. `about`: comments at its top."""
+    default, lines, section = dict(settings.items(Config())), [f"# {' '.join(line.split())}" for line in about], ""
     for key, value in given(one.command).items():
         if value == default[key]:
             continue

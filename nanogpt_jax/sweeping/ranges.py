@@ -39,8 +39,9 @@ def read(texts: Sequence[str]) -> list[Range]:
 def _range(text: str) -> Range:
     name, equals, given = text.partition("=")
     key = name.strip().replace("-", "_")
-    if not equals:
-        raise UserError(f"--over={text} has no values\n       give them as {FORMS}")
+    if not equals or not key:
+        missing = "values" if key else "setting"
+        raise UserError(f"--over={text} has no {missing}\n       give it as {FORMS}")
     if key not in types_of():
         raise unknown_setting(key, "--over")
     if key in ALONE:
@@ -64,7 +65,10 @@ def _values(key: str, hint: Any, given: str) -> list[Any]:
     parts = given.split(";" if ";" in given or key == "data.mixture" else ",")
     if not all(part.strip() for part in parts):
         raise UserError(f"--over {key}={given} has an empty value\n       give values as {FORMS}")
-    return [parse.coerce(key, hint, part.strip(), "command line") for part in parts]
+    try:
+        return [parse.coerce(key, hint, part.strip(), "command line") for part in parts]
+    except UserError as e:
+        raise UserError(f"{e}\n       give values as {FORMS}" if hint in (int, float) else str(e)) from None
 
 
 def _spaced(key: str, kind: type, given: str) -> list[Any]:

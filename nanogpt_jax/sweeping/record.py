@@ -66,6 +66,8 @@ def asked(sweep: Sweep) -> dict[str, Any]:
 def check_place(path: Path) -> None:
     """UserError if the directory is something else than a sweep's or a new one. Writes nothing."""
     run_dir.check_name(path)
+    if (kind := files.kind_of(path.parent)) not in ("", "folder", "link"):
+        raise UserError(f"{path.parent} is a {kind}, and {path} a directory in it\n       take it away")
     if not os.path.lexists(path):
         return
     if not os.path.isdir(path):
@@ -94,13 +96,15 @@ def check(sweep: Sweep) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(files.read(path))
-        if not (set(COMPARED) <= set(found) and isinstance(found["diverged"], dict)):
+        wanted = {"settings": dict, "over": dict, "seeds": list, "diverged": dict}
+        if not (set(COMPARED) <= set(found) and all(isinstance(found[key], kind) for key, kind in wanted.items())):
             raise ValueError("it is no record of a sweep")
         return found
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+        what = f"cannot read {path}: {e.strerror or e}"
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{path} is damaged: {e}\n       bring the old one back, or choose another --name") from None
+        what = f"{path} is damaged: {e}"
+    raise UserError(f"{what}\n       bring the old one back, or choose another --name")
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any], extends: bool) -> None:

@@ -9,8 +9,12 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from nanogpt_jax import config
+from nanogpt_jax.config import Config, UserError
+from nanogpt_jax.config.settings import differences, types_of
 from nanogpt_jax.evaluation import statistics
 from nanogpt_jax.evaluation.compare import CLEAR
 from nanogpt_jax.evaluation.statistics import Estimate
@@ -80,11 +84,33 @@ def table(members: Sequence[Member], known: Mapping[str, float | None]) -> list[
 
 
 def of_member(one: Member, figure: Figure) -> float | None:
-    """Its figure at its last step; None if it has not come so far. A run that was trained further later has it too."""
+    """Its figure at its last step; None if it has not come so far. A run that was trained further later has it too.
+
+    UserError if the run in its directory is another one, or has lost its metrics.
+    """
     directory, steps = one.command.run_dir, one.command.cfg.train.steps
-    found = [row[figure.key] for row in read_metrics(directory / "metrics.jsonl") if _has(row, steps, figure.key)]
-    is_saved = bool(found) and max(checkpoint_steps(directory), default=0) >= steps
-    return float(found[-1]) if is_saved else None
+    if max(checkpoint_steps(directory), default=0) < steps:
+        return None
+    again = "or take that directory away: the same command then trains the member again"
+    known = Config.EXECUTION | {"model.vocab_size", "model.end_of_text", "data.source", "data.mixture", TOKENS}
+    changed = differences(config.read_json(directory / "config.json"), one.command.cfg, frozenset(types_of()) - known)
+    if changed:
+        lines = "".join(f"\n       {key}: {old} there, {new} asked for" for key, old, new in changed)
+        raise UserError(f"{directory} is another run than this sweep's{lines}\n       bring the old one back, {again}")
+    found = [row[figure.key] for row in _rows(directory) if _has(row, steps, figure.key)]
+    if not found:
+        raise UserError(
+            f"{directory} has checkpoint {steps}, and its metrics.jsonl no {figure.key} of that step: it is damaged\n"
+            f"       bring the old one back, {again}"
+        )
+    return float(found[-1])
+
+
+def _rows(directory: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(directory / "metrics.jsonl")
+    except OSError as e:
+        raise UserError(f"cannot read {directory / 'metrics.jsonl'}: {e.strerror or e}") from None
 
 
 def _has(row: Mapping[str, Any], step: int, key: str) -> bool:
@@ -161,7 +187,12 @@ def _estimate(found: Estimate | None) -> str:
 def warnings(asked: Sequence[Range], best: Row | None, rows: Sequence[Row]) -> list[str]:
     """What is to be known before the best is believed."""
     lines = []
-    for one in asked if best else ():
+    tried, reached = ({ranges.label(row.values) for row in of} for of in (rows, [row for row in rows if row.finite]))
+    is_alone = len(reached) == 1 < len(tried)  # the edge of a range says nothing then
+    if best and is_alone:
+        shown = ranges.label(best.values)
+        lines.append(f"{shown} is the best for want of others, as all of them diverged: try more values around it")
+    for one in asked if best and not is_alone else ():
         numbers = [value for value in one.values if type(value) in (int, float)]
         value = best.values[one.key] if best else None
         if len(numbers) < 2 or value not in (min(numbers), max(numbers)) or value == min(numbers) == 0:

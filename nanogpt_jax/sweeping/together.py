@@ -16,7 +16,7 @@ import jax
 
 from nanogpt_jax.distributed.mesh import make_mesh, room, start
 from nanogpt_jax.host import messages
-from nanogpt_jax.host.progress import Progress
+from nanogpt_jax.host.progress import Part, Progress
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import memory
 from nanogpt_jax.run.places import checkpoint_steps
@@ -36,7 +36,7 @@ MOST = 32  # members at once
 def train_members(
     members: Sequence[Ready],
     stop: StopRequest,
-    on_start: Callable[[list[Member]], None],
+    on_start: Callable[[list[Member]], Part],
     steps: Steps,
     record: Record,
     asked: str,
@@ -55,8 +55,8 @@ def train_members(
             elif not stop.received:
                 record.together |= {one.member.name: len(some) for one in some}
                 record.write()
-                on_start([one.member for one in some])
-                yield from _train(some, stop, steps)
+                part = on_start([one.member for one in some])
+                yield from _train(some, stop, steps, part)
 
 
 def _groups(members: Sequence[Ready]) -> list[list[Ready]]:
@@ -109,11 +109,13 @@ def _is_faster(group: Sequence[Ready], size: int, stop: StopRequest, steps: Step
     return Verdict(**record.measured[key]).is_together
 
 
-def _train(group: Sequence[Ready], stop: StopRequest, steps: Steps) -> Iterator[tuple[Member, Outcome | Diverged]]:
+def _train(
+    group: Sequence[Ready], stop: StopRequest, steps: Steps, part: Part
+) -> Iterator[tuple[Member, Outcome | Diverged]]:
     """Train members that stand at the same step, call by call -> each as it ends. A signal stops all after the same."""
     total, at, seen = group[0].cfg.train.steps, _at(group[0]), StopRequest()
     with (
-        Progress(f"{len(group)} members, step", total, at, patience=0, now="compiling the step") as bar,
+        Progress("step", total, at, patience=0, now="compiling the step", part=part) as bar,
         contextlib.ExitStack() as opened,
     ):
         loops = [opened.enter_context(contextlib.closing(_loop(one, seen, steps, bar))) for one in group]

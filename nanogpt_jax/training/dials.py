@@ -41,7 +41,7 @@ def rates_of(cfg: OptimConfig, steps: int, K: int) -> np.ndarray:
 def program_of(cfg: Config) -> tuple[Any, ...]:
     """Equal for runs that share a compiled step: what is left of their settings without dials and what no step sees."""
     o, t = cfg.optim, cfg.train
-    optim = (o.name, bool(o.grad_clip), o.freeze_layers, o.freeze_embeddings)
+    optim = (o.name, bool(o.grad_clip), bool(o.skip_spikes), o.freeze_layers, o.freeze_embeddings)
     return cfg.model, cfg.mesh, optim, (t.batch_size, t.micro_batch)
 
 

@@ -21,7 +21,7 @@ from nanogpt_jax.data import batches
 from nanogpt_jax.distributed import processes
 from nanogpt_jax.distributed.sharding import laid_out
 from nanogpt_jax.host import memory, runtime
-from nanogpt_jax.host.progress import Progress
+from nanogpt_jax.host.progress import Part, Progress
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution, gpt2, sizes
 from nanogpt_jax.run.checkpoint import load_first_params
@@ -34,9 +34,11 @@ from nanogpt_jax.training.state import TrainState, init_state
 from nanogpt_jax.training.step import TrainStep
 from nanogpt_jax.training.task import Task
 
+MOST_SKIPPED = 32  # steps in a row: so many are no spike
+
 
 class Diverged(UserError):
-    """A loss, a gradient, a weight or the optimizer's state is not finite."""
+    """A loss, a gradient, a weight or the optimizer's state is not finite, or too many steps were skipped in a row."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,15 @@ def calls(start: int, steps: int, most: int, every: tuple[int, ...]) -> Iterator
         start += n
 
 
-def fit(cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest) -> Outcome:
-    """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one."""
+def fit(
+    cfg: Config, task: Task, state: TrainState, step: TrainStep, run: Recording, stop: StopRequest,
+    part: Part | None = None,
+) -> Outcome:  # fmt: skip
+    """Train from `state` to cfg.train.steps. The state is donated; the last checkpoint has the final one. `part`: of
+    what the run is one, for its bar."""
     left, alone = cfg.train.steps - run.step, processes.count() == 1
     with (
-        Progress("step", cfg.train.steps, run.step, patience=0, now="compiling the step") as progress,
+        Progress("step", cfg.train.steps, run.step, patience=0, now="compiling the step", part=part) as progress,
         contextlib.closing(driven(cfg, task, state, step, run, stop, progress)) as loop,
     ):
         try:
@@ -212,13 +218,18 @@ def are_finite(tree: Any) -> jax.Array:
     return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
 
 
-def not_finite(cfg: Config, start: int, step: int, saved: list[Folder], what: str, replay: str = "") -> Diverged:
-    """The error for a run that has diverged by `step`. It names the remaining checkpoints, and the command `replay`."""
+def not_finite(
+    cfg: Config, start: int, step: int, saved: list[Folder], what: str, replay: str = "", other: str = ""
+) -> Diverged:
+    """The error for a run that has diverged by `step`. It names the remaining checkpoints, and the command `replay`.
+
+    `other`: a remedy, instead of the usual one.
+    """
     o = cfg.optim
-    remedy = (
+    remedy = other or (
         f"try a lower optim.learning_rate than {o.learning_rate:g}, or more optim.warmup_steps than {o.warmup_steps}"
     )
-    if 0 < start == step - 1:
+    if 0 < start == step - 1 and not other:
         remedy = f"the first step after checkpoint {start}: if that is damaged, delete its folder {saved[-1]}"
     elif saved:
         kept = " and ".join(path.name for path in saved)
@@ -237,6 +248,7 @@ class _Reader:
         self._pending: deque[tuple[int, int, dict[str, jax.Array]]] = deque()
         self._clock = time.monotonic()
         self._counted = 0  # steps since the clock was read
+        self._told = False  # whether a skipped step was
 
     def begin(self) -> None:
         """Restart the clocks, so that compile time does not count in the speed or the time left."""
@@ -274,11 +286,21 @@ class _Reader:
         memory.trim()
         self._run.save(step, {"params": state.params, "opt_state": state.opt_state}, loss)
 
-    def _diverged(self, step: int, what: str) -> Diverged:
+    def _diverged(self, step: int, what: str, other: str = "") -> Diverged:
         run = self._run
         run.log.write(step, {DIVERGED: 1.0})
         replay = how_to_replay(run.directory, self._cfg)
-        return not_finite(self._cfg, run.step, step, run.checkpoints.saved(), what, replay)
+        return not_finite(self._cfg, run.step, step, run.checkpoints.saved(), what, replay, other)
+
+    def _skipped(self, step: int, in_a_row: int, loss: float, norm: float) -> None:
+        """Tell of the first skipped step; UserError if it is one of too many in a row."""
+        its, z = f"loss {loss:.4g}, gradient norm {norm:.4g}", self._cfg.optim.skip_spikes
+        if not self._told:
+            self._told = True
+            self._progress.note(f"step {step}: skipped by optim.skip_spikes={z:g} ({its}); later ones are counted")
+        if in_a_row >= MOST_SKIPPED:
+            other = f"try a larger optim.skip_spikes than {z:g}, or 0" if math.isfinite(loss + norm) else ""
+            raise self._diverged(step, f"skipped, and so were the {in_a_row - 1} steps before it ({its})", other)
 
     def _read(self) -> None:
         first, n, metrics = self._pending.popleft()
@@ -289,10 +311,15 @@ class _Reader:
         speed = self._counted * self._tokens / max(now - self._clock, 1e-9)
         for i in range(n):
             step = first + i + 1
-            loss, norm, rate = (float(values[name][i]) for name in ("loss", "grad_norm", "learning_rate"))
-            self.check(step, {"loss": loss, "gradient norm": norm})
+            row = {name: float(x[i]) for name, x in values.items()}
+            loss, norm, in_a_row = row.pop("loss"), row["grad_norm"], int(row.pop("in_a_row", 0))
+            if in_a_row:
+                self._skipped(step, in_a_row, loss, norm)
+            else:
+                self.check(step, {"loss": loss, "gradient norm": norm})
             if step % t.log_every == 0 or step == t.steps:
-                row = {"train/loss": loss, "grad_norm": norm, "learning_rate": rate}
-                self._run.log.write(step, {**row, "tokens_per_second": round(speed, 1)})
-                self._progress.update(step, f"loss {loss:.4f}  {speed:,.0f} tokens/s", measured=first + n)
+                self._run.log.write(step, {"train/loss": loss, **row, "tokens_per_second": round(speed, 1)})
+                words = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
+                words += f"  {skipped:.0f} skipped" if (skipped := row.get("skipped", 0)) else ""
+                self._progress.update(step, words, measured=first + n)
                 self._clock, self._counted = now, 0

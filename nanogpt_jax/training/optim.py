@@ -11,10 +11,12 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from nanogpt_jax.config import OptimConfig
 from nanogpt_jax.distributed.sharding import path_name
+from nanogpt_jax.training.spikes import skipping
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Numbers = dict[str, jax.typing.ArrayLike]
-NUMBERS = ("beta1", "beta2", "weight_decay", "grad_clip")  # of OptimConfig
+NUMBERS = ("beta1", "beta2", "weight_decay", "grad_clip", "skip_spikes")  # of OptimConfig
+SWITCHES = ("grad_clip", "skip_spikes")  # of these, what 0 turns off
 
 
 def is_matrix(path: tuple, _leaf: object) -> bool:
@@ -129,7 +131,7 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     """The whole chain from gradient to update: clip by global norm, then the optimizer with its schedule.
 
     Its `update` takes `rate`, instead of the schedule's, and `numbers`, instead of those of `cfg`: a compiled step has
-    them as arguments.
+    them as arguments. With cfg.skip_spikes it takes the loss, too, as `value`.
     """
 
     def chain(cfg: OptimConfig, rate: Schedule) -> optax.GradientTransformation:
@@ -157,12 +159,13 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
             updates = with_frozen(cfg, updates, -0.0)
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(scheduled.init, update)
+    whole = optax.GradientTransformationExtraArgs(scheduled.init, update)
+    return skipping(whole, cfg.skip_spikes) if cfg.skip_spikes else whole
 
 
 def numbers_of(cfg: OptimConfig) -> Numbers:
-    """What `update` takes as `numbers`, each [] float32. Clipping that is off is another program."""
-    return {name: np.float32(getattr(cfg, name)) for name in NUMBERS if name != "grad_clip" or cfg.grad_clip}
+    """What `update` takes as `numbers`, each [] float32. Without clipping or skipping it is another program."""
+    return {name: np.float32(getattr(cfg, name)) for name in NUMBERS if name not in SWITCHES or getattr(cfg, name)}
 
 
 def with_frozen(cfg: OptimConfig, tree: optax.Updates, value: float) -> optax.Updates:

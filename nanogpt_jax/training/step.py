@@ -6,7 +6,7 @@
 # B batch, W int32 numbers of a row (T+1 for a language model), K steps in a call
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from nanogpt_jax.distributed.sharding import BATCH, shard
 from nanogpt_jax.model.execution import Execution
 from nanogpt_jax.training.dials import Dials, dropout_key, make_dials
 from nanogpt_jax.training.gradients import Gradients, make_gradients
+from nanogpt_jax.training.spikes import counts
 from nanogpt_jax.training.state import TrainState, layout, make_born, state_shapes
 from nanogpt_jax.training.task import Objective
 
@@ -34,11 +35,10 @@ def update(
 
     `dials` are for `tx`. Metrics, [] float32: loss (nats a token, before the update), grad_norm (before clipping).
     """
-    loss, grads = gradients(state.params, rows, key)
-    updates, opt_state = optax.with_extra_args_support(tx).update(grads, state.opt_state, state.params, **dials)
-    params = optax.apply_updates(state.params, updates)
-    state = TrainState(state.step + 1, params, opt_state)  # pyright: ignore[reportArgumentType]
-    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    tx, (loss, grads) = optax.with_extra_args_support(tx), gradients(state.params, rows, key)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss, **dials)
+    state = replace(state, params=optax.apply_updates(state.params, updates), step=state.step + 1, opt_state=opt_state)
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads), **counts(opt_state)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def make_train_step(cfg: Config, tx: Optimizer, mesh: Mesh, objective: Objective
             state, metrics = one_step(state, rows[i], dials, i)
             return state, jax.tree.map(lambda all, new: all.at[i].set(new), history, metrics)
 
-        history = {name: jnp.zeros(K, jnp.float32) for name in ("loss", "grad_norm", "learning_rate")}
+        history = {x: jnp.zeros(K) for x in ("loss", "grad_norm", "learning_rate", *counts(state.opt_state))}
         return lax.fori_loop(0, n, body, (state, history))
 
     return TrainStep(train_step, born, shapes, rows_layout, how, make_dials(cfg, K))
