@@ -224,7 +224,7 @@ def test_names_are_tame_and_different():
 
 
 def test_members_are_runs_equal_to_those_made_alone_bit_for_bit_and_a_signal_loses_nothing(capsys, monkeypatch):
-    asked = [RATES, "--seeds=1", "--name=s"]
+    asked = [RATES, "--seeds=1", "--name=s", "--together=off"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, batches, 4)
         assert command.main([*TINY, *asked]) == 130

@@ -25,8 +25,9 @@ from nanogpt_jax.training.task import Task
 ONE = MeshConfig()  # the mesh of a member in a group
 WORTH = 0.95  # in turn is taken if it is at least so fast beside together: it is exact, and each member ends soon
 SECOND = 1.2  # times as fast is a long run in turn once it has its second program (model/kernels/README.md)
-# Least seconds of work in turn for a trial, which takes about 10: 2 % of it; and where together is likely to be faster
-ON_ONE_CPU, ELSEWHERE = 500, 100
+# Least work in turn for a trial. On one CPU in seconds of its cores, as other load changes those little: a trial takes
+# about 25, mostly to compile, which is 2 %. Elsewhere by the clock, and 5 %, as together is more likely to be faster.
+ON_ONE_CPU, ELSEWHERE = 1250, 300
 ROUNDS, CALL = 8, 0.2  # calls of each way in alternation, the first to warm up; seconds of a call, at least
 
 
@@ -71,9 +72,10 @@ def measure(
     if stop.received:
         return None
     alone.seconds(1)
-    single = alone.seconds(1)
+    began = time.process_time()
+    single, of_cores = alone.seconds(1), time.process_time() - began
     is_one_cpu = jax.default_backend() == "cpu" and len(jax.devices()) == 1
-    if single * work < (ON_ONE_CPU if is_one_cpu else ELSEWHERE):
+    if of_cores * work < ON_ONE_CPU if is_one_cpu else single * work < ELSEWHERE:
         return None
     second = step.how.recompile and single * cfg.train.steps > execution.RECOMPILE_LEFT
     cfg, task, step = in_turn.placed(one, steps, ONE)
