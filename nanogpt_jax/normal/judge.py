@@ -24,6 +24,7 @@ ALPHA = 0.02  # of a false alarm, by the theory; what it is in fact is measured 
 LEAST_SD = {"loss": 0.003, "norm": 0.02, "validation": 0.003}  # another processor rounds to other digits
 FIRST_ALPHA, FIRST_SD = 0.001, 0.01  # of the loss of step 1, which is one number more
 NEIGHBOURS = 2  # blocks on each side, whose variances are averaged with a block's own
+FEWEST = 4  # logged steps, or all of a block: gradient norms have spikes of a step or two, above all during warm-up
 RATE = 0.02  # the learning rate is no random number: so much off is off
 LOSS, NORM, VALIDATION, RATES = "training loss", "gradient norm", "validation loss", "learning rate"
 
@@ -96,6 +97,8 @@ def outside(reference: Reference, run: Measured) -> list[Finding]:
     found, limit = _rates(reference, run.rates), limit_of(reference)
     for name, series, off in ((LOSS, reference.loss, run.loss), (NORM, reference.norm, run.norm)):
         center, sd = series.runs.mean(0), block_sd(reference, series, run.count)
+        if name == NORM:
+            off = np.where(run.count >= np.minimum(_lengths(reference), FEWEST), off, np.nan)
         for b in np.flatnonzero(np.abs(off - center) > limit * sd):
             step = int(run.last[b])
             expected = float(curve(reference, series, np.array([step]))[0] + center[b])
@@ -132,9 +135,14 @@ def block_of(reference: Reference, steps: np.ndarray) -> np.ndarray:
     return np.searchsorted(reference.blocks, steps, side="right") - 1
 
 
+def _lengths(reference: Reference) -> np.ndarray:
+    """[B] steps of each block."""
+    return np.diff(np.append(reference.blocks, reference.steps + 1))
+
+
 def block_sd(reference: Reference, series: Series, logged: np.ndarray) -> np.ndarray:
     """Standard deviation of a new run's mean over `logged` [B] steps of each block, about the mean of n runs -> [B]."""
-    n, length = len(series.runs), np.diff(np.append(reference.blocks, reference.steps + 1))
+    n, length = len(series.runs), _lengths(reference)
     least = LEAST_SD["loss" if series is reference.loss else "norm"]
     between, noise = _smooth_variance(series.runs), series.noise**2
     logged = np.clip(logged, 1, length)

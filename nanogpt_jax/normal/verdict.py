@@ -114,7 +114,7 @@ def unusual_start(model: ModelConfig, loss: float) -> str:
     the norm sees, as in a model without blocks. A text that repeats itself is lower by as much.
     """
     V, C = model.vocab_size, model.n_embd
-    spread, own = C * 0.02**2, C * 0.02 / math.sqrt(2)
+    spread, own = C * 0.02**2, min(C * 0.02 / math.sqrt(2), 500.0)  # e^709 is the largest float
     least = math.log(V) - own - 0.2
     most = math.log(math.exp(spread / 2) + math.exp(own) / V) + math.log(V) + 0.2
     if least <= loss <= most:
