@@ -1,6 +1,7 @@
 """The rooms and their walls: who may import whom, as data, and read from the code's own imports."""
 
 import ast
+import functools
 import subprocess
 import sys
 import zipfile
@@ -75,6 +76,7 @@ def modules_of(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
+@functools.cache
 def imported(path: Path) -> list[str]:
     """Every module that a file imports, wherever the import stands: "nanogpt_jax.model.gpt2"."""
     found = []
