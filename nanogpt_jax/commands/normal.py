@@ -16,7 +16,7 @@ class Options(command_line.Options):
     make: str | None = flag(
         "CONFIG",
         "make the reference of this config anew, from finished runs of at least five seeds that logged every step, and "
-        "put it into the package",
+        "put it into the package, over the one that is there",
     )
 
 
@@ -25,7 +25,7 @@ COMMAND = CommandLine(
     Options,
     "Says whether a run, finished or not, lies in the band of our own runs with its settings and data; if not, since "
     "which step, and what may be the cause.",
-    {"[RUN]": "a run directory (default: the newest in runs/)", "[RUN ...]": "with --make: the runs of the reference"},
+    {"[RUN]": "a run directory (default: the newest in runs/); with --make, the runs of the reference"},
 )
 
 
@@ -51,8 +51,7 @@ def main(argv: list[str]) -> int:
     if run.extended:
         print("its steps were changed on the way, so its schedule is like no other's: no reference")
     elif match is None:
-        names = ", ".join(one.name for one in reference.known())
-        print(f"no reference has its settings and its data; there are references of {names}")
+        print(verdict.without_reference(run.cfg))
     elif not match.same_data:
         print(verdict.other_data(match.reference, data))
     else:

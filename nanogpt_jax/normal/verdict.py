@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_jax.config import Config, ModelConfig
+from nanogpt_jax.config import Config, ModelConfig, settings
 from nanogpt_jax.host import files
 from nanogpt_jax.normal import judge, reference, suspicion
 from nanogpt_jax.normal.judge import Finding
@@ -26,7 +26,8 @@ class Verdict:
     at: int  # the last step that was looked at
     training_off: float  # by how much the training loss is above the reference's now, nats
     last_rate: int  # the last step whose learning rate was logged
-    expected: tuple[float, float] | None  # validation loss at step `at`, and half the width of the band
+    validation: float | None  # the last validation loss
+    expected: tuple[float, float] | None  # what it is in the reference, and half the width of the band
 
 
 def beside(cfg: Config, directory: Path, at: int) -> str:
@@ -69,10 +70,11 @@ def judged(match: Match, data: dict[str, Any], rows: Sequence[dict[str, Any]], u
     run = judge.measure(one, rows, until)
     at = int(max([run.last.max(initial=0), *(step for step, _ in run.validation)]))
     findings = judge.outside(one, run) if match.same_data else []
-    expected = next((judge.validation_band(one, step) for step, _ in reversed(run.validation)), None)
+    step, validation = run.validation[-1] if run.validation else (0, None)
+    expected = judge.validation_band(one, step)
     off = run.loss[run.count > 0] - one.loss.runs.mean(0)[run.count > 0]
     last_rate = max((step for step, _ in run.rates), default=0)
-    return Verdict(match, data, findings, at, float(off[-1]) if off.size else 0.0, last_rate, expected)
+    return Verdict(match, data, findings, at, float(off[-1]) if off.size else 0.0, last_rate, validation, expected)
 
 
 def bands(one: Reference) -> dict[str, list[tuple[int, float, float]]]:
@@ -99,7 +101,7 @@ def start(cfg: Config, directory: Path, loss: float) -> str:
     if abs(loss - expected) <= within:
         return ""
     where = f"{match.reference.n} runs of {match.reference.name}"
-    return f"the first loss is {loss:.3f}, but {expected:.3f} ± {within:.3f} in {where}: {_why(loss > expected)}"
+    return f"the first loss is {loss:.3f}, but {_range(expected, within)} in {where}: {_why(loss > expected)}"
 
 
 def _why(is_high: bool) -> str:
@@ -134,7 +136,7 @@ def _beside(verdict: Verdict) -> str:
         return f"\n{outside(verdict)}"
     if verdict.expected is None:
         return f"; normal so far, as in {one.n} runs of {one.name}"
-    return "; normal: {:.3f} ± {:.3f} in {} runs of {}".format(*verdict.expected, one.n, one.name)
+    return f"; normal: {_range(*verdict.expected)} in {one.n} runs of {one.name}"
 
 
 def outside(verdict: Verdict) -> str:
@@ -150,7 +152,11 @@ def told(one: Finding) -> str:
     if one.series == judge.NORM:
         low, high = one.expected * math.exp(-one.within), one.expected * math.exp(one.within)
         return f"{one.series} {one.value:.3g}, but {low:.3g} to {high:.3g}"
-    return f"{one.series} {one.value:.3f}, but {one.expected:.3f} ± {one.within:.3f}"
+    return f"{one.series} {one.value:.3f}, but {_range(one.expected, one.within)}"
+
+
+def _range(expected: float, within: float) -> str:
+    return f"{expected - within:.3f} to {expected + within:.3f}"
 
 
 def other_data(one: Reference, data: dict[str, Any]) -> str:
@@ -166,6 +172,25 @@ def other_data(one: Reference, data: dict[str, Any]) -> str:
     )
 
 
+def without_reference(cfg: Config) -> str:
+    """Why a run is not compared: what differs from the reference that is nearest."""
+    known = reference.known()
+    if type(cfg) is not Config or not known:
+        return "there is no reference of such a run"
+    mine = dict(settings.items(cfg))
+
+    def apart(one: Reference) -> list[str]:
+        return [f"{key}={mine[key]} ({value})" for key, value in one.settings.items() if mine[key] != value]
+
+    near = min(known, key=lambda one: len([word for word in apart(one) if not word.startswith("data.")]))
+    differ = ", ".join(apart(near)) or "the text"
+    names = ", ".join(one.name for one in known)
+    return (
+        f"not compared: no reference has its settings and its text. The nearest, {near.name}, differs in {differ}; "
+        f"its value in brackets.\nreferences: {names}"
+    )
+
+
 def page(verdict: Verdict) -> str:
     """All that left the band, in words."""
     one = verdict.match.reference
@@ -173,7 +198,9 @@ def page(verdict: Verdict) -> str:
         return "it has logged nothing yet"
     if not verdict.findings:
         where = f"normal until step {verdict.at} of {one.steps}, as {one.n} runs of {one.name}"
-        return where if verdict.expected is None else where + ": {:.3f} ± {:.3f} expected".format(*verdict.expected)
+        if verdict.validation is None or verdict.expected is None:
+            return where
+        return f"{where}: validation loss {verdict.validation:.3f}, and {_range(*verdict.expected)} in them"
     series = list(dict.fromkeys(each.series for each in verdict.findings))
     lines = []
     for name in series:
