@@ -445,7 +445,11 @@ def test_figures_of_a_chart():
 
     assert curves.ticks(0, 100) == pytest.approx([0, 20, 40, 60, 80, 100])
     assert curves.ticks(1.93, 2.41) == pytest.approx([2.0, 2.1, 2.2, 2.3, 2.4])
-    assert curves.chart("t", "x", [curves.Line("1", 0, [(1, 2)])], "told") == ""
+    assert curves.chart("t", "x", [curves.Line("1", 0, [])], "told") == ""
+    dot = curves.chart("t", "x", [curves.Line("1", 0, [(0, 2), (5, 1)]), curves.Line("2", 1, [(0.5, 9)])], "told")
+    ((x, y),) = re.findall(r'<circle class="k1" cx="([^"]+)" cy="([^"]+)"', dot)
+    assert 0 < float(x) < curves.WIDTH
+    assert 0 < float(y) < curves.HEIGHT / 10  # at the top, and not cut off
     flat = curves.chart("t", "x", [curves.Line("1", 0, [(0, 2), (5, 2)])], "told")
     assert "nan" not in flat
     long = [(float(x), 1.0 + x % 2) for x in range(10_000)]
