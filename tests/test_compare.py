@@ -276,7 +276,7 @@ def test_whatever_a_pattern_matches_is_shown_or_named(capsys):
         "link": "the same run as runs/done",
         "dangling": "not a folder",
     }.items():
-        assert re.search(rf"^  {why}.* runs/{name}", left_out, re.M), left_out
+        assert re.search(rf"^  .*runs/{name}\b.*  {why}", left_out, re.M), left_out
     assert {path for path in os.listdir("runs") if f"runs/{path}" not in out} - {"compare.html"} == ours
     assert "compare.html" not in left_out.partition("\n\n")[0]
 
@@ -291,6 +291,19 @@ def test_a_run_that_is_not_finished_is_in_no_mean():
     made("a/2", "--train.seed 2", 5.0, until=80)
     (group,) = compared("a/*").groups
     assert group.final(NATS) == pytest.approx(groups.Estimate(2.0, None))
+    none = "No run is finished, so no final losses are compared."
+    assert none not in shown.page(compared("a/*"), {}, [])
+    made("b", "--optim.name sgd", until=80)
+    assert none in shown.page(compared("a/2", "b"), {}, [])
+
+
+def test_groups_with_many_settings_are_known_by_their_first_runs(capsys):
+    made("a", "--train.seed 1")
+    made("b", "--train.seed 2")
+    made("c", "--optim.name adamw --optim.learning-rate 0.0123 --optim.weight-decay 0.0123 --optim.warmup-steps 7", 3.0)
+    out = said(capsys, "a", "b", "c")
+    assert re.search(r"^  group  first run  n .*\n  1 +a +2 .*\n  2 +c +1 ", out, re.M)
+    assert "  validation loss, nats a token  " in out
 
 
 @pytest.mark.parametrize(
@@ -445,7 +458,11 @@ def test_figures_of_a_chart():
 
     assert curves.ticks(0, 100) == pytest.approx([0, 20, 40, 60, 80, 100])
     assert curves.ticks(1.93, 2.41) == pytest.approx([2.0, 2.1, 2.2, 2.3, 2.4])
-    assert curves.chart("t", "x", [curves.Line("1", 0, [(1, 2)])], "told") == ""
+    assert curves.chart("t", "x", [curves.Line("1", 0, [])], "told") == ""
+    dot = curves.chart("t", "x", [curves.Line("1", 0, [(0, 2), (5, 1)]), curves.Line("2", 1, [(0.5, 9)])], "told")
+    ((x, y),) = re.findall(r'<circle class="k1" cx="([^"]+)" cy="([^"]+)"', dot)
+    assert 0 < float(x) < curves.WIDTH
+    assert 0 < float(y) < curves.HEIGHT / 10  # at the top, and not cut off
     flat = curves.chart("t", "x", [curves.Line("1", 0, [(0, 2), (5, 2)])], "told")
     assert "nan" not in flat
     long = [(float(x), 1.0 + x % 2) for x in range(10_000)]

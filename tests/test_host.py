@@ -316,9 +316,9 @@ def test_items_pass_through_their_progress_which_says_a_line_now_and_then(monkey
 def test_a_part_says_the_time_left_for_all_at_its_speed(monkeypatch, capsys):
     clock = itertools.count(step=100.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with progress.Progress("step", 4, part=progress.Part("member 3/9", 6.0)) as bar:
+    with progress.Progress("step", 4, part=progress.Part("member 3 of 9", 6.0)) as bar:
         bar.update(2)
-    assert capsys.readouterr().err == "member 3/9, step 2/4  left 200 s, 43 min for all\n"  # 26 steps of 100 s
+    assert capsys.readouterr().err == "member 3 of 9, step 2/4  left 200 s, 43 min for all\n"  # 26 steps of 100 s
 
 
 def test_a_link_that_leads_to_itself_is_an_error_and_stays(tmp_path):

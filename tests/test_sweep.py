@@ -26,6 +26,7 @@ from nanogpt_jax import cli, config
 from nanogpt_jax.commands import sweep as command
 from nanogpt_jax.config import UserError
 from nanogpt_jax.data import batches
+from nanogpt_jax.host.progress import Progress
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.inference import sampler
 from nanogpt_jax.run.opened import open_run
@@ -301,7 +302,9 @@ def test_members_trained_together_equal_those_in_turn_to_rounding_on_one_device_
         on_devices(n)
         out = command.main(tiny(*GROUP, f"--name=at{n}", "--together=on"))
         assert out == 0
-        assert "members 1 to 4 of 4: " in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "members 1 to 4 of 4: " in err
+        assert re.search(r"^members 1 to 4 of 4, step \d+/16  learning_rate=0.0\d*,seed=133\d: loss ", err, re.M)
         assert set(json.loads(Path(f"runs/at{n}/sweep.json").read_text())["together"].values()) == {4}
         assert sorted(by_name(f"at{n}")) == sorted(by_name("turn"))
         for name, run in by_name("turn").items():
@@ -338,6 +341,12 @@ def test_a_group_survives_a_member_that_diverges_and_a_signal_and_goes_on_where_
     for name, run in by_name("turn").items():
         if "0.01" in name:
             assert losses(Path("runs/s") / name) == pytest.approx(losses(run), rel=ROUNDING)
+
+
+def test_words_in_the_bar_of_a_group_say_whose_they_are(capsys):
+    with Progress("step", 20, patience=0) as bar:
+        together._Named(bar, "seed=1").update(10, "loss 4.9810")
+    assert "step 10/20  seed=1: loss 4.9810  left" in capsys.readouterr().err
 
 
 def test_members_are_grouped_if_they_share_a_program_and_stand_at_the_same_step(capsys):
@@ -491,7 +500,7 @@ def test_more_seeds_are_the_same_sweep_and_anything_else_is_another(capsys, trai
         ([RATES, "--seeds=3", "--sample=1"], "--sample: not given there, 1 now"),
     ]:
         told = refused(command.main, tiny(*words, "--name=s"), capsys, "runs/s holds another sweep", said)
-        assert "choose another --name" in told
+        assert "choose another --name; the table of the one there is runs/s/sweep.csv" in told
     refused(command.main, tiny(RATES, "--train.steps=17", "--name=s"), capsys, "train.steps: 16 there, 17 now")
 
 

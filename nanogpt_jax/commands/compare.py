@@ -173,17 +173,16 @@ def _page(pages: Any, found: Comparison, left_out: dict[str, str], measured: lis
     def said(sentences: list[str]) -> list[str]:
         return [f"<p>{html.escape(each)}</p>" for each in sentences]
 
-    verdicts = [shown.verdict(one, found.unit) for one in found.verdicts]
     parts = [f"<header><h1>{html.escape(title)}</h1></header><main>"]
     parts += [f'<p class="note">{html.escape(each)}</p>' for each in [*shown.warnings(found)]]
-    parts += ["<h2>Which is better</h2>", *said([*verdicts, *measured])]
+    parts += ["<h2>Which is better</h2>", *said([*shown.verdicts(found), *measured])]
     parts += [table(*shown.groups(found), f"Validation loss at the last step, {found.unit}"), *said([shown.GROUPS])]
     parts += ["<h2>Settings that differ</h2>"]
     parts += [table(*shown.settings(found), "These, and no others")] if found.differences else said(["None."])
     parts += ["<h2>How training went</h2>", *_curves(html, curves, found)]
     parts += ["<h2>Every run</h2>", table(*shown.single(found), "All single values")]
     if left_out:
-        parts += ["<h2>Left out</h2>", table(["why", "what"], shown.omitted(left_out), "Named, but not compared")]
+        parts += ["<h2>Left out</h2>", table(["what", "why"], shown.omitted(left_out), "Named, but not compared")]
     return html.page(title, "\n".join([*parts, "</main>"]), style=html.asset("compare.css"))
 
 

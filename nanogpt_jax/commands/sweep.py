@@ -285,8 +285,8 @@ def _drawings(stage: Stage, sweep: Sweep) -> list[str]:
 
     title, keys = _title(stage, sweep), sweep.keys
     known = [row for row in stage.rows if row.by_seed]
-    first = f", the best {MOST_DRAWN} of {len(known)}" if len(known) > MOST_DRAWN else ""
-    drawn = [plots.intervals(f"{title}{first}", [point(row) for row in known[:MOST_DRAWN]])]
+    first = f"the best {MOST_DRAWN} of {len(known)} configurations" if len(known) > MOST_DRAWN else "the best first"
+    drawn = [plots.intervals(f"{first}, {results.figure_of(keys).unit}", [point(row) for row in known[:MOST_DRAWN]])]
     numbers = [value for one in sweep.ranges for value in one.values if type(value) in (int, float)]
     if len(keys) == 1 and len(numbers) == len(sweep.ranges[0].values):
         log = min(numbers) > 0 and max(numbers) / min(numbers) >= 8

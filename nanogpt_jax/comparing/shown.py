@@ -10,7 +10,7 @@ from nanogpt_jax.host.messages import listed
 
 SEED = "train.seed"
 WIDTH = 108  # columns of a sentence
-LABEL = 60  # characters of the settings of a group; longer ones are not repeated in its row
+LABEL = 60  # characters of the settings of a group; if one is longer, the rows have the name of its first run instead
 NAMED = 6  # runs that are named; of more, their number is said
 Table = tuple[list[str], list[list[object]]]  # heads and rows
 SECONDS = (
@@ -29,12 +29,12 @@ def page(found: Comparison, left_out: dict[str, str], measured: list[str]) -> st
     parts = [f"{len(runs)} runs in {len(found.groups)} group{'s' * (len(found.groups) > 1)}"]
     parts += [_titled("settings that differ", _columns(settings(found)))] if found.differences else []
     parts += [_titled(f"validation loss at the last step, {found.unit}", _columns(groups(found)))]
-    sentences = [GROUPS, *(verdict(one, found.unit) for one in found.verdicts), *measured, *warnings(found)]
+    sentences = [GROUPS, *verdicts(found), *measured, *warnings(found)]
     parts += ["\n".join(textwrap.fill(each, WIDTH, break_on_hyphens=False) for each in sentences)]
     parts += [_titled("runs", _columns(single(found)))]
     parts += [SECONDS]
     if rows := omitted(left_out):
-        parts += [_titled("left out", _columns((["why", "what"], rows), heads=False))]
+        parts += [_titled("left out", _columns((["what", "why"], rows), heads=False))]
     return "\n\n".join(parts)
 
 
@@ -53,8 +53,11 @@ def settings(found: Comparison) -> Table:
 def groups(found: Comparison) -> Table:
     """A row a group, the best of a text first."""
     told, units = labels(found), [NATS, BITS] if found.unit == BITS else [NATS]
-    is_short = 0 < max(map(len, told.values())) <= LABEL
-    heads = ["group", *(["settings"] * is_short), "n", *(f"final, {unit}" for unit in units)]
+    longest = max(map(len, told.values()))
+    head = "settings" if longest <= LABEL else "first run"
+    if longest > LABEL:
+        told = {group.number: group.runs[0].name for group in found.groups}
+    heads = ["group", *([head] * (longest > 0)), "n", *(f"final, {unit}" for unit in units)]
     heads += ["best", "tokens/s", "seconds", "runs"]
     rows: list[list[object]] = []
     for group in found.groups:
@@ -62,7 +65,7 @@ def groups(found: Comparison) -> Table:
         best, speed, seconds = group.best(found.unit), group.speed, group.seconds
         rows.append(
             [
-                *(group.number, *([told[group.number]] * is_short), len(group.by_seed(found.unit)), *finals),
+                *(group.number, *([told[group.number]] * (longest > 0)), len(group.by_seed(found.unit)), *finals),
                 *(_estimate(best, 4), _estimate(speed, 0), _estimate(seconds, 1), _states(group)),
             ]
         )
@@ -71,7 +74,8 @@ def groups(found: Comparison) -> Table:
 
 def single(found: Comparison) -> Table:
     """A row a run: all single values."""
-    heads = ["run", "group", "seed", "step", "validation loss", "best, at step", "tokens/s", "seconds", "state"]
+    heads = ["run", "group", "seed", "step", f"validation loss, {found.unit}", "best, at step"]
+    heads += ["tokens/s", "seconds", "state"]
     rows: list[list[object]] = []
     for group in found.groups:
         for run in group.runs:
@@ -94,11 +98,18 @@ def single(found: Comparison) -> Table:
 
 
 def omitted(left_out: dict[str, str]) -> list[list[object]]:
-    """What was named or matched and is not compared, by its reason."""
+    """What was named or matched and is not compared, and why: a row a reason."""
     whys: dict[str, list[str]] = {}
     for name, why in left_out.items():
         whys.setdefault(why, []).append(name)
-    return [[why, ", ".join(names)] for why, names in whys.items()]
+    return [[_listed(names), why] for why, names in whys.items()]
+
+
+def verdicts(found: Comparison) -> list[str]:
+    """Which is better, of each validation text."""
+    if not found.texts:
+        return ["No run is finished, so no final losses are compared."]
+    return [verdict(one, found.unit) for one in found.verdicts]
 
 
 def verdict(one: Verdict, unit: str) -> str:

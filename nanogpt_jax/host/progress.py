@@ -18,7 +18,7 @@ LINE_SECONDS = 60  # and at least one a minute
 class Part:
     """Where in a larger whole some work stands."""
 
-    title: str  # "member 3/9"
+    title: str  # "member 3 of 9"
     after: float  # how much comes after it: 2.0 if that is twice its own work
 
 

@@ -27,19 +27,20 @@ class Line:
 
 
 def chart(title: str, x_title: str, lines: Sequence[Line], told: str, bands: Sequence[Area] = ()) -> str:
-    """Lines over one pair of axes, before shaded bands. "" if no line has two points. `told`: what it shows, for those
-    who cannot see it.
+    """Lines over one pair of axes, before shaded bands; a line of one point is a dot. "" if there are no points.
+    `told`: what it shows, for those who cannot see it.
 
     Curves of a loss fall steeply first. So the top of the chart is the largest value after the EARLY part of x, and
-    at most MOST times as high as the median line then is. What lies above is cut off.
+    at most MOST times as high as the median line then is. What lies above is cut off, but for dots.
     """
-    lines = [line for line in lines if len(line.points) > 1]
+    lines = [line for line in lines if line.points]
     if not lines:
         return ""
     x_low, x_high = 0.0, max(line.points[-1][0] for line in lines) or 1.0
     low = min(y for line in lines for _, y in line.points)
     tops = [max([y for x, y in line.points if x >= x_high * EARLY] or [line.points[-1][1]]) for line in lines]
-    y_low, y_high = _widened(low, min(max(tops), low + MOST * (statistics.median(tops) - low)))
+    dots = [line.points[0][1] for line in lines if len(line.points) == 1]
+    y_low, y_high = _widened(low, max([min(max(tops), low + MOST * (statistics.median(tops) - low)), *dots]))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BELOW
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -54,17 +55,21 @@ def chart(title: str, x_title: str, lines: Sequence[Line], told: str, bands: Seq
         at = LEFT + place(x, 0)[0]
         texts.append(f'<text x="{at}" y="{HEIGHT - BELOW + 15}" text-anchor="middle">{_figure(x)}</text>')
     texts.append(f'<text x="{LEFT + wide / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
-    drawn = [area(band, lambda point: place(*point)) for band in bands]
+    drawn, whole = [area(band, lambda point: place(*point)) for band in bands], []  # cut off at the edges, and not
     for line in sorted(lines, key=lambda line: -line.kind if line.kind >= 0 else -KINDS):  # the best on top
-        points = " ".join("{},{}".format(*place(x, y)) for x, y in _thinned(line.points))
-        drawn.append(f'<polyline class="k{line.kind if line.kind >= 0 else "x"}" points="{points}"/>')
+        points, kind = [place(x, y) for x, y in _thinned(line.points)], f"k{line.kind if line.kind >= 0 else 'x'}"
+        if len(points) == 1:
+            x, y = points[0]
+            whole.append(f'<circle class="{kind}" cx="{LEFT + x:.1f}" cy="{TOP + y:.1f}" r="1.5"/>')
+        else:
+            drawn.append(f'<polyline class="{kind}" points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
     labels = _labels([(place(*line.points[-1]), line) for line in lines if line.label], wide, high)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(told)}"><path class="grid" d="{"".join(grid)}"/>'
         f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BELOW}H{WIDTH - RIGHT}"/>{"".join(texts)}'
         f'<svg x="{LEFT}" y="{TOP}" width="{wide}" height="{high}" viewBox="0 0 {wide} {high}">{"".join(drawn)}</svg>'
-        f"{labels}</svg></figure>"
+        f"{''.join(whole)}{labels}</svg></figure>"
     )
 
 

@@ -122,11 +122,12 @@ class Study:
         left = f", about {duration(self._work / self._spent * self._seconds)} left for all" if self._spent else ""
         last = self.done + len(members)
         which = f"member {last}" if len(members) == 1 else f"members {self.done + 1} to {last}"
+        which += f" of {self.total}"
         names = " ".join(one.name for one in members)
-        print(f"{which} of {self.total}: {names}{left}", file=sys.stderr, flush=True)
+        print(f"{which}: {names}{left}", file=sys.stderr, flush=True)
         self._clock = time.monotonic()
         its = sum(map(_flops, members))
-        return Part(f"{which}/{self.total}", max(0.0, self._work / its - 1))
+        return Part(which, max(0.0, self._work / its - 1))
 
     def _end(self, one: Member, ended: Outcome | Diverged) -> None:
         if isinstance(ended, Diverged):

@@ -123,7 +123,8 @@ def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any], extends
         lines.append(f"seeds: {_told(before['seeds'])} there, {_told(now['seeds'])} now")
     if lines:
         shown = "\n".join(f"       {line}" for line in lines)
-        raise UserError(f"{path} holds another sweep\n{shown}\n       choose another --name")
+        table = f"; the table of the one there is {path / CSV}" if (path / CSV).exists() else ""
+        raise UserError(f"{path} holds another sweep\n{shown}\n       choose another --name{table}")
 
 
 def _told(value: Any) -> str:

@@ -153,7 +153,7 @@ class _Named(Progress):
         self._of_all.begin(phase, now)
 
     def update(self, done: float, now: str = "", measured: float | None = None) -> None:
-        self._of_all.update(done, now, measured)
+        self._of_all.update(done, f"{self._name}: {now}" if now else "", measured)
 
     def say(self, text: str) -> None:
         self._of_all.say(f"{self._name}: {text}")
