@@ -163,8 +163,7 @@ def _pages(out: str | None) -> Any:
 def _page(pages: Any, found: Comparison, left_out: dict[str, str], measured: list[str]) -> str:
     """The page, as HTML."""
     html, curves = pages
-    every = [run for group in found.groups for run in group.runs]
-    title = f"{len(every)} runs in {len(found.groups)} groups"
+    title = shown.title(found)
 
     def table(heads: list[str], rows: list[list[object]], caption: str) -> str:
         inside = html.table(heads, rows, caption)

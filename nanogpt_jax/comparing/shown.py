@@ -23,10 +23,14 @@ GROUPS = (
 )
 
 
+def title(found: Comparison) -> str:
+    n, groups = sum(len(group.runs) for group in found.groups), len(found.groups)
+    return f"{n} runs in {groups} group{'s' * (groups > 1)}"
+
+
 def page(found: Comparison, left_out: dict[str, str], measured: list[str]) -> str:
     """All of it for the terminal. `measured`: what was measured now on the same windows."""
-    runs = [run for group in found.groups for run in group.runs]
-    parts = [f"{len(runs)} runs in {len(found.groups)} group{'s' * (len(found.groups) > 1)}"]
+    parts = [title(found)]
     parts += [_titled("settings that differ", _columns(settings(found)))] if found.differences else []
     parts += [_titled(f"validation loss at the last step, {found.unit}", _columns(groups(found)))]
     sentences = [GROUPS, *verdicts(found), *measured, *warnings(found)]
