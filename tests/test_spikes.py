@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import false_skips
 import pytest
 from helpers import load, make_state, make_step, numbers, refused, with_flags
 
@@ -296,3 +297,20 @@ def test_many_skipped_in_a_row_end_the_run(tmp_path, loss, in_a_row, words, caps
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert row.get(DIVERGED) == (1.0 if words else None)
     assert row.get("skipped") == (None if words else 40)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (None, "no run run"),
+        ("", "run is no run, or has logged fewer than two steps"),
+        ('{"step": 10, "train/loss": 3.0, "grad_norm": 1.0}\n' * 2, "run has not logged every step"),
+        ("".join(f'{{"step": {i}, "train/loss": 3.0, "grad_norm": 1.0}}\n' for i in (1, 2)), "no run has more than 128"),
+    ],
+)
+def test_runs_that_say_nothing_of_false_skips_are_refused(tmp_path, monkeypatch, rows, words, capsys):
+    monkeypatch.chdir(tmp_path)
+    if rows is not None:
+        Path("run").mkdir()
+        Path("run/metrics.jsonl").write_text(rows)
+    refused(false_skips.main, "run", capsys, words)
