@@ -182,6 +182,14 @@ def test_it_says_what_training_said_and_prints_the_same_on_one_device_as_on_eigh
     assert Path("one.json").read_text() == Path("out.json").read_text()
 
 
+def test_a_huge_perplexity_is_printed_with_few_digits(capsys):
+    for value in (12.3456, 427.132849, 9999.123, 1.0142e304):
+        evaluate._row("perplexity", statistics.Estimate(value, value / 50), 4)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[1] for row in rows] == ["12.3456", "427.133", "9999.12", "1.0142e+304"]
+    assert [row[3] for row in rows] == ["0.2469", "8.54266", "199.982", "2.0284e+302"]
+
+
 def test_a_stride_gives_more_context_and_other_data_is_read_with_the_runs_tokenizer(here):
     whole = run("runs/a")["runs"][0]["loss"]
     closer = run("runs/a", "--stride", "4")["runs"][0]["loss"]

@@ -13,7 +13,7 @@ import pytest
 from helpers import refused
 
 from nanogpt_jax import cli, config
-from nanogpt_jax.commands import replay
+from nanogpt_jax.commands import replay, report
 from nanogpt_jax.config import UserError
 from nanogpt_jax.data import batches, tokenizer
 from nanogpt_jax.inference import sampler
@@ -222,11 +222,7 @@ def test_a_skipped_step_is_shown_as_such_and_the_way_leads_through_it(monkeypatc
     assert (rows[6]["train/loss"], rows[6]["grad_norm"]) == (None, None)
     assert [row["skipped"] for row in rows.values()] == [0, 1, 1]
     its = again("wary", 8)
-    assert (its.start, its.compared.steps, its.compared.equal) == (
-        4,
-        1,
-        1,
-    )  # step 8, beyond it; one that is nan compares with nothing
+    assert (its.start, its.compared.steps, its.compared.equal) == (4, 2, 2)  # steps 6, with null for nan, and 8
     assert (int(its.before.opt_state.kept), int(its.before.opt_state.skipped)) == (6, 1)  # pyright: ignore
     jax.tree.map(np.testing.assert_array_equal, again("wary", 7).before.params, again("wary", 6).before.params)
     capsys.readouterr()
@@ -236,6 +232,55 @@ def test_a_skipped_step_is_shown_as_such_and_the_way_leads_through_it(monkeypatc
     assert "the first result that is not finite: " in page
     assert replay.main(["wary", "--step", "7"]) == 0
     assert "all is finite" in capsys.readouterr().out
+
+
+def test_a_logged_null_is_a_number_that_is_not_finite():
+    rows = [
+        {"step": 2, "train/loss": 1.5, "grad_norm": None},
+        {"step": 3, "train/loss": None, "grad_norm": None},
+        {"step": 4, "train/loss": 1.5},
+        {"step": 5, "val/loss": 1.5},
+    ]
+    Path("good/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = past.read(Path("good"))
+    assert set(run.recorded) == {2, 3, 4}
+
+    def compared(step: int, loss: float, grad_norm: float) -> tuple[int, int, float]:
+        found = rebuilt._compare(run, {step: {"loss": loss, "grad_norm": grad_norm}})
+        return found.steps, found.equal, found.worst
+
+    assert compared(2, 1.5, np.nan) == compared(3, np.inf, np.nan) == compared(4, 1.5, 2.0) == (1, 1, 0.0)
+    assert compared(2, 1.5, 2.0) == (1, 0, 0.0)
+    assert compared(2, 1.25, np.nan) == (1, 0, 0.25)
+    assert compared(3, 1.5, np.nan) == (1, 0, np.inf)
+    assert compared(5, 1.5, 2.0) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize(("in_a_row", "chosen"), [(3, 8), (None, 10), (True, 10), ("3", 10), (11, 10)])
+def test_of_skipped_steps_that_ended_a_run_the_first_is_taken(in_a_row, chosen):
+    with Path("good/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10, "diverged": 1.0, "skipped_in_a_row": in_a_row}) + "\n")
+    run = past.read(Path("good"))
+    assert (past.choose(run, None), past.choose(run, 9)) == (chosen, 9)
+
+
+@pytest.mark.long
+def test_a_run_that_skipped_its_last_steps_is_replayed_from_the_first_of_them(capsys):
+    wild = "--train.steps 60 --optim.learning-rate 1e30 --optim.schedule constant --optim.skip-spikes 8".split()
+    assert train("wild", *wild) == 2
+    run = past.read(Path("wild"))
+    assert run.broke is not None
+    first = run.broke - 31
+    capsys.readouterr()
+    assert replay.main(["wild"]) == 0
+    page = capsys.readouterr().out
+    assert f"wild, step {first} of 60" in page
+    assert "it is number 1 of the 32 skipped in a row that ended the run" in page
+    assert replay.main(["wild", "--step", str(run.broke - 1)]) == 0
+    page = capsys.readouterr().out
+    assert "it is number 31 of the 32 skipped in a row" in page
+    assert "loss and gradient norm of 1 logged step are equal, to the last bit" in page
+    assert f"replay wild --step {first - 1}\n" in page
 
 
 def test_a_finite_step_shows_the_same_table_and_its_text_escaped(capsys):
@@ -348,6 +393,15 @@ def test_runs_that_cannot_be_replayed(capsys):
 def test_data_that_is_gone_or_another_is_refused(change, words, capsys):
     change()
     refused(replay.main, "good --step 3", capsys, words, "no batch of the run can be made again")
+
+
+def test_a_run_that_diverged_before_its_first_checkpoint_says_so(capsys):
+    shutil.rmtree("good/checkpoints")
+    refused(report.main, "good", capsys, "good has no checkpoint yet")
+    with Path("good/metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "diverged": 1.0}\n')
+    words = ["it diverged at step 10, before the first was saved", "on which text: nanogpt-jax replay good"]
+    refused(report.main, "good", capsys, *words)
 
 
 def test_a_tokenizer_of_another_run_is_refused(capsys):

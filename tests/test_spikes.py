@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import false_skips
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from nanogpt_jax.cli import door
 from nanogpt_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from nanogpt_jax.data import batches
 from nanogpt_jax.host.progress import Progress
-from nanogpt_jax.run.metrics import DIVERGED, read_metrics
+from nanogpt_jax.run.metrics import DIVERGED, SKIPPED, read_metrics
 from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.training import language_model, loop
 from nanogpt_jax.training.dials import make_dials, numbers_of, program_of
@@ -294,5 +295,25 @@ def test_many_skipped_in_a_row_end_the_run(tmp_path, loss, in_a_row, words, caps
         else:
             reader.add(0, 1, one)
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert row.get(DIVERGED) == (1.0 if words else None)
+    assert (row.get(DIVERGED), row.get(SKIPPED)) == ((1.0, in_a_row) if words else (None, None))
     assert row.get("skipped") == (None if words else 40)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (None, "no run run"),
+        ("", "run is no run, or has logged fewer than two steps"),
+        ('{"step": 10, "train/loss": 3.0, "grad_norm": 1.0}\n' * 2, "run has not logged every step"),
+        (
+            "".join(f'{{"step": {i}, "train/loss": 3.0, "grad_norm": 1.0}}\n' for i in (1, 2)),
+            "no run has more than 128",
+        ),
+    ],
+)
+def test_runs_that_say_nothing_of_false_skips_are_refused(tmp_path, monkeypatch, rows, words, capsys):
+    monkeypatch.chdir(tmp_path)
+    if rows is not None:
+        Path("run").mkdir()
+        Path("run/metrics.jsonl").write_text(rows)
+    refused(false_skips.main, "run", capsys, words)

@@ -12,7 +12,7 @@ from nanogpt_jax import cli
 from nanogpt_jax.config import UserError, command_line
 from nanogpt_jax.config.command_line import COUNT, CommandLine, flag
 from nanogpt_jax.evaluation import compare, texts
-from nanogpt_jax.evaluation.statistics import Estimate
+from nanogpt_jax.evaluation.statistics import Estimate, number_format
 from nanogpt_jax.evaluation.texts import Text
 from nanogpt_jax.host import progress
 from nanogpt_jax.run.opened import Run, newest, open_run
@@ -230,8 +230,9 @@ def _print(column: dict[str, Any]) -> None:
 
 
 def _row(name: str, figure: Estimate, digits: int, unit: str = "", width: int = 14) -> None:
-    error = "" if figure.error is None else f" ± {figure.error:.{digits}f}"
-    print(f"    {name:<{width}}{figure.value:>{digits + 6}.{digits}f}{error} {unit}".rstrip())
+    kind = number_format(figure.value, digits)
+    error = "" if figure.error is None else f" ± {figure.error:{kind}}"
+    print(f"    {name:<{width}}{format(figure.value, kind):>{digits + 6}}{error} {unit}".rstrip())
 
 
 def _watched(what: str) -> Any:

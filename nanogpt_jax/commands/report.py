@@ -148,6 +148,7 @@ def _curves(metrics: list[dict[str, Any]], normal: str, bands: Mapping[str, draw
 def _evaluation(run: Run, model: Any) -> list[str]:
     """The figures of `eval` on the validation split."""
     from nanogpt_jax.evaluation import figures, loss
+    from nanogpt_jax.evaluation.statistics import number_format
 
     try:
         text = texts.own("val", run.cfg.data, run.tokenizer, run.path)
@@ -163,7 +164,8 @@ def _evaluation(run: Run, model: Any) -> list[str]:
         n for n in ("nats_per_token", "best_possible", "above_best", "perplexity", "bits_per_byte") if n in found
     ]:
         value, error = found[name].value, found[name].error
-        rows.append([name.replace("_", " "), f"{value:.4f}", "" if error is None else f"{error:.4f}"])
+        kind = number_format(value, 4)
+        rows.append([name.replace("_", " "), format(value, kind), "" if error is None else format(error, kind)])
     caption = f"{text.name}: {len(nats):,} tokens, each predicted once in windows of {T}"
     return [_table(["figure", "value", "standard error"], rows, caption)]
 

@@ -67,7 +67,7 @@ class OptimConfig:
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "linear"  # from the peak down; wsd: in the last 20 %
     warmup_steps: int = 20  # steps of linear warm-up
-    skip_spikes: float = 0.0  # skip steps with a loss or gradient so many standard deviations high; 0: none; 8 is usual
+    skip_spikes: float = 0.0  # skip steps with a loss or gradient so many standard deviations high; 0: none; try 8
     freeze_layers: int = 0  # number of first blocks that are not trained (finetuning)
     freeze_embeddings: bool = False  # do not train the embeddings, and with them the output head
 

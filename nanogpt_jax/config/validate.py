@@ -78,7 +78,7 @@ def _optim(cfg: Config, check: Check) -> None:
     check(o.learning_rate > 0, "optim.learning_rate", "must be above 0")
     check(o.learning_rate < 1e38, "optim.learning_rate", "must be below 1e38: a float32 number")
     sane = o.skip_spikes == 0 or 3 <= o.skip_spikes <= 1000
-    check(sane, "optim.skip_spikes", "must be 0, for never, or lie in 3 to 1000 standard deviations", "8 is usual")
+    check(sane, "optim.skip_spikes", "must be 0 (never) or lie in 3 to 1000 standard deviations", "8 is a good start")
     check(o.freeze_layers <= n_layer, "optim.freeze_layers", f"exceeds model.n_layer={n_layer}")
 
 

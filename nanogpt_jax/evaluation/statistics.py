@@ -12,6 +12,14 @@ import numpy as np
 MOST = 32  # stretches of a text: long ones avoid bias, many give precision (Schmeiser 1982), here 13 %
 
 
+def number_format(value: float, decimals: int) -> str:
+    """How a figure and its error are printed: with `decimals` below 100, else with at most 6 significant digits.
+
+    A loss of 700 nats is a perplexity of 1e304, which has 305 digits.
+    """
+    return f".{decimals}f" if abs(value) < 100 else ".6g"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A figure and its standard error, or None if there are fewer than two values."""

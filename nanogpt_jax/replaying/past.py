@@ -12,10 +12,12 @@ from nanogpt_jax.data.dataset import Dataset
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.evaluation import texts
 from nanogpt_jax.run import origin
-from nanogpt_jax.run.metrics import DIVERGED, read_metrics
+from nanogpt_jax.run.metrics import DIVERGED, SKIPPED, read_metrics
 from nanogpt_jax.run.opened import existing
 from nanogpt_jax.run.places import checkpoint_steps
 from nanogpt_jax.run.run_dir import IMPORTED
+
+LOGGED = {"loss": "train/loss", "grad_norm": "grad_norm"}  # what of a step is compared, and its name in metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,10 @@ class Past:
     cfg: Config
     tokenizer: Tokenizer
     checkpoints: list[int]
-    recorded: dict[int, dict[str, float]]  # step -> its loss and gradient norm, as they were logged
+    recorded: dict[int, dict[str, float]]  # step -> its loss and gradient norm, as they were logged; nan: not finite
     reached: int  # the last step that is known to have been taken
     broke: int | None  # the step that ended the run, if one did
+    skipped: int  # so many skipped steps in a row ended it, the last of them `broke`; 0: not these
     extended: list[dict[str, int]]  # of origin.json: until at_step, the run was to have from_steps
 
 
@@ -45,15 +48,18 @@ def read(path: Path) -> Past:
         for row in read_metrics(path / "metrics.jsonl")
         if type(row["step"]) is int and 0 <= row["step"] <= cfg.train.steps  # else the line is damaged
     ]
-    broke = max((row["step"] for row in rows if row.get(DIVERGED)), default=None)
+    last = max((row for row in rows if row.get(DIVERGED)), key=lambda row: row["step"], default={})
+    broke, skipped = last.get("step"), last.get(SKIPPED)
+    if type(skipped) is not int or not 0 < skipped <= (broke or 0):
+        skipped = 0
     recorded: dict[int, dict[str, float]] = {}
     for row in rows:
-        known = {"loss": row.get("train/loss"), "grad_norm": row.get("grad_norm")}
-        if all(isinstance(value, float) and math.isfinite(value) for value in known.values()):
-            recorded[row["step"]] = known  # pyright: ignore[reportArgumentType]
+        known = {ours: row[its] for ours, its in LOGGED.items() if isinstance(row.get(its, ""), float | None)}
+        if known:
+            recorded[row["step"]] = {name: math.nan if value is None else value for name, value in known.items()}
     steps = checkpoint_steps(path)
     reached = max([0, *steps, *(row["step"] for row in rows)])
-    return Past(path, cfg, found, steps, recorded, reached, broke, _extended(path))
+    return Past(path, cfg, found, steps, recorded, reached, broke, skipped, _extended(path))
 
 
 def _extended(path: Path) -> list[dict[str, int]]:
@@ -66,10 +72,14 @@ def _extended(path: Path) -> list[dict[str, int]]:
 
 
 def choose(past: Past, asked: int | None) -> int:
-    """The step to replay: `asked`, or the one that ended the run, or the last. UserError if the run never took it."""
+    """The step to replay: `asked`, or the one that ended the run, or the last. UserError if the run never took it.
+
+    If skipped steps ended the run, it is the first of them: all had the same weights, so the others say no more.
+    """
     if not past.reached and asked is None:
         raise UserError(f"{past.path} has taken no step yet")
-    step = asked or past.broke or past.reached
+    first = past.broke and past.broke - max(0, past.skipped - 1)
+    step = asked or first or past.reached
     steps, last = past.cfg.train.steps, past.broke or past.reached + past.cfg.train.log_every
     if asked is not None and asked > steps:
         raise UserError(f"--step={asked} is beyond the end of {past.path}, which has {steps} steps")

@@ -155,7 +155,12 @@ def _check(past: Past, values: dict[int, dict[str, float]]) -> None:
 
 def _compare(past: Past, found: dict[int, dict[str, float]]) -> Compared:
     pairs = [(past.recorded[step], found[step]) for step in found if step in past.recorded]
-    equal = [all(its[name] == value for name, value in logged.items()) for logged, its in pairs]
-    return Compared(
-        len(pairs), sum(equal), max((abs(logged["loss"] - its["loss"]) for logged, its in pairs), default=0)
-    )
+    gaps = [{name: _gap(value, its[name]) for name, value in logged.items()} for logged, its in pairs]
+    equal = [not any(gap.values()) for gap in gaps]
+    return Compared(len(pairs), sum(equal), max((gap.get("loss", 0.0) for gap in gaps), default=0.0))
+
+
+def _gap(logged: float, now: float) -> float:
+    """How far apart the two are. The log does not say which of nan and inf a number was: 0 if neither is finite."""
+    finite = np.isfinite(logged), np.isfinite(now)
+    return abs(logged - now) if all(finite) else np.inf if any(finite) else 0.0

@@ -48,7 +48,10 @@ def _title(past: Past, its: Rebuilt) -> str:
         f"{_clipped(its)}, learning rate {m['learning_rate']:.4g}"
     )
     if m.get("in_a_row"):
-        lines.append(f"optim.skip_spikes={its.cfg.optim.skip_spikes:g} skipped this step: it has changed nothing")
+        line = f"optim.skip_spikes={its.cfg.optim.skip_spikes:g} skipped this step: it has changed nothing"
+        if past.broke and past.broke - past.skipped < its.step <= past.broke:
+            line += f"\nit is number {m['in_a_row']:.0f} of the {past.skipped} skipped in a row that ended the run"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -105,10 +108,10 @@ def _advice(past: Past, its: Rebuilt, found: Findings) -> list[str]:
     origin, o, cfg = found.origin, its.cfg.optim, its.cfg
     assert origin is not None
     replay = f"{config.program('replay')} {config.word(past.path)} --step"
+    in_a_row = int(its.metrics.get("in_a_row", 0))  # the skipped steps before this one had the same weights
+    before = its.step - max(1, in_a_row)  # the last step that changed something; 0: none did
     if not origin.primitive:
-        return [
-            "the weights were spoilt earlier: " + (f"{replay} {its.step - 1}" if its.step > 1 else "by what made them")
-        ]
+        return ["the weights were spoilt earlier: " + (f"{replay} {before}" if before else "by what made them")]
     found_rows = [i for i, row in enumerate(found.nats) if not math.isfinite(float(row.sum()))]
     lines = []
     if 0 < len(found_rows) < len(found.nats):
@@ -121,8 +124,10 @@ def _advice(past: Past, its: Rebuilt, found: Findings) -> list[str]:
     )
     if cfg.model.dtype != "float32":
         lines.append(f"model.dtype=float32: {cfg.model.dtype} rounds to 3 digits")
-    if its.step > 1:
-        lines.append(f"how the largest numbers grew: the same table earlier, {replay} {max(1, its.step - 10)}")
+    if before:
+        lines.append(
+            f"how the largest numbers grew: the same table earlier, {replay} {max(1, min(before, its.step - 10))}"
+        )
     return lines
 
 

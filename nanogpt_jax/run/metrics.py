@@ -13,6 +13,7 @@ from nanogpt_jax.host import files
 from nanogpt_jax.run.places import checkpoint_steps
 
 DIVERGED = "diverged"  # in the line of the step that ended a run, because something was not finite
+SKIPPED = "skipped_in_a_row"  # in the same line, if skipped steps ended it: how many, with that one
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

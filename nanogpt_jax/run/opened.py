@@ -15,8 +15,9 @@ from nanogpt_jax.data import tokenizer
 from nanogpt_jax.data.tokenizer import Tokenizer
 from nanogpt_jax.host import messages
 from nanogpt_jax.run import places
+from nanogpt_jax.run.metrics import DIVERGED, read_metrics
 from nanogpt_jax.run.places import checkpoint_steps
-from nanogpt_jax.run.run_dir import IMPORTED
+from nanogpt_jax.run.run_dir import IMPORTED, how_to_replay
 
 Kind = TypeVar("Kind", bound=Config)
 
@@ -45,8 +46,18 @@ def open_run(path: Path, kind: type[Kind] = Config) -> Run[Kind]:
     hint = f"if {path / 'config.json'} was changed, bring the old one back"
     tokenizer.check_fit(found, cfg.model.vocab_size, f"{path} is damaged: its tokenizer", hint)
     if not checkpoint_steps(path):
-        raise UserError(f"{path} has no checkpoint yet")
+        raise UserError(_without_checkpoint(path, cfg))
     return Run(path, cfg, found)
+
+
+def _without_checkpoint(path: Path, cfg: Config) -> str:
+    """Why there is nothing to open, as metrics.jsonl tells it."""
+    broke = next((row["step"] for row in read_metrics(path / "metrics.jsonl")[-1:] if row.get(DIVERGED)), None)
+    if broke is None:
+        return f"{path} has no checkpoint yet"
+    replay = how_to_replay(path, cfg)
+    why = f"\n       to see which operation broke, and on which text: {replay}" if replay else ""
+    return f"{path} has no checkpoint: it diverged at step {broke}, before the first was saved{why}"
 
 
 def existing(run: Path) -> Path:

@@ -25,7 +25,7 @@ from nanogpt_jax.host.progress import Part, Progress
 from nanogpt_jax.host.signals import StopRequest
 from nanogpt_jax.model import execution, gpt2, sizes
 from nanogpt_jax.run.checkpoint import load_first_params
-from nanogpt_jax.run.metrics import DIVERGED
+from nanogpt_jax.run.metrics import DIVERGED, SKIPPED
 from nanogpt_jax.run.places import Folder
 from nanogpt_jax.run.recording import Recording
 from nanogpt_jax.run.run_dir import how_to_replay
@@ -304,9 +304,9 @@ class _Reader:
         memory.trim()
         self._run.save(step, {"params": state.params, "opt_state": state.opt_state}, loss)
 
-    def _diverged(self, step: int, what: str, other: str = "") -> Diverged:
+    def _diverged(self, step: int, what: str, other: str = "", in_a_row: int = 0) -> Diverged:
         run = self._run
-        run.log.write(step, {DIVERGED: 1.0})
+        run.log.write(step, {DIVERGED: 1.0} | ({SKIPPED: in_a_row} if in_a_row else {}))
         replay = how_to_replay(run.directory, self._cfg)
         return not_finite(self._cfg, run.step, step, run.checkpoints.saved(), what, replay, other)
 
@@ -318,7 +318,8 @@ class _Reader:
             self._progress.note(f"step {step}: skipped by optim.skip_spikes={z:g} ({its}); later ones are counted")
         if in_a_row >= MOST_SKIPPED:
             other = f"try a larger optim.skip_spikes than {z:g}, or 0" if math.isfinite(loss + norm) else ""
-            raise self._diverged(step, f"skipped, and so were the {in_a_row - 1} steps before it ({its})", other)
+            what = f"skipped, and so were the {in_a_row - 1} steps before it ({its})"
+            raise self._diverged(step, what, other, in_a_row)
 
     def _read(self) -> None:
         first, n, metrics = self._pending.popleft()
