@@ -107,7 +107,7 @@ WRONG_SETTINGS = [
     ("mesh and heads", "--mesh.tensor 3", ["mesh.tensor=3 must divide model.n_head=4"]),
     ("two rests", "--mesh.data -1 --mesh.fsdp -1", ["only one axis can be -1"]),
     ("warm-up", "--optim.warmup-steps=-1", ["optim.warmup_steps=-1 must not be negative"]),
-    ("spikes", "--optim.skip-spikes=2", ["optim.skip_spikes=2.0 must be 0, for never, or lie in 3 to 1000 standard"]),
+    ("spikes", "--optim.skip-spikes=2", ["optim.skip_spikes=2.0 must be 0 (never) or lie in 3 to 1000 standard"]),
     ("resume", "--resume perhaps", ["--resume=perhaps is not one of auto, never, must"]),
     ("must and overwrite", "--resume must --overwrite", ["exclude each other"]),
     ("no such config", "shakespeare_chr", ["no config file shakespeare_chr", "did you mean shakespeare_char?"]),
