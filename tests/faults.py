@@ -179,7 +179,7 @@ def seen(fault: str, recipe: str, folder: Path, flags: list[str]) -> tuple[int |
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     jax.clear_caches()
-    for kept in (loss.make_score, dials.rates_of):  # what a fault before has left
+    for kept in (loss.make_score, dials.rates_of, dials._table):  # what a fault before has left
         kept.cache_clear()
     data = folder / ("data" if FAULTS[fault] not in (data_twice, another_tokenizer) else f"data-{fault}")
     if (text := folder / "shakespeare.txt").exists():

@@ -4,7 +4,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,8 +34,15 @@ def make_dials(cfg: Config, K: int) -> Callable[[int], Dials]:
 
 @functools.lru_cache(maxsize=64)  # runs that differ in their seed share it
 def rates_of(cfg: OptimConfig, steps: int, K: int) -> np.ndarray:
-    """The learning rate of each step, and K more: [steps + K] float32."""
-    return np.asarray(jax.jit(jax.vmap(make_schedule(cfg, steps)))(np.arange(steps + K)), np.float32)
+    """The learning rate of each step, and K more: [steps + K] float32. Another peak compiles nothing."""
+    table = _table(replace(cfg, learning_rate=1.0), steps)
+    return np.asarray(table(np.float32(cfg.learning_rate), np.arange(steps + K)), np.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(cfg: OptimConfig, steps: int) -> Any:
+    """The schedule of `cfg`, jitted: (peak [], steps [n]) -> rates [n]."""
+    return jax.jit(lambda peak, at: jax.vmap(make_schedule(replace(cfg, learning_rate=peak), steps))(at))
 
 
 def program_of(cfg: Config) -> tuple[Any, ...]:
