@@ -547,7 +547,7 @@ def another_run() -> None:
         (lambda: instead("text.txt", "otra cosa " * 300), 3,
          "has changed: text.txt gives other tokens now than it was trained on\n       bring the old text"),
         (lambda: os.remove("text.txt"), 3, "data.source=text.txt is neither a file nor a folder"),
-        (lambda: instead(f"{MEMBER}/data.json", "{"), 3, f"{MEMBER}/data.json is damaged"),
+        (lambda: instead(f"{MEMBER}/data.json", "{"), 3, f"{MEMBER}/data.json is missing or damaged"),
         (lambda: instead(f"{MEMBER}/metrics.jsonl", "["), 2, "has checkpoint 16, and its metrics.jsonl no val/loss of"),
         (lambda: os.remove(f"{MEMBER}/metrics.jsonl"), 2, "or take that directory away: the same command then trains"),
         (lambda: instead(f"{MEMBER}/metrics.jsonl"), 2, f"cannot read {MEMBER}/metrics.jsonl: it is a folder"),

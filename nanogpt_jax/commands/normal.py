@@ -32,9 +32,9 @@ COMMAND = CommandLine(
 def read(argv: list[str]) -> Options:
     """The command line; UserError if it is invalid."""
     asked = COMMAND.read(argv)
-    if asked.make is None and len(asked.words) > 1:
-        raise UserError(f"one run at a time, but got {', '.join(asked.words)}")
-    if asked.make is not None and (not asked.make.isidentifier() or not asked.words):
+    if asked.make is None:
+        return asked.of_one_run()
+    if not asked.make.isidentifier() or not asked.words:
         raise UserError(f"--make={asked.make} needs the name of a config, and the runs of its reference")
     return asked
 

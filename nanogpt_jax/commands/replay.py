@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_jax import cli
-from nanogpt_jax.config import UserError, command_line
+from nanogpt_jax.config import command_line
 from nanogpt_jax.config.command_line import AT_LEAST_1, CommandLine, flag
 from nanogpt_jax.replaying import past
 from nanogpt_jax.run.opened import newest
@@ -34,10 +34,7 @@ COMMAND = CommandLine(
 
 def read(argv: list[str]) -> Options:
     """The command line; UserError if it is invalid. No jax here."""
-    asked = COMMAND.read(argv)
-    if len(asked.words) > 1:
-        raise UserError(f"one run at a time, but got {', '.join(asked.words)}")
-    return asked
+    return COMMAND.read(argv).of_one_run()
 
 
 def main(argv: list[str]) -> int:

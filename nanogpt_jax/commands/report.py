@@ -54,10 +54,7 @@ COMMAND = CommandLine(
 
 def read(argv: list[str]) -> Options:
     """The command line; UserError if it is invalid. No jax here."""
-    asked = COMMAND.read(argv)
-    if len(asked.words) > 1:
-        raise UserError(f"one run at a time, but got {', '.join(asked.words)}")
-    return asked
+    return COMMAND.read(argv).of_one_run()
 
 
 def main(argv: list[str]) -> int:

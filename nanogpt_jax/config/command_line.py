@@ -22,7 +22,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from nanogpt_jax.config.errors import UserError, suggestion
 from nanogpt_jax.config.settings import Config, Kind, items, meanings, sections_of, types_of
@@ -137,6 +137,12 @@ class Options:
 
     words: list[str]  # all that are not flags; after -- nothing is a flag
     settings: dict[str, str]  # {"model.n_layer": "8"}, if the command takes settings
+
+    def of_one_run(self) -> Self:
+        """These options; UserError if they name several runs."""
+        if len(self.words) > 1:
+            raise UserError(f"one run at a time, but got {', '.join(self.words)}")
+        return self
 
 
 Read = TypeVar("Read", bound=Options)

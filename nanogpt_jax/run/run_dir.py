@@ -20,7 +20,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -369,7 +369,7 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> Non
     compared = frozenset(types_of(type(cfg))) - cfg.EXECUTION
     if Path(cfg.data.tokenizer).is_dir():  # it may have moved; the fingerprint below includes its content
         compared -= {"data.tokenizer"}
-    same_data = _fingerprint(run_dir / "data.json") == data.fingerprint
+    same_data = trained_on(run_dir, _start_over) == data.fingerprint
     if not same_data:  # these follow from the text
         compared -= {key for key in ("model.vocab_size", "model.end_of_text") if command.origin[key] == "default"}
     changed = differences(before, cfg, compared)
@@ -393,12 +393,17 @@ def _check_same(run_dir: Path, command: Command, cfg: Config, data: Data) -> Non
         )
 
 
-def _fingerprint(path: Path) -> str:
+def trained_on(run_dir: Path, remedy: Callable[[], str]) -> str:
+    """The fingerprint of a run's data. UserError, with the `remedy`, if data.json is missing or damaged."""
+    path = run_dir / "data.json"
     try:
         return json.loads(files.read(path))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        again = typed_again(("--resume",), "--overwrite") or "--overwrite"
-        raise UserError(f"{path} is missing or damaged ({e})\n       start over: {again}") from None
+        raise UserError(f"{path} is missing or damaged ({e})\n       {remedy()}") from None
+
+
+def _start_over() -> str:
+    return f"start over: {typed_again(('--resume',), '--overwrite') or '--overwrite'}"
 
 
 def finished(run_dir: Path, cfg: Config) -> str:

@@ -1,7 +1,6 @@
 """The members that are missing, trained one after the other in this process, each as `train.py` would train it."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,17 +73,17 @@ def ready(members: Sequence[Member], opened: dict[str, Dataset]) -> list[Ready]:
 def check_data(done: Sequence[Member], opened: dict[str, Dataset]) -> None:
     """UserError if members that are done were trained on other data than theirs is now, if it is open."""
     for one in done:
-        data, place = opened.get(repr(one.command.cfg.data)), one.command.run_dir / "data.json"
-        if data is None or not place.exists():
+        data, place = opened.get(repr(one.command.cfg.data)), one.command.run_dir
+        if data is None or not (place / "data.json").exists():
             continue
         try:
-            is_same = json.loads(files.read(place))["fingerprint"] == data.fingerprint
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            raise named(one.name, UserError(f"{place} is damaged ({e})\n       bring the old one back")) from None
+            is_same = run_dir.trained_on(place, lambda: "bring the old one back") == data.fingerprint
+        except UserError as e:
+            raise named(one.name, e) from None
         if not is_same:
             title = one.command.cfg.data.title
             raise UserError(
-                f"the data of {place.parent} has changed: {title} gives other tokens now than it was trained on\n"
+                f"the data of {place} has changed: {title} gives other tokens now than it was trained on\n"
                 "       bring the old text back, or choose another --name: losses of different texts are no comparison"
             )
 
